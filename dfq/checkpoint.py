@@ -1,0 +1,143 @@
+"""Tensors and plain values in one safetensors file: written atomically, never unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be written, or cannot be read as what it should be."""
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes beside `path`, then renames: a reader sees the old file or the new one, whatever happens in between."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise CheckpointError(f"checkpoint: {path} cannot be written: {error.strerror}") from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def save_tree(path: Path, tree: Any) -> None:
+    """Saves nested dicts, lists and tuples of tensors and JSON values in one atomic safetensors file."""
+    tensors: dict[str, Tensor] = {}
+    structure = _flatten(tree, "", tensors)
+    write_atomic(path, save(tensors, metadata={"tree": json.dumps(structure)}))
+
+
+def load_tree(path: Path) -> Any:
+    """What `save_tree` saved.
+
+    Raises:
+        CheckpointError: missing, truncated, or not written by `save_tree`.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            structure = json.loads((file.metadata() or {})["tree"])
+            return _unflatten(structure, {name: file.get_tensor(name) for name in file.keys()})
+    except (OSError, SafetensorError, KeyError, TypeError, IndexError, ValueError) as error:
+        raise CheckpointError(f"checkpoint: {path} cannot be read: {_reason(error)}") from error
+
+
+def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        # clone: a safetensors file holds no views, and a state must not change while it is being written
+        tensors[path] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": path}
+    if isinstance(value, dict):
+        return {"dict": [[key, _flatten(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_flatten(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"value": value}
+    raise CheckpointError(f"checkpoint: a value at {path} must be a tensor or JSON, got {type(value).__name__}")
+
+
+def _unflatten(structure: Any, tensors: dict[str, Tensor]) -> Any:
+    ((kind, body),) = structure.items()
+    if kind == "tensor":
+        return tensors[body]
+    if kind == "dict":
+        return {key: _unflatten(item, tensors) for key, item in body}
+    if kind in ("list", "tuple"):
+        items = [_unflatten(item, tensors) for item in body]
+        return items if kind == "list" else tuple(items)
+    if kind == "value":
+        return body
+    raise KeyError(f"unknown node {kind!r}")
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads a safetensors file, or a `torch.save` file through the restricted `weights_only` reader, into `model`.
+
+    A checkpoint may be the state dict itself or hold it under `state_dict` or `model`; a `module.` prefix is dropped.
+
+    Raises:
+        CheckpointError: missing or unreadable file, other names or shapes than the model's, or non-finite weights.
+    """
+    state = _read_state_dict(path)
+    expected = model.state_dict()
+    if missing := [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]:
+        raise CheckpointError(f"checkpoint: {path} must hold every tensor of the model, {missing[0]!r} is missing")
+    if extra := [name for name in state if name not in expected]:
+        raise CheckpointError(f"checkpoint: {path} must hold no other tensors than the model's, got {extra[0]!r}")
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise CheckpointError(
+                f"checkpoint: {name} in {path} must have shape {tuple(expected[name].shape)}, got {tuple(tensor.shape)}"
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"checkpoint: {name} in {path} must be finite, got NaN or infinity")
+    model.load_state_dict(state, strict=False)
+
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                state: Any = {name: file.get_tensor(name) for name in file.keys()}
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(f"checkpoint: {path} cannot be read: {_reason(error)}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"checkpoint: {path} must hold a state dict of tensors, got {type(state).__name__}")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def save_weights(model: nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Saves a model's state dict as one atomic safetensors file."""
+    state = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+             for name, tensor in model.state_dict().items()}
+    write_atomic(path, save(state, metadata=metadata))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,138 @@
+"""The one training loop: steps, metrics, the non-finite guard, checkpoints, interruption, resume.
+
+Whoever trains supplies an object with `step(index) -> metrics`, `state_dict()` and `load_state_dict()`. All randomness
+of a step is a function of its index (`dfq.seeds`), so a run that resumes from a checkpoint repeats the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dfq.checkpoint import load_tree, save_tree
+from dfq.run_folder import RunFolder
+
+
+class Trainable(Protocol):
+    """What `run_loop` drives."""
+
+    total_steps: int
+
+    def step(self, index: int) -> Mapping[str, Tensor]: ...
+
+    def phase(self, index: int) -> str: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Observer(Protocol):
+    """Sees every step; a progress bar, for instance."""
+
+    def on_step(self, phase: str, index: int, total: int, metrics: Mapping[str, float]) -> None: ...
+
+
+class NonFiniteError(RuntimeError):
+    """A loss term became NaN or infinite."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM; the state is saved, `resume` continues."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+def run_loop(
+    task: Trainable, folder: RunFolder, *, resume: bool, observer: Observer | None = None, save_seconds: float = 60.0
+) -> None:
+    """Runs `task` to its end, from the folder's checkpoint if `resume` and there is one.
+
+    Args:
+        save_seconds: seconds between checkpoints; one more is written at the end and one at an interruption.
+
+    Raises:
+        NonFiniteError: names the term and the step; the last checkpoint stays as it was.
+        Interrupted: after saving the state.
+    """
+    start = 0
+    if resume and folder.checkpoint.exists():
+        state = load_tree(folder.checkpoint)
+        task.load_state_dict(state["task"])
+        start = state["next_step"]
+    folder.rewind(start)
+    saved_at = time.monotonic()
+    with _signals() as received:
+        for index in range(start, task.total_steps):
+            metrics = {name: float(value) for name, value in task.step(index).items()}
+            _refuse_non_finite(metrics, index, task.phase(index), folder)
+            folder.log(index, task.phase(index), metrics)
+            if observer is not None:
+                observer.on_step(task.phase(index), index, task.total_steps, metrics)
+            due = time.monotonic() - saved_at >= save_seconds
+            if due or received or index + 1 == task.total_steps:
+                save_tree(folder.checkpoint, {"next_step": index + 1, "task": task.state_dict()})
+                saved_at = time.monotonic()
+            if received and index + 1 < task.total_steps:
+                message = f"interrupted after step {index + 1} of {task.total_steps}; continue with --resume"
+                raise Interrupted(message, received[0])
+
+
+def _refuse_non_finite(metrics: Mapping[str, float], index: int, phase: str, folder: RunFolder) -> None:
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"train: {name} must be finite, got {value} at step {index + 1} ({phase}); "
+                f"lower the learning rate or the weight of this term; the last checkpoint is in {folder.path}"
+            )
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying in the middle of a step; a second Ctrl-C is obeyed at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def cosine(index: int, total: int) -> float:
+    """1 at the first step, towards 0 at the last: `(1 + cos(pi index / total)) / 2`."""
+    return 0.5 * (1 + math.cos(math.pi * index / max(total, 1)))
+
+
+def one_cycle(index: int, total: int, warm_up: float = 0.3) -> float:
+    """A cosine up from 1/25 over the first `warm_up` of the run, then a cosine down to 0. Source: arXiv 1708.07120."""
+    peak = max(warm_up * total, 1.0)
+    if index < peak:
+        return 1 / 25 + (1 - 1 / 25) * (1 - cosine(index, int(peak)))
+    return cosine(index - int(peak), total - int(peak))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Sets every group to its own `peak` times `value`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * value

@@ -1,0 +1,120 @@
+"""One run, one folder: resolved config, versions, metrics (JSON lines and TensorBoard), pictures, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from dfq.checkpoint import CheckpointError, write_atomic
+from dfq_kernels import __version__
+
+
+class RunFolder:
+    """Layout of a run's folder.
+
+    config.json          resolved config, seed and versions
+    metrics.jsonl        one line a step: step, phase, every loss term
+    tensorboard/         the same for TensorBoard
+    checkpoint.safetensors, model.safetensors, result.json, *.png
+
+    Args:
+        path: the folder; created if missing.
+        config: the resolved config; JSON values only.
+        resume: continue what is in the folder; its config must be equal.
+
+    Raises:
+        CheckpointError: the folder holds a run and `resume` is False, or its config differs, or it cannot be written.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any], *, resume: bool) -> None:
+        self.path = path
+        self.checkpoint = path / "checkpoint.safetensors"
+        self.model = path / "model.safetensors"
+        wanted = json.loads(json.dumps(config))
+        config_path = path / "config.json"
+        if config_path.exists():
+            if not resume:
+                raise CheckpointError(f"run: out must be a new folder or resume must be set, got {path} with a run in it")
+            self._compare(read_json(config_path)["config"], wanted)
+        else:
+            self.write_json("config.json", {"config": wanted, "versions": versions()})
+        self._metrics = path / "metrics.jsonl"
+        self._writer: SummaryWriter | None = None
+
+    def _compare(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+        for key in sorted(found.keys() | wanted.keys()):
+            if found.get(key) != wanted.get(key):
+                raise CheckpointError(
+                    f"run: {key} must be {found.get(key)!r} to resume {self.path}, got {wanted.get(key)!r}"
+                )
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a file of the folder, whole or not at all."""
+        write_atomic(self.path / name, (json.dumps(value, indent=2) + "\n").encode())
+
+    def rewind(self, step: int) -> None:
+        """Drops metrics of `step` and later: they were logged after the checkpoint that a resume starts from."""
+        if self._metrics.exists():
+            kept = [line for line in self._metrics.read_text().splitlines() if _step_of(line) < step]
+            write_atomic(self._metrics, "".join(line + "\n" for line in kept).encode())
+        if step == 0:
+            shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+        self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
+
+    def log(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
+        """Appends one line of metrics."""
+        row = {"step": step, "phase": phase, **metrics}
+        try:
+            with self._metrics.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"run: {self._metrics} cannot be written: {error.strerror}") from error
+        if self._writer is not None:
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All rows logged so far."""
+        return [json.loads(line) for line in self._metrics.read_text().splitlines()]
+
+    def close(self) -> None:
+        """Flushes TensorBoard's events."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file, or a `CheckpointError` that says what is wrong with it."""
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"run: {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"run: {path} must be JSON: {error}") from error
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # half a line, written when the power went
+
+
+def versions() -> dict[str, str]:
+    """What a reader needs to repeat a run."""
+    return {
+        "dfq-kernels": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": str(torch.get_num_threads()),
+        "cpus": str(os.cpu_count()),
+    }

@@ -1,0 +1,29 @@
+"""Random numbers as a function of (seed, rank, purpose, step): nothing to save, so a resumed run draws the same ones."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import torch
+
+
+def random_source(seed: int, *path: str | int) -> torch.Generator:
+    """A CPU generator for one purpose, e.g. `random_source(seed, "noise", step)`; independent of every other path."""
+    rank = int(os.environ.get("RANK", "0"))
+    digest = hashlib.sha256(repr((seed, rank, path)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+class seeded_initialisation:
+    """Context in which torch's default CPU generator is seeded for `path`, and restored afterwards."""
+
+    def __init__(self, seed: int, *path: str | int) -> None:
+        self.state = random_source(seed, *path).get_state()
+
+    def __enter__(self) -> None:
+        self.saved = torch.get_rng_state()
+        torch.set_rng_state(self.state)
+
+    def __exit__(self, *exc: object) -> None:
+        torch.set_rng_state(self.saved)
