@@ -1,0 +1,124 @@
+"""What the float graph is made of: tracing, and the kinds of nodes that have a quantized form."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from enum import Enum, auto
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+
+class PrepareError(ValueError):
+    """The model has a part without a quantized form."""
+
+
+class Kind(Enum):
+    """What a node does to a value."""
+
+    INPUT = auto()
+    OUTPUT = auto()
+    CONV = auto()
+    LINEAR = auto()
+    BATCH_NORM = auto()
+    ACTIVATION = auto()
+    ADD = auto()
+    AVG_POOL = auto()
+    MAX_POOL = auto()
+    MOVE = auto()
+
+
+LAYERS = (Kind.CONV, Kind.LINEAR)
+MODULES: dict[type[nn.Module], Kind] = {
+    nn.Conv2d: Kind.CONV, nn.Linear: Kind.LINEAR,
+    nn.BatchNorm1d: Kind.BATCH_NORM, nn.BatchNorm2d: Kind.BATCH_NORM,
+    nn.ReLU: Kind.ACTIVATION, nn.ReLU6: Kind.ACTIVATION,
+    nn.AvgPool2d: Kind.AVG_POOL, nn.AdaptiveAvgPool2d: Kind.AVG_POOL, nn.MaxPool2d: Kind.MAX_POOL,
+    nn.Flatten: Kind.MOVE, nn.Dropout: Kind.MOVE, nn.Dropout2d: Kind.MOVE, nn.Identity: Kind.MOVE,
+}  # fmt: skip
+FUNCTIONS: dict[Any, Kind] = {
+    F.relu: Kind.ACTIVATION, torch.relu: Kind.ACTIVATION, F.relu6: Kind.ACTIVATION,
+    operator.add: Kind.ADD, operator.iadd: Kind.ADD, torch.add: Kind.ADD,
+    F.avg_pool2d: Kind.AVG_POOL, F.adaptive_avg_pool2d: Kind.AVG_POOL, F.max_pool2d: Kind.MAX_POOL,
+    torch.flatten: Kind.MOVE, F.dropout: Kind.MOVE,
+}  # fmt: skip
+METHODS = {
+    "relu": Kind.ACTIVATION, "relu_": Kind.ACTIVATION, "add": Kind.ADD, "add_": Kind.ADD,
+    "flatten": Kind.MOVE, "contiguous": Kind.MOVE,
+}  # fmt: skip
+PADDING_MODES = ("zeros",)
+
+
+def trace(model: nn.Module) -> list[fx.Node]:
+    """The nodes of the model's forward, in order.
+
+    Raises:
+        PrepareError: the forward depends on values, or calls one layer or batch norm more than once.
+    """
+    was_training = model.training
+    try:
+        # in evaluation mode, where a dropout written as a function does nothing and may be dropped
+        traced = fx.Tracer().trace(model.eval())
+    except Exception as error:  # fx raises whatever the model's own code raises on its proxies
+        raise PrepareError(
+            f"prepare: model must be traceable by torch.fx, got {type(error).__name__}: {str(error).splitlines()[0]}; "
+            "move control flow that depends on tensors out of forward()"
+        ) from error
+    finally:
+        model.train(was_training)
+    nodes = [node for node in traced.nodes if node.users or node.op in ("output", "placeholder")]
+    if sum(node.op == "placeholder" for node in nodes) != 1:
+        raise PrepareError("prepare: model must take one tensor, the images")
+    calls = Counter(str(node.target) for node in nodes if node.op == "call_module")
+    for name, count in calls.items():
+        module = model.get_submodule(name)
+        if count > 1 and MODULES.get(type(module)) in (*LAYERS, Kind.BATCH_NORM):
+            raise PrepareError(f"prepare: {name} ({type(module).__name__}) must be called once, got {count} calls; copy it")
+    return nodes
+
+
+def kind_of(node: fx.Node, model: nn.Module) -> Kind:
+    """The kind of a node.
+
+    Raises:
+        PrepareError: it has no quantized form; the text names it and says what to do.
+    """
+    if node.op == "placeholder":
+        return Kind.INPUT
+    if node.op == "output":
+        return Kind.OUTPUT
+    if node.op == "call_module":
+        return _module_kind(str(node.target), model.get_submodule(str(node.target)))
+    kind = FUNCTIONS.get(node.target) if node.op == "call_function" else None
+    if node.op == "call_method":
+        kind = METHODS.get(str(node.target))
+    if kind is None:
+        what = f"method .{node.target}()" if node.op == "call_method" else f"{node.op} {node.target}"
+        raise _unsupported(f"{what} (node {node.name})")
+    if kind is Kind.ADD and len(node.all_input_nodes) != 2:
+        raise _unsupported(f"an addition of a constant or of a value to itself (node {node.name})")
+    return kind
+
+
+def _module_kind(name: str, module: nn.Module) -> Kind:
+    kind = MODULES.get(type(module))
+    if kind is None:
+        raise _unsupported(f"{name} ({type(module).__name__})")
+    if kind is Kind.CONV and module.padding_mode not in PADDING_MODES:
+        raise PrepareError(f"prepare: padding_mode of {name} must be zeros, got {module.padding_mode}")
+    if kind is Kind.BATCH_NORM and not module.track_running_stats:
+        raise PrepareError(f"prepare: track_running_stats of {name} must be True, got False")
+    if kind is Kind.MAX_POOL and module.return_indices:
+        raise PrepareError(f"prepare: return_indices of {name} must be False, got True")
+    return kind
+
+
+def _unsupported(what: str) -> PrepareError:
+    known = ", ".join(sorted({kind.__name__ for kind in MODULES}))
+    return PrepareError(
+        f"prepare: model must be made of {known}, additions and their functional forms, got {what}; "
+        "replace it by one of these before prepare()"
+    )

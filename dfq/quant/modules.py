@@ -1,0 +1,178 @@
+"""The layers of a fake-quantized graph.
+
+In training a layer runs on fake-quantized values, fast and differentiable. In evaluation it runs the **exact forward**:
+convolutions on integer-valued tensors, then one multiplier and one bias per channel, as the integer network will.
+Values travel as `(fake-quantized value, scale)`; a scale of None marks a value that is not quantized.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import dfq_kernels
+from dfq.quant.quantizers import ActivationQuantizer
+
+EXACT_LIMIT = 2.0**24  # sums of integers up to here are exact in fp32, in any order
+
+BatchNorm = nn.BatchNorm2d | nn.BatchNorm1d
+Activated = Tensor | tuple[Tensor, Tensor]
+
+
+class QuantLayer(nn.Module):
+    """What `QuantConv2d` and `QuantLinear` share: weight, bias, and the batch norm, activation and quantizer behind."""
+
+    def __init__(
+        self,
+        layer: nn.Conv2d | nn.Linear,
+        batch_norm: BatchNorm | None,
+        activation: str | None,
+        quantizer: ActivationQuantizer | None,
+        *,
+        train_batch_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.tail = Tail(batch_norm, activation, quantizer, train_batch_norm=train_batch_norm)
+
+    def accumulate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The linear map of the layer."""
+        raise TypeError(f"{type(self).__name__} must define accumulate")
+
+    def forward(self, x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor) -> Activated:
+        if self.training:
+            return self.tail(self.accumulate(x, weight, self.bias))
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            return self.tail.finish(self.exact(x.float(), x_scale, weight, weight_scale))
+
+    def exact(self, x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor) -> Tensor:
+        """`float(acc) * mult + bias`, with the batch norm in both constants."""
+        mult, bias = self.tail.constants(self.bias, weight_scale)
+        integer_weight = torch.round(weight / per_channel(weight_scale, weight, 0))
+        if x_scale is None:  # an input that is not quantized: nothing to be exact about
+            acc = self.accumulate(x, integer_weight, None)
+        else:
+            integer_x = torch.round(x * (1 / x_scale))
+            acc = self.accumulate_integers(integer_x, integer_weight)
+            mult = x_scale * mult
+        return acc * per_channel(mult, acc, 1) + per_channel(bias, acc, 1)
+
+    def accumulate_integers(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The exact accumulators as fp32; float64 where partial sums could pass 2^24, and always on a GPU.
+
+        (cuDNN may pick a Winograd or a TF32 algorithm for fp32; its float64 results are off by far less than a half.)
+        """
+        bound = float(x.abs().max()) * float(weight.flatten(1).abs().sum(1).max()) if x.numel() else 0.0
+        if bound < EXACT_LIMIT and x.device.type == "cpu":
+            return self.accumulate(x, weight, None)
+        return torch.round(self.accumulate(x.double(), weight.double(), None)).float()
+
+
+class QuantConv2d(QuantLayer):
+    """A convolution whose weight arrives fake-quantized; padding inserts the zero point, which is 0 here."""
+
+    def __init__(self, layer: nn.Conv2d, *args: object, train_batch_norm: bool) -> None:
+        super().__init__(layer, *args, train_batch_norm=train_batch_norm)  # type: ignore[arg-type]
+        self.stride, self.padding = layer.stride, layer.padding
+        self.dilation, self.groups = layer.dilation, layer.groups
+
+    def accumulate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class QuantLinear(QuantLayer):
+    """A linear layer whose weight arrives fake-quantized."""
+
+    def accumulate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+
+class Tail(nn.Module):
+    """Batch norm, activation and quantizer behind a layer or on their own, each optional."""
+
+    def __init__(
+        self,
+        batch_norm: BatchNorm | None,
+        activation: str | None,
+        quantizer: ActivationQuantizer | None,
+        *,
+        train_batch_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.bn, self.activation, self.quantizer = batch_norm, activation, quantizer
+        self.train_batch_norm, self.adapting = train_batch_norm, False
+
+    def forward(self, x: Tensor) -> Activated:
+        if self.bn is None:
+            return self.finish(x)
+        training = self.training and self.adapting and self.train_batch_norm
+        if self.quantizer is None:
+            return self._activate(self._batch_norm(x, training))
+        quantizer = self.quantizer
+        scale = quantizer.current_scale()
+        out = dfq_kernels.bn_act_fake_quant(
+            x, self.bn.weight, self.bn.bias, *self._stored(), quantizer.running_min, quantizer.running_max,
+            scale, quantizer.zero_point, training=training, momentum=_momentum(self.bn), eps=self.bn.eps,
+            activation=self.activation, observe=quantizer.observing, averaging_constant=quantizer.averaging_constant,
+            quant_min=quantizer.quant_min, quant_max=quantizer.quant_max,
+        )  # fmt: skip
+        return out, scale
+
+    def finish(self, x: Tensor) -> Activated:
+        """Activation and quantizer only: the batch norm is in the constants already, or there is none."""
+        out = self._activate(x)
+        return out if self.quantizer is None else self.quantizer(out)
+
+    def constants(self, layer_bias: Tensor | None, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
+        """`(mult, bias)` per channel behind an accumulator: the layer's bias and the batch norm, never folded into weights."""
+        bias = torch.zeros_like(weight_scale) if layer_bias is None else layer_bias.float()
+        if self.bn is None:
+            return weight_scale, bias
+        mean, var = self._stored()
+        factor = torch.rsqrt(var + self.bn.eps)
+        if self.bn.weight is not None:
+            factor = self.bn.weight * factor
+        shift = (bias - mean) * factor
+        return weight_scale * factor, shift if self.bn.bias is None else shift + self.bn.bias
+
+    def _stored(self) -> tuple[Tensor, Tensor]:
+        if self.bn is None or self.bn.running_mean is None or self.bn.running_var is None:
+            raise RuntimeError("a batch norm without stored statistics passed prepare()")
+        return self.bn.running_mean, self.bn.running_var
+
+    def _batch_norm(self, x: Tensor, training: bool) -> Tensor:
+        if self.bn is None:
+            return x
+        mean, var = self._stored()
+        return F.batch_norm(x, mean, var, self.bn.weight, self.bn.bias, training, _momentum(self.bn), self.bn.eps)
+
+    def _activate(self, x: Tensor) -> Tensor:
+        if self.activation == "relu":
+            return F.relu(x)
+        return x.clamp(0, 6) if self.activation == "relu6" else x
+
+
+class QuantBatchNorm(Tail):
+    """A batch norm that stands before its convolution; in evaluation the same arithmetic with stored statistics."""
+
+    def forward(self, x: Tensor) -> Activated:
+        if self.training:
+            return super().forward(x)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            if self.quantizer is not None:
+                return super().forward(x.float())
+            assert self.bn is not None
+            out, _, _ = dfq_kernels.bn_act_stats(
+                x.float(), self.bn.weight, self.bn.bias, *self._stored(), eps=self.bn.eps, activation=self.activation
+            )
+            return out
+
+
+def per_channel(values: Tensor, like: Tensor, axis: int) -> Tensor:
+    """`values` shaped to broadcast along `axis`."""
+    return values.reshape([-1 if dim == axis else 1 for dim in range(like.dim())])
+
+
+def _momentum(batch_norm: BatchNorm) -> float:
+    return 0.1 if batch_norm.momentum is None else batch_norm.momentum

@@ -1,0 +1,198 @@
+"""Quantizers: they own scale and zero point, and say where these come from (moving range, learned, fixed)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+import dfq_kernels
+from dfq.config import QuantConfig
+
+MOVING, LEARNED, FIXED = "moving", "learned", "fixed"
+
+
+class ActivationQuantizer(nn.Module):
+    """Per-tensor affine fake quantization; unsigned for values that are never negative.
+
+    `source`: `moving` (the range follows the batches while `adapting`), `learned` (LSQ: the logarithm of the scale is a
+    parameter) or `fixed`.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    running_min: Tensor
+    running_max: Tensor
+
+    def __init__(self, bits: int, *, signed: bool, averaging_constant: float) -> None:
+        super().__init__()
+        self.bits, self.averaging_constant = bits, averaging_constant
+        self.quant_min = -(2 ** (bits - 1)) if signed else 0
+        self.quant_max = self.quant_min + 2**bits - 1
+        self.source, self.adapting = MOVING, False
+        self.log_scale: nn.Parameter | None = None
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros(()))
+        self.register_buffer("running_min", torch.full((), float("inf")))
+        self.register_buffer("running_max", torch.full((), float("-inf")))
+
+    @property
+    def observing(self) -> bool:
+        return self.adapting and self.source == MOVING and self.training
+
+    def current_scale(self) -> Tensor:
+        return self.scale if self.log_scale is None else self.log_scale.exp()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`(fake-quantized x, scale)`."""
+        bounds = {"quant_min": self.quant_min, "quant_max": self.quant_max}
+        if self.observing:
+            out = dfq_kernels.observe_fake_quant(
+                x, self.running_min, self.running_max, self.scale, self.zero_point,
+                averaging_constant=self.averaging_constant, **bounds,
+            )
+            return out, self.scale
+        scale = self.current_scale()
+        return dfq_kernels.fake_quant(x, scale, self.zero_point, **bounds), scale
+
+    def learn(self) -> None:
+        self.source = LEARNED
+        self.log_scale = nn.Parameter(self.scale.log())
+
+    def fix(self) -> None:
+        self.scale.copy_(self.current_scale().detach())
+        self.source, self.log_scale = FIXED, None
+
+
+class WeightQuantizer(nn.Module):
+    """One layer's scales `[out_channels]`: from the weights themselves (`moving`), learned (LSQ), or fixed."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, bits: int, channels: int, scheme: str) -> None:
+        super().__init__()
+        self.bits, self.scheme, self.source = bits, scheme, MOVING
+        self.quant_min, self.quant_max = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        self.log_scale: nn.Parameter | None = None
+        self.register_buffer("scale", torch.ones(channels))
+        self.register_buffer("zero_point", torch.zeros(channels))
+
+    def current_scale(self) -> Tensor:
+        return self.scale if self.log_scale is None else self.log_scale.exp()
+
+    def forward(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """`(fake-quantized weight, scale)`."""
+        if self.source == MOVING:
+            self.measure(weight.detach())
+        scale = self.current_scale()
+        out = dfq_kernels.fake_quant(weight, scale, self.zero_point, self.quant_min, self.quant_max, axis=0)
+        return out, scale
+
+    def measure(self, weight: Tensor) -> None:
+        """Scale and zero point from the weight's own range."""
+        flat = weight.flatten(1).float()
+        if self.scheme == "symmetric":
+            self.scale.copy_((flat.abs().amax(1) / self.quant_max).clamp(min=2.0**-23))
+            return
+        low, high = flat.amin(1).clamp(max=0), flat.amax(1).clamp(min=0)
+        self.scale.copy_(((high - low) / (self.quant_max - self.quant_min)).clamp(min=2.0**-23))
+        zero_point = (self.quant_min - low / self.scale).round()
+        self.zero_point.copy_(zero_point.clamp(self.quant_min, self.quant_max))
+
+    def learn(self, weight: Tensor) -> None:
+        """Starts from the range; with 2 bits from the scale of least squared error (a range of 3 levels is too wide)."""
+        self.measure(weight)
+        if self.bits == 2:
+            self.scale.copy_(least_squares_scale(weight, self.scale, self.quant_min, self.quant_max))
+        self.source = LEARNED
+        self.log_scale = nn.Parameter(self.scale.log())
+
+    def fix(self) -> None:
+        self.scale.copy_(self.current_scale().detach())
+        self.source, self.log_scale = FIXED, None
+
+
+class WeightQuantizers(nn.Module):
+    """All layers' weights at once: those whose range is their own go through one call of one operator."""
+
+    def __init__(self, quantizers: dict[str, WeightQuantizer]) -> None:
+        """`quantizers`: by the name of the layer that owns the weight, in the order of the arguments of `forward`."""
+        super().__init__()
+        self.names = tuple(quantizers)
+        self.layers = nn.ModuleList(quantizers.values())
+
+    def forward(self, *weights: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """`(fake-quantized weight, scale)` of every layer."""
+        together = [
+            index
+            for index, layer in enumerate(self.layers)
+            if layer.source == MOVING and layer.scheme == "symmetric"  # type: ignore[union-attr]
+        ]
+        results: dict[int, tuple[Tensor, Tensor]] = {}
+        if together:
+            bits = [int(self.layers[index].bits) for index in together]  # type: ignore[arg-type]
+            outs, scales = dfq_kernels.fake_quant_weights([weights[index] for index in together], bits)
+            for index, out, scale in zip(together, outs, scales, strict=True):
+                self.layers[index].scale.copy_(scale)  # type: ignore[union-attr, operator]
+                results[index] = out, scale
+        return [results.get(index) or layer(weights[index]) for index, layer in enumerate(self.layers)]
+
+
+def least_squares_scale(weight: Tensor, scale: Tensor, quant_min: int, quant_max: int, steps: int = 60) -> Tensor:
+    """Per output channel the fraction of `scale` at which fake quantization has the least squared error."""
+    flat = weight.flatten(1)
+    best, best_error = scale, torch.full_like(scale, float("inf"))
+    for step in range(1, steps + 1):
+        trial = scale * (step / steps)
+        out = dfq_kernels.fake_quant(flat, trial, 0.0, quant_min, quant_max, axis=0)
+        error = (out - flat).square().sum(1)
+        best = torch.where(error < best_error, trial, best)
+        best_error = torch.minimum(error, best_error)
+    return best
+
+
+def _quantizers(model: nn.Module) -> Iterator[ActivationQuantizer]:
+    return (module for module in model.modules() if isinstance(module, ActivationQuantizer))
+
+
+def set_adapting(model: nn.Module, adapting: bool) -> None:
+    """Whether training forwards move ranges (and batch norms, where these train)."""
+    for module in model.modules():
+        if hasattr(module, "adapting"):
+            module.adapting = adapting  # type: ignore[assignment]
+
+
+def learn_ranges(model: nn.Module, config: QuantConfig) -> None:
+    """Makes the step sizes of quantizers with fewer than 8 bits parameters, if `config.ranges` is `lsq`."""
+    if config.ranges != "lsq":
+        return
+    for quantizer in _quantizers(model):
+        if quantizer.bits < 8:
+            quantizer.learn()
+    for layer, weight in weight_layers(model):
+        if layer.bits < 8 and layer.scheme == "symmetric":
+            layer.learn(weight.detach())
+
+
+def freeze_ranges(model: nn.Module) -> None:
+    """Fixes every scale where it is now: what is evaluated, saved and exported."""
+    for quantizer in _quantizers(model):
+        quantizer.fix()
+    for layer, weight in weight_layers(model):
+        if layer.source == MOVING:
+            layer.measure(weight.detach())
+        layer.fix()
+
+
+def range_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The learned step sizes."""
+    return [parameter for name, parameter in model.named_parameters() if name.endswith("log_scale")]
+
+
+def weight_layers(model: nn.Module) -> list[tuple[WeightQuantizer, Tensor]]:
+    """Each weight quantizer with the weight that it quantizes, in the order of the graph."""
+    (together,) = [module for module in model.modules() if isinstance(module, WeightQuantizers)]
+    weights = [model.get_parameter(f"{name}.weight") for name in together.names]
+    return list(zip(together.layers, weights, strict=True))  # type: ignore[arg-type]

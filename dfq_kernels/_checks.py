@@ -1,0 +1,76 @@
+"""The rules that several operators have for their arguments. Text: `<op>: <argument> must be <rule>, got <value>`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+QUANT_LIMIT = 2**23  # integers up to here, and their sums with a zero point, are exact in fp32
+
+
+def check_float(op: str, name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise ValueError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+
+
+def check_channels(op: str, x: Tensor) -> None:
+    """`x` is `[N, C, ...]` with at least one channel and one value per channel."""
+    if x.dim() < 2:
+        raise ValueError(f"{op}: x must be [N, C, ...], got shape {tuple(x.shape)}")
+    if x.numel() == 0:
+        raise ValueError(f"{op}: x must have at least one value per channel, got shape {tuple(x.shape)}")
+
+
+def check_per_channel(op: str, x: Tensor, **tensors: Tensor | None) -> None:
+    """Each tensor is None or holds one number per channel on the device of `x`."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        check_float(op, name, tensor)
+        if tensor.shape != (x.shape[1],):
+            raise ValueError(f"{op}: {name} must have shape ({x.shape[1]},), got {tuple(tensor.shape)}")
+        check_device(op, name, tensor, x)
+
+
+def check_device(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{op}: {name} must be on {x.device}, where x is, got {tensor.device}")
+
+
+def check_scalar(op: str, x: Tensor, **tensors: Tensor) -> None:
+    """Each tensor holds one fp32 number (float64 too) on the device of `x`."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.numel() != 1:
+            shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{op}: {name} must be a tensor of one element, got {shape}")
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{op}: {name} must be float32, got {tensor.dtype}")
+        check_device(op, name, tensor, x)
+
+
+def check_quant_range(op: str, quant_min: int, quant_max: int) -> None:
+    for name, value in (("quant_min", quant_min), ("quant_max", quant_max)):
+        if isinstance(value, bool) or not isinstance(value, int) or abs(value) > QUANT_LIMIT:
+            raise ValueError(f"{op}: {name} must be an integer of at most 2^23 in magnitude, got {value!r}")
+    if quant_min >= quant_max:
+        raise ValueError(f"{op}: quant_max must be greater than quant_min {quant_min}, got {quant_max}")
+
+
+def check_activation(op: str, activation: str | None) -> None:
+    if activation not in (None, "relu", "relu6"):
+        raise ValueError(f"{op}: activation must be None, 'relu' or 'relu6', got {activation!r}")
+
+
+def check_fraction(op: str, name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{op}: {name} must be in [0, 1], got {value}")
+
+
+def check_eps(op: str, eps: float) -> None:
+    if not (math.isfinite(eps) and eps > 0):
+        raise ValueError(f"{op}: eps must be finite and > 0, got {eps}")

@@ -1,0 +1,65 @@
+"""Evaluation batch norm, activation, and the statistics of the input, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dfq_kernels.bn_stats import reference as bn_stats
+from dfq_kernels.fake_quant.reference import arithmetic_dtype, per_axis
+
+
+def multiplier(weight: Tensor | None, var: Tensor, eps: float) -> Tensor:
+    """`weight / sqrt(var + eps)`: one reciprocal square root, one product."""
+    inv_std = torch.rsqrt(var + eps)
+    return inv_std if weight is None else weight * inv_std
+
+
+def normalize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float, activation: str | None
+) -> Tensor:
+    """`act((x - mean) * multiplier + bias)` in the arithmetic's type, every operation rounded on its own."""
+    dtype = arithmetic_dtype(x)
+    out = x.to(dtype) - per_axis(mean, x, 1)
+    out.mul_(per_axis(multiplier(weight, var.to(dtype), eps), x, 1))
+    if bias is not None:
+        out.add_(per_axis(bias, x, 1))
+    if activation == "relu":
+        out.relu_()
+    elif activation == "relu6":
+        out.clamp_(0, 6)
+    return out
+
+
+def activation_grad(grad: Tensor, out: Tensor, activation: str | None) -> Tensor:
+    """The gradient behind the activation, whose output is `out`."""
+    if activation is None:
+        return grad
+    passes = out > 0 if activation == "relu" else (out > 0) & (out < 6)
+    return torch.where(passes, grad, 0)
+
+
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float, activation: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(out, batch_mean, batch_var)`."""
+    out = normalize(x, weight, bias, mean, var, eps, activation).to(x.dtype)
+    return out, *bn_stats.forward(x)
+
+
+def backward(
+    grad_out: Tensor,
+    grad_mean: Tensor,
+    grad_var: Tensor,
+    x: Tensor,
+    out: Tensor,
+    batch_mean: Tensor,
+    weight: Tensor | None,
+    var: Tensor,
+    eps: float,
+    activation: str | None,
+) -> Tensor:
+    """Both gradients of x joined: through the batch norm, and through the statistics."""
+    factor = per_axis(multiplier(weight, var.to(arithmetic_dtype(x)), eps), x, 1)
+    through_out = activation_grad(grad_out, out, activation) * factor
+    return (through_out + bn_stats.backward(grad_mean, grad_var, x.to(factor.dtype), batch_mean)).to(x.dtype)

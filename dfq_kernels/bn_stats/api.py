@@ -1,0 +1,56 @@
+"""Public function of the operator: checks and autograd."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dfq_kernels._checks import check_channels, check_float
+from dfq_kernels.dispatch import resolve
+
+OP = "bn_stats"
+
+
+def bn_stats(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Batch mean and biased variance of every channel, differentiable.
+
+        mean[c] = sum(x[:, c]) / count,  var[c] = sum((x[:, c] - mean[c])^2) / count,  count = x.numel() / C
+        grad_x = (grad_mean[c] + 2 (x - mean[c]) grad_var[c]) / count
+
+    Args:
+        x: `[N, C, ...]`, not empty; float32, bfloat16 or float16.
+        backend: `native`, `triton` or `reference`; None takes the best that is there.
+
+    Returns:
+        `(mean, var)`, each fp32 `[C]`; the same bits whenever it is called with the same input.
+
+    Raises:
+        ValueError: a wrong shape or dtype.
+        BackendError: an explicit backend that is not there.
+
+    Source: Ioffe and Szegedy 2015 (arXiv 1502.03167) algorithm 1.
+    """
+    check_float(OP, "x", x)
+    check_channels(OP, x)
+    mean, var = BnStats.apply(x, resolve(OP, backend, x.device.type))
+    return mean, var
+
+
+class BnStats(torch.autograd.Function):
+    """Gradient of `bn_stats`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, impl: ModuleType) -> tuple[Tensor, Tensor]:
+        mean, var = impl.forward(x)
+        ctx.save_for_backward(x, mean)
+        ctx.impl = impl
+        return mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor, None]:
+        return ctx.impl.backward(grad_mean, grad_var, *ctx.saved_tensors), None

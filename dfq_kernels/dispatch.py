@@ -1,0 +1,81 @@
+"""Which backend runs an operator: one table, one reason for every hole.
+
+`backend=None` takes the first of the row that is there; an explicit name runs that backend or raises `BackendError`.
+`DFQ_BACKEND` replaces `None` for a whole process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import lru_cache
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+
+_BEST_FIRST = {"cuda": ("native", "triton", "reference"), "cpu": ("native", "reference")}
+
+# op -> device type -> backends, best first; a row changes only with a committed benchmark
+TABLE: dict[str, dict[str, tuple[str, ...]]] = {
+    "fake_quant": _BEST_FIRST,
+    "observe_fake_quant": _BEST_FIRST,
+    "fake_quant_weights": _BEST_FIRST,
+    "bn_stats": _BEST_FIRST,
+    "bn_act_stats": _BEST_FIRST,
+    "bn_act_fake_quant": _BEST_FIRST,
+    "bn_stat_loss": _BEST_FIRST,
+}
+BACKENDS = ("native", "triton", "reference")
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for is not there."""
+
+
+@lru_cache(maxsize=None)
+def missing(op: str, backend: str, device_type: str) -> str | None:
+    """Why `backend` cannot run `op` on `device_type`; None if it can.
+
+    The single source of the automatic choice, the error text, the test skips and the support matrix.
+    """
+    if backend not in BACKENDS:
+        return f"no such backend; there are {', '.join(BACKENDS)}"
+    if backend != "reference":
+        if device_type not in TABLE[op]:
+            return f"no kernels for device type {device_type}"
+        if backend == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "Triton runs on the CPU only interpreted (TRITON_INTERPRET=1)"
+        if find_spec(f"dfq_kernels.{op}.{backend}") is None:
+            return f"this version has no {backend} kernel for it"
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return None
+
+
+_LOADED: dict[tuple[str, str], ModuleType] = {}
+
+
+@lru_cache(maxsize=None)
+def _choose(op: str, backend: str, device_type: str) -> str:
+    reason: str | None = None
+    for name in TABLE[op].get(device_type, ("reference",)) if backend == "auto" else (backend,):
+        reason = missing(op, name, device_type)
+        if reason is None:
+            _LOADED[op, name] = importlib.import_module(f"dfq_kernels.{op}.{name}")
+            return name
+    raise BackendError(f"{op}: backend must be one that runs on {device_type}, got {backend!r}: {reason}")
+
+
+@torch.compiler.assume_constant_result
+def _name(op: str, backend: str | None, device_type: str) -> str:
+    return _choose(op, backend or os.environ.get("DFQ_BACKEND") or "auto", device_type)
+
+
+def resolve(op: str, backend: str | None, device_type: str) -> ModuleType:
+    """The module that runs `op`: `forward`, `backward` and what else `dfq_kernels/<op>/reference.py` has.
+
+    Raises:
+        BackendError: an explicit backend that is not there; it never falls back.
+    """
+    return _LOADED[op, _name(op, backend, device_type)]  # a name and a dict: torch.compile can trace both

@@ -1,0 +1,59 @@
+"""Straight-through fake quantization in plain PyTorch: this file defines the operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def per_axis(parameter: Tensor, x: Tensor, axis: int | None) -> Tensor:
+    """`parameter` in the arithmetic's type, shaped to broadcast along `axis` of `x`."""
+    parameter = parameter.to(arithmetic_dtype(x))
+    if axis is None:
+        return parameter.reshape(())
+    return parameter.reshape([-1 if dim == axis else 1 for dim in range(x.dim())])
+
+
+def arithmetic_dtype(x: Tensor) -> torch.dtype:
+    """fp32, whatever the storage type; float64 stays (gradient checks need it)."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def forward(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None
+) -> tuple[Tensor, Tensor]:
+    """`(out, inside)`; `inside` marks the elements that pass a gradient. In-place steps, each one rounding."""
+    scale, zero_point = per_axis(scale, x, axis), per_axis(zero_point, x, axis)
+    rounded = (x * (1 / scale)).add_(zero_point).round_()
+    q = rounded.clamp(quant_min, quant_max)
+    inside = q == rounded  # false for NaN
+    return q.sub_(zero_point).mul_(scale).to(x.dtype), inside
+
+
+def backward(grad_out: Tensor, inside: Tensor) -> Tensor:
+    """The gradient of x where the scale is given."""
+    return torch.where(inside, grad_out, 0)
+
+
+def backward_learned(
+    grad_out: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, scale and zero_point, the last two summed in the arithmetic's type."""
+    scale_b, zero_point_b = per_axis(scale, x, axis), per_axis(zero_point, x, axis)
+    grad = grad_out.to(arithmetic_dtype(x))
+    scaled = x * (1 / scale_b)
+    rounded = (scaled + zero_point_b).round_()
+    q = rounded.clamp(quant_min, quant_max)
+    inside = q == rounded
+    error = torch.where(inside, (q - zero_point_b) - scaled, q - zero_point_b)
+    grad_scale = _sum_to_axis(grad * error, axis)
+    grad_zero_point = _sum_to_axis(torch.where(inside, 0, grad * -scale_b), axis)
+    return (
+        backward(grad_out, inside),
+        grad_scale.to(scale.dtype).reshape(scale.shape),
+        grad_zero_point.reshape(zero_point.shape),
+    )
+
+
+def _sum_to_axis(values: Tensor, axis: int | None) -> Tensor:
+    return values.sum() if axis is None else values.sum([dim for dim in range(values.dim()) if dim != axis])
