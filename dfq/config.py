@@ -112,6 +112,100 @@ class TeachConfig:
         check("teach", "weight_decay", self.weight_decay, ">= 0", self.weight_decay >= 0)
 
 
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """One generator of the pool.
+
+    Args:
+        conditional: it is asked for a label, and its term is the teacher's cross-entropy to it instead of entropies.
+        live: it goes on training against the students; else it is frozen after its warm-up.
+        snapshots: warm-up steps, in fractions of the warm-up, at which a frozen copy joins the pool; a live generator
+            is in the pool itself, beside its snapshots.
+    """
+
+    conditional: bool = False
+    live: bool = False
+    snapshots: tuple[float, ...] = (1.0,)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How images are made and how the student learns from them: data, not branches.
+
+    Args:
+        generators: the pool; each has its own seed.
+        warm_up: steps of each generator alone, on its own terms.
+        bn, instance, batch, label: weights of the generator's terms.
+        adversary: weight of the students' disagreement, which live generators maximise.
+        student_steps_per_generator_step: ratio of the alternation.
+        students: how many students live generators disagree with; the first is the product.
+        ranges: `minmax` or `lsq`.
+        calibration_batches: batches that set the first ranges.
+        batch_size, noise, width: images per step; length of the noise; channels of a generator's first map.
+        generator_learning_rate: Adam (0.5, 0.999), cosine.
+        student_learning_rate, weight_decay, clip: SGD Nesterov 0.9, cosine; clip of the gradient's norm.
+        range_learning_rate: Adam on logarithms of step sizes, cosine.
+    """
+
+    name: str
+    generators: tuple[GeneratorConfig, ...]
+    warm_up: int
+    bn: float = 4.0
+    instance: float = 1.0
+    batch: float = 1.0
+    label: float = 1.0
+    adversary: float = 1.0
+    student_steps_per_generator_step: int = 1
+    students: int = 1
+    ranges: str = "minmax"
+    calibration_batches: int = 9
+    batch_size: int = 128
+    noise: int = 128
+    width: int = 128
+    generator_learning_rate: float = 1e-3
+    student_learning_rate: float = 1e-2
+    weight_decay: float = 1e-4
+    clip: float = 1.0
+    range_learning_rate: float = 3e-3
+
+    def __post_init__(self) -> None:
+        positive = ("warm_up", "student_steps_per_generator_step", "students", "calibration_batches", "noise", "clip",
+                    "generator_learning_rate", "student_learning_rate", "range_learning_rate")  # fmt: skip
+        for name in positive:
+            check("Recipe", name, getattr(self, name), "> 0", getattr(self, name) > 0)
+        for name in ("bn", "instance", "batch", "label", "adversary", "weight_decay"):
+            check("Recipe", name, getattr(self, name), ">= 0", getattr(self, name) >= 0)
+        check("Recipe", "batch_size", self.batch_size, "at least 2", self.batch_size >= 2)
+        check("Recipe", "generators", len(self.generators), "at least 1", len(self.generators) >= 1)
+
+
+RECIPES: dict[str, Recipe] = {
+    # the published minimax: one live generator, one student, min/max ranges
+    "paper": Recipe("paper", (GeneratorConfig(live=True, snapshots=()),), warm_up=50, student_learning_rate=5e-3),
+    # the best measured: frozen snapshots of several generators, learned step sizes
+    "default": Recipe(
+        "default",
+        (
+            GeneratorConfig(snapshots=(0.25, 0.5, 1.0)),
+            GeneratorConfig(snapshots=(0.25, 0.5, 1.0)),
+            GeneratorConfig(conditional=True, snapshots=(0.25, 0.5, 1.0)),
+        ),
+        warm_up=120,
+        ranges="lsq",
+    ),
+}
+
+
+def recipe_named(name: str) -> Recipe:
+    """A recipe of `RECIPES`.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    check("quantize", "recipe", name, f"one of {', '.join(RECIPES)}", name in RECIPES)
+    return RECIPES[name]
+
+
 def to_json(value: Any) -> Any:
     """A config as JSON values, dataclasses as dicts."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -1,0 +1,5 @@
+"""`python -m dfq` is the command `dfq`."""
+
+from dfq.cli import main
+
+main()

@@ -1,0 +1,280 @@
+"""The five things that the library does, as functions; the command line is a thin layer over them."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dfq.checkpoint import CheckpointError, load_weights, save_weights
+from dfq.config import (
+    LayerBits, QuantConfig, Recipe, TeachConfig, quant_config, quant_config_from_json, recipe_named, to_json,
+)  # fmt: skip
+from dfq.data import Images
+from dfq.device import resolve_device, resolve_precision
+from dfq.evaluate import accuracy
+from dfq.loop import Observer, run_loop
+from dfq.models import ModelSpec, build_model
+from dfq.quant import freeze_ranges, prepare
+from dfq.report import model_bytes, save_curves, save_image_grid
+from dfq.run_folder import RunFolder, read_json
+from dfq.seeds import seeded_initialisation
+from dfq.teach import TeacherTraining
+from dfq.trainer import DataFreeTraining
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run made.
+
+    model: the trained network in evaluation mode (fake-quantized: exact forward); folder: where everything is;
+    calibrated: DF-Q, the same network before training (None for float students);
+    accuracies: percent by name (`teacher`, `DF-Q`, `DF-QAT-KD`, `student`), empty without test images;
+    sizes: bytes by the same names.
+    """
+
+    model: nn.Module
+    folder: Path
+    calibrated: nn.Module | None
+    accuracies: dict[str, float]
+    sizes: dict[str, int]
+    seconds: float
+
+
+def quantize(
+    model: nn.Module,
+    *,
+    input_shape: tuple[int, int, int],
+    num_classes: int,
+    preset: str = "W4A4",
+    recipe: str | Recipe = "default",
+    steps: int = 200,
+    seed: int = 0,
+    out: str | Path = "run",
+    overrides: Mapping[str, LayerBits] | None = None,
+    config: QuantConfig | None = None,
+    test_images: Images | None = None,
+    resume: bool = False,
+    device: str = "auto",
+    precision: str = "auto",
+    spec: ModelSpec | None = None,
+    observer: Observer | None = None,
+) -> Result:
+    """Quantizes a trained float classifier without any data.
+
+    Args:
+        model: convolutions, linear layers, batch norms, ReLU(6), additions, pooling (see `dfq.quant.prepare`);
+            is copied, not changed.
+        input_shape: `(C, H, W)` of its images.
+        num_classes: of its logits.
+        preset: bits, `W4A4` and so on (`dfq.config.quant_config`).
+        recipe: `default`, `paper`, or a `dfq.config.Recipe`.
+        steps: student steps.
+        seed: of everything random; the same seed gives the same bits.
+        out: a new folder for config, metrics, pictures and checkpoints.
+        overrides: bits by layer name.
+        config: a whole `QuantConfig` instead of `preset` and `overrides`.
+        test_images: real images to judge by; never trained on.
+        resume: continue the run in `out`.
+        device: `auto`, `cpu`, `cuda`, `cuda:N`.
+        precision: `auto`, `fp32`, `bf16` (autocast in training; judged by the exact forward always).
+        spec: how `model` is built by name, so that `dfq evaluate OUT` can build it again.
+        observer: sees every step.
+
+    Returns:
+        A `Result`; `result.model` is the fake-quantized network in evaluation mode.
+
+    Raises:
+        ValueError: an argument out of its rule, a model without batch norms or with an unsupported module
+            (`PrepareError`), a folder that cannot be written or resumed (`CheckpointError`).
+        NonFiniteError: training diverged; names the term.
+        Interrupted: Ctrl-C or SIGTERM, after saving.
+    """
+    recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
+    config = config or quant_config(preset, ranges=recipe.ranges, overrides=overrides)
+    where = resolve_device(device)
+    students = [prepare(copy.deepcopy(model), config) for _ in range(recipe.students)]
+    task = DataFreeTraining(
+        copy.deepcopy(model), list(students), recipe, quant=config, input_shape=input_shape, num_classes=num_classes,
+        steps=steps, seed=seed, device=where, precision=resolve_precision(precision, where),
+    )  # fmt: skip
+    settings = {
+        "command": "quantize", "model": to_json(spec), "input_shape": list(input_shape), "num_classes": num_classes,
+        "preset": preset, "quant": to_json(config), "recipe": to_json(recipe), "steps": steps, "seed": seed,
+        "device": where.type, "precision": task.precision,
+    }  # fmt: skip
+    folder = RunFolder(Path(out), settings, resume=resume)
+    started = time.monotonic()
+    run_loop(task, folder, resume=resume, observer=observer)
+    student = students[0]
+    freeze_ranges(student)
+    calibrated = prepare(copy.deepcopy(model), config).to(where)
+    calibrated.load_state_dict(task.calibrated)
+    freeze_ranges(calibrated)
+    models = {"teacher": task.teacher, "DF-Q": calibrated.eval(), "DF-QAT-KD": student.eval()}
+    return _finish(folder, models, student, calibrated, task, test_images, where, started)
+
+
+def distill(
+    teacher: nn.Module,
+    students: list[nn.Module],
+    *,
+    input_shape: tuple[int, int, int],
+    num_classes: int,
+    recipe: str | Recipe = "paper",
+    steps: int = 2000,
+    seed: int = 0,
+    out: str | Path = "run",
+    test_images: Images | None = None,
+    resume: bool = False,
+    device: str = "auto",
+    precision: str = "auto",
+    specs: list[ModelSpec] | None = None,
+    observer: Observer | None = None,
+) -> Result:
+    """Trains smaller float students on a teacher's knowledge without any data: the paper's compression half.
+
+    Args:
+        teacher: trained float classifier with batch norms.
+        students: freshly initialised classifiers, of any architectures; the first is the product, all of them are what
+            live generators disagree with. They are trained in place.
+        input_shape, num_classes, recipe, steps, seed, out, test_images, resume, device, precision, observer:
+            as in `quantize`.
+        specs: how teacher and students are built by name.
+
+    Returns:
+        A `Result`; `result.model` is the first student.
+
+    Raises:
+        ValueError, NonFiniteError, Interrupted: as `quantize`.
+    """
+    recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
+    if not students:
+        raise ValueError("distill: students must hold at least one network, got none")
+    where = resolve_device(device)
+    task = DataFreeTraining(
+        copy.deepcopy(teacher), students, replace(recipe, students=len(students)), quant=None, input_shape=input_shape,
+        num_classes=num_classes, steps=steps, seed=seed, device=where, precision=resolve_precision(precision, where),
+    )  # fmt: skip
+    settings = {
+        "command": "distill", "model": to_json(specs[1]) if specs else None, "specs": to_json(specs or []),
+        "quant": None, "input_shape": list(input_shape), "num_classes": num_classes, "recipe": to_json(recipe),
+        "steps": steps, "seed": seed, "device": where.type, "precision": task.precision,
+    }  # fmt: skip
+    folder = RunFolder(Path(out), settings, resume=resume)
+    started = time.monotonic()
+    run_loop(task, folder, resume=resume, observer=observer)
+    models = {"teacher": task.teacher, "student": students[0].eval()}
+    return _finish(folder, models, students[0], None, task, test_images, where, started)
+
+
+def teach(
+    spec: ModelSpec,
+    images: Images,
+    *,
+    config: TeachConfig | None = None,
+    seed: int = 0,
+    out: str | Path = "run",
+    test_images: Images | None = None,
+    resume: bool = False,
+    device: str = "auto",
+    precision: str = "auto",
+    observer: Observer | None = None,
+) -> Result:
+    """Trains a float classifier on real images.
+
+    Args:
+        spec: the network.
+        images: to train on; `test_images`: to judge by.
+        config: epochs, batch size, rates.
+        seed, out, resume, device, precision, observer: as in `quantize`.
+
+    Returns:
+        A `Result`; `result.model` is the trained network.
+
+    Raises:
+        ValueError, NonFiniteError, Interrupted: as `quantize`.
+    """
+    config = config or TeachConfig()
+    where = resolve_device(device)
+    with seeded_initialisation(seed, "model"):
+        model = build_model(spec)
+    task = TeacherTraining(
+        model, images, config, seed=seed, device=where, precision=resolve_precision(precision, where)
+    )  # fmt: skip
+    settings = {
+        "command": "teach", "model": to_json(spec), "quant": None, "input_shape": list(images.input_shape),
+        "num_classes": images.num_classes, "teach": to_json(config), "seed": seed, "images": len(images),
+        "device": where.type, "precision": task.precision,
+    }  # fmt: skip
+    folder = RunFolder(Path(out), settings, resume=resume)
+    started = time.monotonic()
+    run_loop(task, folder, resume=resume, observer=observer)
+    return _finish(folder, {"teacher": model.eval()}, model, None, None, test_images, where, started)
+
+
+def seeded_model(spec: ModelSpec, seed: int, index: int) -> nn.Module:
+    """The freshly initialised network of `spec`; each `index` has weights of its own."""
+    with seeded_initialisation(seed, "student", index):
+        return build_model(spec)
+
+
+def load_run(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """The product of a finished run, in evaluation mode, and the run's config.
+
+    Args:
+        path: the run's folder.
+        model: the float network, for a run whose model was not built by name.
+
+    Raises:
+        CheckpointError: no finished run there, or a model that does not fit it.
+    """
+    folder = Path(path)
+    config = read_json(folder / "config.json")["config"]
+    if model is None:
+        if config["model"] is None:
+            raise CheckpointError(f"run: {folder} must be loaded with its float model, it was not built by name")
+        model = build_model(ModelSpec(**config["model"]))
+    if config["quant"] is not None:
+        model = prepare(model, quant_config_from_json(config["quant"]))
+        freeze_ranges(model)
+    if not (folder / "model.safetensors").exists():
+        raise CheckpointError(f"run: {folder} must hold a finished run, model.safetensors is missing; continue with --resume")
+    load_weights(model, folder / "model.safetensors")
+    return model.eval(), config
+
+
+def _finish(
+    folder: RunFolder,
+    models: dict[str, nn.Module],
+    product: nn.Module,
+    calibrated: nn.Module | None,
+    task: DataFreeTraining | None,
+    test_images: Images | None,
+    device: torch.device,
+    started: float,
+) -> Result:
+    """Writes weights, pictures and result.json, and judges every model by its exact forward."""
+    save_weights(product, folder.model)
+    rows = folder.metrics()
+    try:
+        save_curves(rows, folder.path / "curves.png")
+        if task is not None:
+            images = task.sample(min(10, task.recipe.batch_size))
+            save_image_grid(images, folder.path / "images.png", [f"pool {index}" for index in range(len(images))])
+    except OSError as error:
+        raise CheckpointError(f"run: pictures in {folder.path} cannot be written: {error.strerror}") from error
+    sizes = {name: model_bytes(model) for name, model in models.items()}
+    accuracies = {}
+    if test_images is not None:
+        accuracies = {name: accuracy(model, test_images, device=device) for name, model in models.items()}
+    seconds = time.monotonic() - started
+    folder.write_json("result.json", {"accuracies": accuracies, "bytes": sizes, "seconds": round(seconds, 1)})
+    folder.close()
+    return Result(product, folder.path, calibrated, accuracies, sizes, seconds)

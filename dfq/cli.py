@@ -1,0 +1,293 @@
+"""The command line `dfq`: options in, one function of `dfq.api` called, a table or JSON out."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import nn
+
+from dfq import api, embedded
+from dfq.config import PRESETS, RECIPES, LayerBits, TeachConfig, to_json
+from dfq.data import DATASETS, DataError, Images, load_images
+from dfq.evaluate import accuracy
+from dfq.checkpoint import load_weights
+from dfq.device import resolve_device, resolve_precision
+from dfq.loop import Interrupted, NonFiniteError
+from dfq.models import MODEL_NAMES, ModelSpec, build_model
+from dfq.progress import ProgressBar, Silent
+from dfq.report import accuracy_table, model_bytes
+from dfq.run_folder import versions
+from dfq_kernels import BackendError
+from dfq_kernels.dispatch import TABLE, missing
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Data-free quantization: few-bit integer networks from a trained one, without its data.",
+)  # fmt: skip
+errors = Console(stderr=True, soft_wrap=True, highlight=False)
+
+Model = Annotated[str | None, typer.Option(help=f"{', '.join(MODEL_NAMES)}, or package.module:factory. Default: the embedded WRN-16-1 teacher for Fashion-MNIST.")]
+Weights = Annotated[Path | None, typer.Option(help="The model's weights: .safetensors, or a torch.save state dict (read with weights_only). Needed with a named --model.")]
+ModelKwargs = Annotated[str, typer.Option(help="Keyword arguments of a factory, as a JSON object.")]
+Stem = Annotated[str, typer.Option(help="First layers of a named model: cifar (stride 1) or imagenet (stride 4).")]
+InputShape = Annotated[str | None, typer.Option(help="Images of the model as C,H,W. Default: those of --data.")]
+NumClasses = Annotated[int | None, typer.Option(help="Classes of the model. Default: those of --data.")]
+Data = Annotated[str | None, typer.Option(help=f"Real test images to judge by ({', '.join(DATASETS)}). Default: fashion-mnist for the embedded teacher, none otherwise.")]
+DataRoot = Annotated[Path | None, typer.Option(help="Folder of the data set's files. Default: $DFQ_DATA/NAME, else ~/.cache/dfq/NAME.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random; the same seed gives the same bits.")]
+Out = Annotated[Path, typer.Option(help="A new folder for config, metrics, pictures and checkpoints.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Precision = Annotated[str, typer.Option(help="Of training: auto, fp32 or bf16. Accuracy is always judged by the exact forward.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+RecipeName = Annotated[str, typer.Option(help=f"How images are made and students learn: {', '.join(RECIPES)}.")]
+
+
+@app.command()
+def teach(
+    model: Annotated[str, typer.Option(help="Name of the network.")] = "wrn-16-1",
+    data: Annotated[str, typer.Option(help=f"Images to train on: {', '.join(DATASETS)}.")] = "fashion-mnist",
+    data_root: DataRoot = None,
+    stem: Stem = "cifar",
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = TeachConfig.epochs,
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = TeachConfig.batch_size,
+    learning_rate: Annotated[float, typer.Option(help="Peak of the one-cycle schedule.")] = TeachConfig.learning_rate,
+    weight_decay: Annotated[float, typer.Option(help="L2 penalty of SGD.")] = TeachConfig.weight_decay,
+    seed: Seed = 0,
+    out: Out = Path("run"),
+    resume: Resume = False,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    json_output: Json = False,
+) -> None:
+    """Train a float classifier on real images."""
+    config = TeachConfig(epochs, batch_size, learning_rate, weight_decay)
+    images = load_images(data, "train", data_root)
+    spec = ModelSpec(model, images.input_shape[0], images.num_classes, stem)
+    with _observer(json_output) as observer:
+        result = api.teach(
+            spec, images, config=config, seed=seed, out=out, test_images=load_images(data, "test", data_root),
+            resume=resume, device=device, precision=precision, observer=observer,
+        )  # fmt: skip
+    _show(result, json_output)
+
+
+@app.command()
+def quantize(
+    model: Model = None,
+    weights: Weights = None,
+    model_kwargs: ModelKwargs = "{}",
+    stem: Stem = "cifar",
+    input_shape: InputShape = None,
+    num_classes: NumClasses = None,
+    preset: Annotated[str, typer.Option(help=f"Bits of weights and activations: {', '.join(PRESETS)}, or any [gdfq-]W<2-8>A<2-8>. Edge layers have 8 bits, but in gdfq.")] = "W4A4",
+    layer_bits: Annotated[list[str] | None, typer.Option(help="Bits of one layer, LAYER=W<bits>A<bits>; may be given more than once.")] = None,
+    recipe: RecipeName = "default",
+    steps: Annotated[int, typer.Option(help="Student steps.")] = 200,
+    data: Data = None,
+    data_root: DataRoot = None,
+    seed: Seed = 0,
+    out: Out = Path("run"),
+    resume: Resume = False,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    json_output: Json = False,
+) -> None:
+    """Quantize a trained classifier without any data."""
+    network, spec, shape, test = _network(model, weights, model_kwargs, stem, input_shape, num_classes, data, data_root)
+    with _observer(json_output) as observer:
+        result = api.quantize(
+            network, input_shape=shape, num_classes=spec.num_classes, preset=preset, recipe=recipe, steps=steps,
+            seed=seed, out=out, overrides=_layer_bits(layer_bits or []), test_images=test, resume=resume,
+            device=device, precision=precision, spec=spec, observer=observer,
+        )  # fmt: skip
+    _show(result, json_output)
+
+
+@app.command()
+def distill(
+    student: Annotated[list[str], typer.Option(help="Name of a student network; given more than once, the first is the product.")],
+    model: Model = None,
+    weights: Weights = None,
+    model_kwargs: ModelKwargs = "{}",
+    stem: Stem = "cifar",
+    input_shape: InputShape = None,
+    num_classes: NumClasses = None,
+    recipe: RecipeName = "paper",
+    steps: Annotated[int, typer.Option(help="Student steps.")] = 2000,
+    data: Data = None,
+    data_root: DataRoot = None,
+    seed: Seed = 0,
+    out: Out = Path("run"),
+    resume: Resume = False,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    json_output: Json = False,
+) -> None:
+    """Train a smaller float student on a teacher's knowledge without any data."""
+    network, spec, shape, test = _network(model, weights, model_kwargs, stem, input_shape, num_classes, data, data_root)
+    specs = [ModelSpec(name, shape[0], spec.num_classes, stem) for name in student]
+    students = [api.seeded_model(item, seed, index) for index, item in enumerate(specs)]
+    with _observer(json_output) as observer:
+        result = api.distill(
+            network, students, input_shape=shape, num_classes=spec.num_classes, recipe=recipe, steps=steps, seed=seed,
+            out=out, test_images=test, resume=resume, device=device, precision=precision, specs=[spec, *specs],
+            observer=observer,
+        )  # fmt: skip
+    _show(result, json_output)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    data: Annotated[str | None, typer.Option(help=f"Test images: {', '.join(DATASETS)}. Default: fashion-mnist where it fits.")] = None,
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    json_output: Json = False,
+) -> None:
+    """Judge a run's network on real test images, by the exact forward."""
+    where = resolve_device(device)
+    model, config = api.load_run(run)
+    images = _test_images(data or embedded.DATASET, data_root, tuple(config["input_shape"]), config["num_classes"])
+    value = accuracy(model.to(where), images, device=where)
+    facts = {"run": str(run), "accuracy": value, "images": len(images), "bytes": model_bytes(model)}
+    if json_output:
+        print(json.dumps(facts))
+    else:
+        Console().print(accuracy_table([(str(run), value, facts["bytes"])], f"{len(images)} test images, exact forward"))  # type: ignore[list-item]
+
+
+@app.command()
+def info(json_output: Json = False) -> None:
+    """What this installation has: models, presets, recipes, data sets, operators, machine."""
+    device = resolve_device("auto")
+    facts: dict[str, Any] = {
+        "versions": versions(), "device": str(device), "precision": resolve_precision("auto", device),
+        "models": MODEL_NAMES, "presets": PRESETS, "recipes": to_json(RECIPES), "data": list(DATASETS),
+        "embedded teacher": embedded.teacher_facts(),
+        "operators": {
+            op: next(name for name in rows[device.type] if missing(op, name, device.type) is None)
+            for op, rows in TABLE.items()
+        },
+    }  # fmt: skip
+    if json_output:
+        print(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        text = json.dumps(value) if isinstance(value, dict) else ", ".join(value) if isinstance(value, (list, tuple)) else value
+        Console(soft_wrap=True, highlight=False).print(f"[bold]{name}[/bold]: ", end="")
+        print(text)
+
+
+def _network(
+    model: str | None, weights: Path | None, model_kwargs: str, stem: str, input_shape: str | None,
+    num_classes: int | None, data: str | None, data_root: Path | None,
+) -> tuple[nn.Module, ModelSpec, tuple[int, int, int], Images | None]:
+    """The trained network, how it is built, its image shape, and the test images if any."""
+    if model is None:
+        if weights is not None:
+            raise ValueError("quantize: model must be given with --weights, got none")
+        images = _test_images(data or embedded.DATASET, data_root, embedded.INPUT_SHAPE, embedded.SPEC.num_classes)
+        return embedded.load_teacher(), embedded.SPEC, embedded.INPUT_SHAPE, images
+    test = None if data is None else load_images(data, "test", data_root)
+    shape = test.input_shape if input_shape is None and test is not None else _shape(input_shape)
+    classes = num_classes if num_classes is not None else test.num_classes if test is not None else None
+    if classes is None:
+        raise ValueError("quantize: num_classes must be given, or --data to take it from, got neither")
+    if test is not None and test.input_shape != shape:
+        raise DataError(f"quantize: data must have the model's image shape {shape}, got {test.input_shape}")
+    if weights is None and ":" not in model:
+        raise ValueError(f"quantize: weights must be given for the named model {model}, got none")
+    spec = ModelSpec(model, shape[0], classes, stem, _json_object(model_kwargs))
+    network = build_model(spec)
+    if weights is not None:
+        load_weights(network, weights)
+    return network.eval(), spec, shape, test
+
+
+def _test_images(name: str, root: Path | None, shape: tuple[int, ...], classes: int) -> Images:
+    images = load_images(name, "test", root)
+    if images.input_shape != tuple(shape):
+        raise DataError(f"evaluate: data must have the model's image shape {tuple(shape)}, got {images.input_shape}")
+    if images.num_classes > classes:
+        raise DataError(f"evaluate: data must have at most the model's {classes} classes, got {images.num_classes}")
+    return images
+
+
+def _shape(text: str | None) -> tuple[int, int, int]:
+    parts = [part.strip() for part in (text or "").split(",")]
+    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"quantize: input_shape must be C,H,W (or --data given), got {text!r}")
+    return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+def _layer_bits(items: list[str]) -> dict[str, LayerBits]:
+    overrides = {}
+    for item in items:
+        name, _, bits = item.partition("=")
+        weights, _, activations = bits.upper().removeprefix("W").partition("A")
+        if not (name and weights.isdigit() and activations.isdigit()):
+            raise ValueError(f"quantize: layer_bits must be LAYER=W<bits>A<bits>, got {item!r}")
+        overrides[name] = LayerBits(int(weights), int(activations))
+    return overrides
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"quantize: model_kwargs must be a JSON object, got {text!r}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"quantize: model_kwargs must be a JSON object, got {text!r}")
+    return value
+
+
+@contextmanager
+def _observer(json_output: bool) -> Iterator[ProgressBar | None]:
+    with Silent() if json_output else ProgressBar(errors) as observer:
+        yield observer
+
+
+def _show(result: api.Result, json_output: bool) -> None:
+    if json_output:
+        facts = {"out": str(result.folder), "accuracies": result.accuracies, "bytes": result.sizes,
+                 "seconds": round(result.seconds, 1)}  # fmt: skip
+        print(json.dumps(facts))
+        return
+    rows = [(name, result.accuracies.get(name), size) for name, size in result.sizes.items()]
+    Console().print(accuracy_table(rows, f"{result.seconds:.0f} s, exact forward"))
+    Console(soft_wrap=True, highlight=False).print(f"everything is in {result.folder}")
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to reuse freed activations instead of returning them: page faults cost more than the arithmetic."""
+    mmap_max, trim_threshold, top_pad = -4, -1, -2  # malloc.h's M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        for parameter, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**26)):
+            library.mallopt(parameter, value)
+
+
+def main(command: Callable[[], Any] = app) -> None:
+    """Entry point: exit code 0, or one line that names the cause and 1 (128 + the signal's number if interrupted)."""
+    keep_freed_memory()
+    try:
+        command()
+    except Interrupted as error:
+        errors.print(f"dfq: {error}", markup=False)
+        raise SystemExit(128 + error.signal_number) from None
+    except (ValueError, NonFiniteError, BackendError, OSError, torch.OutOfMemoryError) as error:
+        errors.print(f"error: {' '.join(str(error).split())}", markup=False)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Noise to images, in the teacher's normalised input space."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+STAGES = 3
+
+
+class Generator(nn.Module):
+    """Linear to a small map, three times nearest upsampling with convolution, BN and ReLU, a convolution to images.
+
+    `[N, noise]` (and labels `[N]`, if `num_classes`) to `[N, C, H, W]` with zero mean and unit variance per channel.
+    Batch norms use the batch's statistics always; nothing is stored. Channels: width, width/2, width/4, width/8.
+
+    Args:
+        image_shape: `(C, H, W)`, any size.
+        noise: length of the noise vector.
+        width: channels of the first map, a multiple of 8.
+        num_classes: 0, or the number of labels that images can be asked for.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], *, noise: int, width: int, num_classes: int = 0) -> None:
+        super().__init__()
+        if width < 8 or width % 8:
+            raise ValueError(f"Generator: width must be a positive multiple of 8, got {width}")
+        self.image_shape, self.noise, self.width, self.num_classes = image_shape, noise, width, num_classes
+        self.start = tuple(math.ceil(size / 2**STAGES) for size in image_shape[1:])
+        self.project = nn.Linear(noise + num_classes, width * self.start[0] * self.start[1])
+        channels = [width >> stage for stage in range(STAGES + 1)]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(before, after, 3, 1, 1, bias=False) for before, after in zip(channels, channels[1:], strict=False)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(after, track_running_stats=False) for after in channels[1:])
+        self.to_image = nn.Conv2d(channels[-1], image_shape[0], 3, 1, 1)
+        self.normalize = nn.BatchNorm2d(image_shape[0], affine=False, track_running_stats=False)
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is not None:
+            one_hot = F.one_hot(labels, self.num_classes).to(z.dtype)
+            z = torch.cat([z, self.noise**0.5 * one_hot], dim=1)  # as long as the noise, or it would drown in it
+        x = self.project(z).view(-1, self.width, *self.start).contiguous(memory_format=torch.channels_last)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.relu(norm(conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))))
+        _, height, width = self.image_shape
+        images = torch.tanh(self.to_image(x).float())[:, :, :height, :width]
+        return self.normalize(images)

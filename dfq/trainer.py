@@ -1,0 +1,278 @@
+"""Data-free training: generators warm up, then generators and students alternate. Source: arXiv 2005.04136.
+
+    for each generator:  warm-up steps on L_psi; frozen snapshots join the pool
+    calibrate the students' ranges on images of the pool
+    for each step:
+        each live generator:  minimise  alpha L_psi - adversary * sum over students of D(teacher, student)
+        each student:         minimise  D(teacher, student) on fresh images of one generator of the pool
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfq.bn_stats import BnStatistics, freeze
+from dfq.config import GeneratorConfig, QuantConfig, Recipe
+from dfq.device import autocast
+from dfq.generator import Generator
+from dfq.loop import cosine, set_learning_rate
+from dfq.losses import batch_negentropy, distillation, instance_entropy, label_cross_entropy
+from dfq.quant import learn_ranges, range_parameters, set_adapting
+from dfq.seeds import random_source, seeded_initialisation
+
+
+@dataclass
+class Source:
+    """A generator that is being trained, its optimizer, and where its random numbers come from."""
+
+    config: GeneratorConfig
+    generator: Generator
+    optimizer: torch.optim.Optimizer
+    index: int
+
+
+class DataFreeTraining:
+    """The task that `dfq.loop.run_loop` drives.
+
+    Args:
+        teacher: float classifier with batch norms; is frozen.
+        students: the first is the product; fake-quantized (`prepare`) with `quant`, or float without.
+        recipe: how images are made and how students learn.
+        quant: the students' config; None for float students.
+        input_shape, num_classes: of the teacher.
+        steps: student steps.
+        seed: of everything random.
+
+    Raises:
+        ValueError: a teacher without batch norms, or with other outputs than `[N, num_classes]`.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        students: list[nn.Module],
+        recipe: Recipe,
+        *,
+        quant: QuantConfig | None,
+        input_shape: tuple[int, int, int],
+        num_classes: int,
+        steps: int,
+        seed: int,
+        device: torch.device,
+        precision: str,
+    ) -> None:
+        if steps < 1:
+            raise ValueError(f"quantize: steps must be at least 1, got {steps}")
+        self.teacher = freeze(teacher.to(device))
+        self.bn_statistics = BnStatistics(self.teacher)
+        self.recipe, self.quant, self.steps, self.seed = recipe, quant, steps, seed
+        self.input_shape, self.num_classes, self.device, self.precision = input_shape, num_classes, device, precision
+        self._check_teacher()
+        self.students = [student.to(device, memory_format=torch.channels_last) for student in students]  # type: ignore[call-overload]
+        self.sources = [self._source(index, config) for index, config in enumerate(recipe.generators)]
+        self.snapshots: list[tuple[int, Generator]] = []
+        self.calibrated: dict[str, Tensor] = {}
+        self.optimizers: list[tuple[torch.optim.Optimizer, ...]] = [] if quant else self._student_optimizers()
+        self.warm_up_steps = recipe.warm_up * len(self.sources)
+        self.calibration_steps = 1 if quant else 0
+        self.total_steps = self.warm_up_steps + self.calibration_steps + steps
+
+    # --- the algorithm ------------------------------------------------------------------------------------------
+
+    def step(self, index: int) -> Mapping[str, Tensor]:
+        if index < self.warm_up_steps:
+            source, local = divmod(index, self.recipe.warm_up)
+            return self._warm_up_step(self.sources[source], local)
+        if index < self.warm_up_steps + self.calibration_steps:
+            return self._calibrate()
+        return self._alternate(index - self.warm_up_steps - self.calibration_steps)
+
+    def _warm_up_step(self, source: Source, step: int) -> Mapping[str, Tensor]:
+        metrics = self._generator_step(source, "warm-up", step, students=[])
+        if step + 1 in [max(1, round(part * self.recipe.warm_up)) for part in source.config.snapshots]:
+            frozen = copy.deepcopy(source.generator).requires_grad_(False)
+            self.snapshots.append((source.index, frozen))
+        return metrics
+
+    def _alternate(self, step: int) -> Mapping[str, Tensor]:
+        metrics: dict[str, Tensor] = {}
+        if step % self.recipe.student_steps_per_generator_step == 0:
+            for source in self.sources:
+                if source.config.live:
+                    metrics |= self._generator_step(source, "live", step, students=self.students)
+        for index in range(len(self.students)):
+            metrics |= self._student_step(index, step)
+        return metrics
+
+    def _generator_step(
+        self, source: Source, phase: str, step: int, students: list[nn.Module]
+    ) -> Mapping[str, Tensor]:
+        """One step on `alpha L_psi - adversary * sum D`; without students on `L_psi` alone."""
+        recipe = self.recipe
+        total = recipe.warm_up if phase == "warm-up" else self.steps
+        set_learning_rate(source.optimizer, 1.0 if phase == "warm-up" and source.config.live else cosine(step, total))
+        images, labels = self._images(source.generator, phase, source.index, step)
+        with self.bn_statistics as statistics, autocast(self.device, self.precision):
+            teacher_logits = self.teacher(images)
+            terms = {"bn": recipe.bn * statistics.loss()}
+        if labels is None:
+            terms["instance"] = recipe.instance * instance_entropy(teacher_logits)
+            terms["batch"] = recipe.batch * batch_negentropy(teacher_logits)
+        else:
+            terms["label"] = recipe.label * label_cross_entropy(teacher_logits, labels)
+        if students and recipe.adversary > 0:
+            disagreement = [distillation(teacher_logits, self._forward(student, images)) for student in students]
+            terms["adversary"] = -recipe.adversary * torch.stack(disagreement).sum()
+        source.optimizer.zero_grad(set_to_none=True)
+        torch.stack(list(terms.values())).sum().backward(inputs=list(source.generator.parameters()))
+        nn.utils.clip_grad_norm_(source.generator.parameters(), recipe.clip)
+        source.optimizer.step()
+        return {f"generator{source.index}/{name}": term.detach() for name, term in terms.items()}
+
+    def _student_step(self, index: int, step: int) -> Mapping[str, Tensor]:
+        """One step on `D`, on fresh images, with no graph through the generator."""
+        student, optimizers = self.students[index], self.optimizers[index]
+        for optimizer in optimizers:
+            set_learning_rate(optimizer, cosine(step, self.steps))
+        pool = self._pool()
+        with torch.no_grad():
+            images, _ = self._images(pool[(step + index) % len(pool)], f"student{index}", 0, step)
+            with autocast(self.device, self.precision):
+                teacher_logits = self.teacher(images)
+        set_adapting(student, True)
+        loss = distillation(teacher_logits, self._forward(student, images))
+        set_adapting(student, False)
+        student.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), self.recipe.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+        return {f"student{index}/distillation": loss.detach()}
+
+    def _calibrate(self) -> Mapping[str, Tensor]:
+        """Sets every range on images of the pool, keeps the calibrated state (DF-Q), starts the learned ranges."""
+        assert self.quant is not None
+        pool = self._pool()
+        for student in self.students:
+            student.train()
+            set_adapting(student, True)
+            with torch.no_grad(), autocast(self.device, self.precision):
+                for batch in range(self.recipe.calibration_batches):
+                    student(self._images(pool[batch % len(pool)], "calibrate", 0, batch)[0])
+            set_adapting(student, False)
+        self.calibrated = {name: value.clone() for name, value in self.students[0].state_dict().items()}
+        for student in self.students:
+            learn_ranges(student, self.quant)
+        self.optimizers = self._student_optimizers()
+        return {}
+
+    # --- parts --------------------------------------------------------------------------------------------------
+
+    def phase(self, index: int) -> str:
+        if index < self.warm_up_steps:
+            return f"generator {index // self.recipe.warm_up + 1} of {len(self.sources)}"
+        return "calibrate" if index < self.warm_up_steps + self.calibration_steps else "student"
+
+    def sample(self, count: int) -> Tensor:
+        """Images of the pool, `count` of each member, `[members, count, C, H, W]`, the same at every call."""
+        with torch.no_grad():
+            rows = [self._images(generator, "sample", 0, index)[0][:count] for index, generator in enumerate(self._pool())]
+        return torch.stack(rows)
+
+    def _pool(self) -> list[Generator]:
+        live = [source.generator for source in self.sources if source.config.live]
+        return [generator for _, generator in self.snapshots] + live
+
+    def _images(self, generator: Generator, purpose: str, index: int, step: int) -> tuple[Tensor, Tensor | None]:
+        random = random_source(self.seed, "noise", purpose, index, step)
+        z = torch.randn(self.recipe.batch_size, generator.noise, generator=random).to(self.device)
+        labels = None
+        if generator.num_classes:
+            labels = torch.randint(generator.num_classes, (len(z),), generator=random).to(self.device)
+        with autocast(self.device, self.precision):
+            return generator(z, labels), labels
+
+    def _forward(self, student: nn.Module, images: Tensor) -> Tensor:
+        student.train()
+        with autocast(self.device, self.precision):
+            return student(images)
+
+    def _source(self, index: int, config: GeneratorConfig) -> Source:
+        recipe = self.recipe
+        with seeded_initialisation(self.seed, "generator", index):
+            generator = Generator(
+                self.input_shape, noise=recipe.noise, width=recipe.width,
+                num_classes=self.num_classes if config.conditional else 0,
+            )  # fmt: skip
+        generator = generator.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        rate = recipe.generator_learning_rate
+        groups = [{"params": list(generator.parameters()), "peak": rate}]
+        return Source(config, generator, torch.optim.Adam(groups, lr=rate, betas=(0.5, 0.999)), index)
+
+    def _student_optimizers(self) -> list[tuple[torch.optim.Optimizer, ...]]:
+        recipe = self.recipe
+        optimizers = []
+        for student in self.students:
+            ranges = range_parameters(student)
+            learned = {id(parameter) for parameter in ranges}
+            weights = [parameter for parameter in student.parameters() if id(parameter) not in learned]
+            sgd = torch.optim.SGD(
+                [{"params": weights, "peak": recipe.student_learning_rate}], lr=recipe.student_learning_rate,
+                momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay,
+            )  # fmt: skip
+            adam = [torch.optim.Adam([{"params": ranges, "peak": recipe.range_learning_rate}])] if ranges else []
+            optimizers.append((sgd, *adam))
+        return optimizers
+
+    def _check_teacher(self) -> None:
+        with torch.no_grad():
+            try:
+                logits = self.teacher(torch.zeros(2, *self.input_shape, device=self.device))
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise ValueError(f"quantize: model must accept images of {self.input_shape}: {reason}") from error
+        if not isinstance(logits, Tensor) or logits.shape != (2, self.num_classes):
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"quantize: model must give logits [N, num_classes={self.num_classes}], got {shape}")
+        if not bool(torch.isfinite(logits).all()):
+            raise ValueError("quantize: model must have finite weights, got NaN or infinite logits")
+
+    # --- resume -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "generators": [source.generator.state_dict() for source in self.sources],
+            "generator_optimizers": [source.optimizer.state_dict() for source in self.sources],
+            "snapshots": [(index, generator.state_dict()) for index, generator in self.snapshots],
+            "calibrated": self.calibrated,
+            "students": [student.state_dict() for student in self.students],
+            "optimizers": [[optimizer.state_dict() for optimizer in row] for row in self.optimizers],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for source, weights, optimizer in zip(
+            self.sources, state["generators"], state["generator_optimizers"], strict=True
+        ):
+            source.generator.load_state_dict(weights)
+            source.optimizer.load_state_dict(optimizer)
+        self.snapshots = []
+        for index, weights in state["snapshots"]:
+            frozen = copy.deepcopy(self.sources[index].generator).requires_grad_(False)
+            frozen.load_state_dict(weights)
+            self.snapshots.append((index, frozen))
+        self.calibrated = {name: value.to(self.device) for name, value in state["calibrated"].items()}
+        if self.quant and state["optimizers"]:
+            for student in self.students:
+                learn_ranges(student, self.quant)
+            self.optimizers = self._student_optimizers()
+        for student, weights in zip(self.students, state["students"], strict=True):
+            student.load_state_dict(weights)
+        for row, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            for optimizer, values in zip(row, saved, strict=True):
+                optimizer.load_state_dict(values)
