@@ -14,7 +14,14 @@ from torch import nn
 
 from dfq.checkpoint import CheckpointError, load_weights, save_weights
 from dfq.config import (
-    LayerBits, QuantConfig, Recipe, TeachConfig, quant_config, quant_config_from_json, recipe_named, to_json,
+    LayerBits,
+    QuantConfig,
+    Recipe,
+    TeachConfig,
+    quant_config,
+    quant_config_from_json,
+    recipe_named,
+    to_json,
 )  # fmt: skip
 from dfq.data import Images
 from dfq.device import resolve_device, resolve_precision
@@ -245,7 +252,9 @@ def load_run(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Modul
         model = prepare(model, quant_config_from_json(config["quant"]))
         freeze_ranges(model)
     if not (folder / "model.safetensors").exists():
-        raise CheckpointError(f"run: {folder} must hold a finished run, model.safetensors is missing; continue with --resume")
+        raise CheckpointError(
+            f"run: {folder} must hold a finished run, model.safetensors is missing; continue with --resume"
+        )
     load_weights(model, folder / "model.safetensors")
     return model.eval(), config
 

@@ -132,8 +132,10 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
 
 def save_weights(model: nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
     """Saves a model's state dict as one atomic safetensors file."""
-    state = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-             for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in model.state_dict().items()
+    }
     write_atomic(path, save(state, metadata=metadata))
 
 

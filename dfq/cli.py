@@ -16,11 +16,11 @@ from rich.console import Console
 from torch import nn
 
 from dfq import api, embedded
+from dfq.checkpoint import load_weights
 from dfq.config import PRESETS, RECIPES, LayerBits, TeachConfig, to_json
 from dfq.data import DATASETS, DataError, Images, load_images
-from dfq.evaluate import accuracy
-from dfq.checkpoint import load_weights
 from dfq.device import resolve_device, resolve_precision
+from dfq.evaluate import accuracy
 from dfq.loop import Interrupted, NonFiniteError
 from dfq.models import MODEL_NAMES, ModelSpec, build_model
 from dfq.progress import ProgressBar, Silent
@@ -35,19 +35,38 @@ app = typer.Typer(
 )  # fmt: skip
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
-Model = Annotated[str | None, typer.Option(help=f"{', '.join(MODEL_NAMES)}, or package.module:factory. Default: the embedded WRN-16-1 teacher for Fashion-MNIST.")]
-Weights = Annotated[Path | None, typer.Option(help="The model's weights: .safetensors, or a torch.save state dict (read with weights_only). Needed with a named --model.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{', '.join(MODEL_NAMES)}, or package.module:factory. Default: the embedded WRN-16-1 teacher for Fashion-MNIST."
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        help="The model's weights: .safetensors, or a torch.save state dict (read with weights_only). Needed with a named --model."
+    ),
+]
 ModelKwargs = Annotated[str, typer.Option(help="Keyword arguments of a factory, as a JSON object.")]
 Stem = Annotated[str, typer.Option(help="First layers of a named model: cifar (stride 1) or imagenet (stride 4).")]
 InputShape = Annotated[str | None, typer.Option(help="Images of the model as C,H,W. Default: those of --data.")]
 NumClasses = Annotated[int | None, typer.Option(help="Classes of the model. Default: those of --data.")]
-Data = Annotated[str | None, typer.Option(help=f"Real test images to judge by ({', '.join(DATASETS)}). Default: fashion-mnist for the embedded teacher, none otherwise.")]
-DataRoot = Annotated[Path | None, typer.Option(help="Folder of the data set's files. Default: $DFQ_DATA/NAME, else ~/.cache/dfq/NAME.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Real test images to judge by ({', '.join(DATASETS)}). Default: fashion-mnist for the embedded teacher, none otherwise."
+    ),
+]
+DataRoot = Annotated[
+    Path | None, typer.Option(help="Folder of the data set's files. Default: $DFQ_DATA/NAME, else ~/.cache/dfq/NAME.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything random; the same seed gives the same bits.")]
 Out = Annotated[Path, typer.Option(help="A new folder for config, metrics, pictures and checkpoints.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Precision = Annotated[str, typer.Option(help="Of training: auto, fp32 or bf16. Accuracy is always judged by the exact forward.")]
+Precision = Annotated[
+    str, typer.Option(help="Of training: auto, fp32 or bf16. Accuracy is always judged by the exact forward.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 RecipeName = Annotated[str, typer.Option(help=f"How images are made and students learn: {', '.join(RECIPES)}.")]
 
@@ -89,8 +108,15 @@ def quantize(
     stem: Stem = "cifar",
     input_shape: InputShape = None,
     num_classes: NumClasses = None,
-    preset: Annotated[str, typer.Option(help=f"Bits of weights and activations: {', '.join(PRESETS)}, or any [gdfq-]W<2-8>A<2-8>. Edge layers have 8 bits, but in gdfq.")] = "W4A4",
-    layer_bits: Annotated[list[str] | None, typer.Option(help="Bits of one layer, LAYER=W<bits>A<bits>; may be given more than once.")] = None,
+    preset: Annotated[
+        str,
+        typer.Option(
+            help=f"Bits of weights and activations: {', '.join(PRESETS)}, or any [gdfq-]W<2-8>A<2-8>. Edge layers have 8 bits, but in gdfq."
+        ),
+    ] = "W4A4",
+    layer_bits: Annotated[
+        list[str] | None, typer.Option(help="Bits of one layer, LAYER=W<bits>A<bits>; may be given more than once.")
+    ] = None,
     recipe: RecipeName = "default",
     steps: Annotated[int, typer.Option(help="Student steps.")] = 200,
     data: Data = None,
@@ -115,7 +141,9 @@ def quantize(
 
 @app.command()
 def distill(
-    student: Annotated[list[str], typer.Option(help="Name of a student network; given more than once, the first is the product.")],
+    student: Annotated[
+        list[str], typer.Option(help="Name of a student network; given more than once, the first is the product.")
+    ],
     model: Model = None,
     weights: Weights = None,
     model_kwargs: ModelKwargs = "{}",
@@ -149,7 +177,9 @@ def distill(
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    data: Annotated[str | None, typer.Option(help=f"Test images: {', '.join(DATASETS)}. Default: fashion-mnist where it fits.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help=f"Test images: {', '.join(DATASETS)}. Default: fashion-mnist where it fits.")
+    ] = None,
     data_root: DataRoot = None,
     device: Device = "auto",
     json_output: Json = False,
@@ -163,7 +193,9 @@ def evaluate(
     if json_output:
         print(json.dumps(facts))
     else:
-        Console().print(accuracy_table([(str(run), value, facts["bytes"])], f"{len(images)} test images, exact forward"))  # type: ignore[list-item]
+        Console().print(
+            accuracy_table([(str(run), value, facts["bytes"])], f"{len(images)} test images, exact forward")
+        )  # type: ignore[list-item]
 
 
 @app.command()
@@ -183,14 +215,26 @@ def info(json_output: Json = False) -> None:
         print(json.dumps(facts))
         return
     for name, value in facts.items():
-        text = json.dumps(value) if isinstance(value, dict) else ", ".join(value) if isinstance(value, (list, tuple)) else value
+        text = (
+            json.dumps(value)
+            if isinstance(value, dict)
+            else ", ".join(value)
+            if isinstance(value, (list, tuple))
+            else value
+        )
         Console(soft_wrap=True, highlight=False).print(f"[bold]{name}[/bold]: ", end="")
         print(text)
 
 
 def _network(
-    model: str | None, weights: Path | None, model_kwargs: str, stem: str, input_shape: str | None,
-    num_classes: int | None, data: str | None, data_root: Path | None,
+    model: str | None,
+    weights: Path | None,
+    model_kwargs: str,
+    stem: str,
+    input_shape: str | None,
+    num_classes: int | None,
+    data: str | None,
+    data_root: Path | None,
 ) -> tuple[nn.Module, ModelSpec, tuple[int, int, int], Images | None]:
     """The trained network, how it is built, its image shape, and the test images if any."""
     if model is None:

@@ -68,10 +68,14 @@ class QuantConfig:
             value = getattr(self, name)
             check("QuantConfig", name, value, f"one of {', '.join(allowed)}", value in allowed)
         check("QuantConfig", "residual_bits", self.residual_bits, "in [2, 8]", 2 <= self.residual_bits <= 8)
-        check("QuantConfig", "averaging_constant", self.averaging_constant, "in (0, 1]", 0 < self.averaging_constant <= 1)
+        check(
+            "QuantConfig", "averaging_constant", self.averaging_constant, "in (0, 1]", 0 < self.averaging_constant <= 1
+        )
 
 
-def quant_config(preset: str, *, ranges: str = "minmax", overrides: Mapping[str, LayerBits] | None = None) -> QuantConfig:
+def quant_config(
+    preset: str, *, ranges: str = "minmax", overrides: Mapping[str, LayerBits] | None = None
+) -> QuantConfig:
     """The config of a preset.
 
     `W4A4`: 4-bit weights and activations between 8-bit edge layers. `gdfq-W4A4`: the convention of GDFQ and its
@@ -87,12 +91,12 @@ def quant_config(preset: str, *, ranges: str = "minmax", overrides: Mapping[str,
     """
     match = re.fullmatch(r"(?:(gdfq)-)?W(\d+)A(\d+)", "gdfq-W4A4" if preset == "gdfq" else preset)
     if match is None:
-        raise ValueError(f"quantize: preset must be one of {', '.join(PRESETS)} or [gdfq-]W<bits>A<bits>, got {preset!r}")
+        raise ValueError(
+            f"quantize: preset must be one of {', '.join(PRESETS)} or [gdfq-]W<bits>A<bits>, got {preset!r}"
+        )
     bits = LayerBits(int(match[2]), int(match[3]))
     if match[1]:
-        return QuantConfig(
-            bits, bits, bits, dict(overrides or {}), weight_scheme="affine", activations="after_relu"
-        )
+        return QuantConfig(bits, bits, bits, dict(overrides or {}), weight_scheme="affine", activations="after_relu")
     return QuantConfig(bits, overrides=dict(overrides or {}), ranges=ranges)
 
 

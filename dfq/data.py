@@ -103,7 +103,14 @@ def load_images(name: str, split: str, root: Path | None = None) -> Images:
             f"download it from {info.page}"
         ) from error
     except (
-        EOFError, OSError, ValueError, KeyError, IndexError, zlib.error, tarfile.TarError, UnidentifiedImageError
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        zlib.error,
+        tarfile.TarError,
+        UnidentifiedImageError,
     ) as error:
         raise DataError(f"load_images: {name} ({split}) in {folder} cannot be read: {error}") from error
     if len(pixels) == 0 or len(pixels) != len(labels):
@@ -266,7 +273,9 @@ def _decode(rows: list[tuple[Path, int]]) -> tuple[Tensor, Tensor]:
         if index == 0:
             pixels = np.empty((len(rows), *array.shape), np.uint8)
         if array.shape != pixels.shape[1:]:
-            raise ValueError(f"{path} must be {pixels.shape[2]}x{pixels.shape[1]}, got {array.shape[1]}x{array.shape[0]}")
+            raise ValueError(
+                f"{path} must be {pixels.shape[2]}x{pixels.shape[1]}, got {array.shape[1]}x{array.shape[0]}"
+            )
         pixels[index] = array
     labels = torch.tensor([label for _, label in rows])
     return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()), labels
@@ -283,31 +292,43 @@ DATASETS: dict[str, DatasetInfo] = {
     "fashion-mnist": DatasetInfo(
         page="https://github.com/zalandoresearch/fashion-mnist (or Debian's package dataset-fashion-mnist)",
         place="{train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz]",
-        num_classes=10, read=_fashion_mnist, **_FASHION,
+        num_classes=10,
+        read=_fashion_mnist,
+        **_FASHION,
     ),
     "cifar10": DatasetInfo(
         page="https://www.cs.toronto.edu/~kriz/cifar.html (binary version)",
         place="cifar-10-batches-bin/{data_batch_1..5,test_batch}.bin",
-        num_classes=10, read=_cifar("cifar-10-batches-bin", 1), **_CIFAR10,
+        num_classes=10,
+        read=_cifar("cifar-10-batches-bin", 1),
+        **_CIFAR10,
     ),
     "cifar100": DatasetInfo(
         page="https://www.cs.toronto.edu/~kriz/cifar.html (binary version)",
         place="cifar-100-binary/{train,test}.bin",
-        num_classes=100, read=_cifar("cifar-100-binary", 2), **_CIFAR100,
+        num_classes=100,
+        read=_cifar("cifar-100-binary", 2),
+        **_CIFAR100,
     ),
     "svhn": DatasetInfo(
         page="http://ufldl.stanford.edu/housenumbers/ (format 2)",
         place="{train,test}_32x32.mat",
-        num_classes=10, read=_svhn, **_SVHN,
+        num_classes=10,
+        read=_svhn,
+        **_SVHN,
     ),
     "tiny-imagenet": DatasetInfo(
         page="http://cs231n.stanford.edu/tiny-imagenet-200.zip",
         place="tiny-imagenet-200/{wnids.txt,train,val}",
-        num_classes=200, read=_tiny_imagenet, **_IMAGENET,
+        num_classes=200,
+        read=_tiny_imagenet,
+        **_IMAGENET,
     ),
     "image-folder": DatasetInfo(
         page="your own images",
         place="{train,test}/<class>/<image files of one size>",
-        num_classes=0, read=_image_folder, **_IMAGENET,
+        num_classes=0,
+        read=_image_folder,
+        **_IMAGENET,
     ),
 }

@@ -22,7 +22,9 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device must be one that this machine has, got {name!r} with {torch.cuda.device_count()} GPUs")
+        raise ValueError(
+            f"device must be one that this machine has, got {name!r} with {torch.cuda.device_count()} GPUs"
+        )
     return device
 
 

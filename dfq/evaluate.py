@@ -28,7 +28,9 @@ def accuracy(model: nn.Module, images: Images, *, device: torch.device, batch_si
             logits = model(images.normalize(pixels).contiguous(memory_format=torch.channels_last))
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"evaluate: images must be what the model takes, got {images.input_shape}: {reason}") from error
+            raise ValueError(
+                f"evaluate: images must be what the model takes, got {images.input_shape}: {reason}"
+            ) from error
         if logits.shape[1] < images.num_classes:
             raise ValueError(f"evaluate: model must have {images.num_classes} classes or more, got {logits.shape[1]}")
         correct += int((logits.argmax(1) == labels).sum())

@@ -44,7 +44,9 @@ def _elements(data: bytes) -> Iterator[tuple[int, bytes]]:
             start = position + 8
             end = start + size if kind == _COMPRESSED else start + (size + 7) // 8 * 8
         if start + size > len(data):
-            raise ValueError(f"an element of {size} bytes must fit the file, got {len(data) - start} bytes (truncated?)")
+            raise ValueError(
+                f"an element of {size} bytes must fit the file, got {len(data) - start} bytes (truncated?)"
+            )
         yield kind, data[start : start + size]
         position = end
 

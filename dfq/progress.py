@@ -31,7 +31,9 @@ class ProgressBar:
         self.progress.stop()
 
     def on_step(self, phase: str, index: int, total: int, metrics: Mapping[str, float]) -> None:
-        terms = "  ".join(f"{name.rpartition('/')[2]} {value:.3f}" for name, value in list(metrics.items())[-SHOWN_TERMS:])
+        terms = "  ".join(
+            f"{name.rpartition('/')[2]} {value:.3f}" for name, value in list(metrics.items())[-SHOWN_TERMS:]
+        )
         self.progress.update(self.task, completed=index + 1, total=total, phase=phase, terms=terms)
 
 

@@ -42,7 +42,9 @@ class RunFolder:
         config_path = path / "config.json"
         if config_path.exists():
             if not resume:
-                raise CheckpointError(f"run: out must be a new folder or resume must be set, got {path} with a run in it")
+                raise CheckpointError(
+                    f"run: out must be a new folder or resume must be set, got {path} with a run in it"
+                )
             self._compare(read_json(config_path)["config"], wanted)
         else:
             self.write_json("config.json", {"config": wanted, "versions": versions()})

@@ -27,7 +27,10 @@ class TeacherTraining:
         self.config, self.device, self.precision = config, device, precision
         self.optimizer = torch.optim.SGD(
             [{"params": list(self.model.parameters()), "peak": config.learning_rate}],
-            lr=config.learning_rate, momentum=0.9, nesterov=True, weight_decay=config.weight_decay,
+            lr=config.learning_rate,
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=config.weight_decay,
         )
 
     def phase(self, index: int) -> str:

@@ -1,10 +1,10 @@
 """Data-free training: generators warm up, then generators and students alternate. Source: arXiv 2005.04136.
 
-    for each generator:  warm-up steps on L_psi; frozen snapshots join the pool
-    calibrate the students' ranges on images of the pool
-    for each step:
-        each live generator:  minimise  alpha L_psi - adversary * sum over students of D(teacher, student)
-        each student:         minimise  D(teacher, student) on fresh images of one generator of the pool
+for each generator:  warm-up steps on L_psi; frozen snapshots join the pool
+calibrate the students' ranges on images of the pool
+for each step:
+    each live generator:  minimise  alpha L_psi - adversary * sum over students of D(teacher, student)
+    each student:         minimise  D(teacher, student) on fresh images of one generator of the pool
 """
 
 from __future__ import annotations
@@ -110,9 +110,7 @@ class DataFreeTraining:
             metrics |= self._student_step(index, step)
         return metrics
 
-    def _generator_step(
-        self, source: Source, phase: str, step: int, students: list[nn.Module]
-    ) -> Mapping[str, Tensor]:
+    def _generator_step(self, source: Source, phase: str, step: int, students: list[nn.Module]) -> Mapping[str, Tensor]:
         """One step on `alpha L_psi - adversary * sum D`; without students on `L_psi` alone."""
         recipe = self.recipe
         total = recipe.warm_up if phase == "warm-up" else self.steps
@@ -182,7 +180,9 @@ class DataFreeTraining:
     def sample(self, count: int) -> Tensor:
         """Images of the pool, `count` of each member, `[members, count, C, H, W]`, the same at every call."""
         with torch.no_grad():
-            rows = [self._images(generator, "sample", 0, index)[0][:count] for index, generator in enumerate(self._pool())]
+            rows = [
+                self._images(generator, "sample", 0, index)[0][:count] for index, generator in enumerate(self._pool())
+            ]
         return torch.stack(rows)
 
     def _pool(self) -> list[Generator]:

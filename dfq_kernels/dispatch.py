@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from functools import lru_cache
+from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -33,7 +33,7 @@ class BackendError(RuntimeError):
     """The backend that was asked for is not there."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def missing(op: str, backend: str, device_type: str) -> str | None:
     """Why `backend` cannot run `op` on `device_type`; None if it can.
 
@@ -56,7 +56,7 @@ def missing(op: str, backend: str, device_type: str) -> str | None:
 _LOADED: dict[tuple[str, str], ModuleType] = {}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _choose(op: str, backend: str, device_type: str) -> str:
     reason: str | None = None
     for name in TABLE[op].get(device_type, ("reference",)) if backend == "auto" else (backend,):

@@ -13,30 +13,36 @@ from torch import Tensor
 from dfq_kernels.dispatch import TABLE
 
 
+Make = Callable[[torch.Generator], tuple[dict[str, Any], dict[str, Any]]]
+
+
 @dataclass(frozen=True)
 class Case:
     """One set of arguments of an operator.
 
-    name: unique in its spec; make: seeded generator -> (tensors that may get gradients, keyword arguments).
-    cases are built fresh for every call, because an operator may update its ranges in place.
+    name: unique in its spec; make: seeded generator -> (tensors, keyword arguments), fresh at every call, because an
+    operator may update its ranges in place; gradients: whether gradients are compared (not where values are NaN).
     """
 
     name: str
-    make: Callable[[torch.Generator], tuple[dict[str, Any], dict[str, Any]]]
+    make: Make
+    gradients: bool = True
 
 
 @dataclass(frozen=True)
 class OpSpec:
     """What a test or a benchmark must know of an operator.
 
-    op: name in `dispatch.TABLE`; call: the public function;
-    cases: every branch of the maths; exact: whether values are bit-equal to the reference (else `rtol`, `atol`);
-    mutated: arguments that the call updates in place; bytes_moved: ideal traffic, forward and backward, per case;
-    mutations: faults that some case must notice, as (text in reference.py, text that replaces it).
+    op: name in `dispatch.TABLE`; call: the public function, tensors and keywords by name;
+    differentiable: tensors that get gradients; cases: every branch of the maths;
+    bytes_moved: ideal traffic of a case's tensors, forward and backward;
+    exact: values bit-equal between backends, else within `rtol` and `atol`; mutated: tensors updated in place;
+    mutations: faults that some test must notice, as (text in reference.py, text that replaces it).
     """
 
     op: str
     call: Callable[..., Any]
+    differentiable: tuple[str, ...]
     cases: tuple[Case, ...]
     bytes_moved: Callable[[dict[str, Any]], tuple[int, int]]
     exact: bool = True
@@ -51,8 +57,11 @@ def all_specs() -> dict[str, OpSpec]:
     return {op: importlib.import_module(f"dfq_kernels.{op}.spec").SPEC for op in TABLE}
 
 
+# --- parts of cases ---------------------------------------------------------------------------------------------
+
+
 def randn(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    """Normal values for a case."""
+    """Normal values."""
     return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
 
@@ -61,14 +70,35 @@ def nbytes(*tensors: Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def layouts(x: Tensor) -> dict[str, Tensor]:
-    """`x` as the memory layouts that users have: contiguous, channels-last, a slice, a transposed view, misaligned."""
-    wide = torch.empty(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
-    wide[..., ::2] = x
-    offset = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
-    offset.copy_(x)
-    views = {"contiguous": x, "slice": wide[..., ::2], "misaligned": offset}
-    if x.dim() == 4:
-        views["channels_last"] = x.contiguous(memory_format=torch.channels_last)
-        views["transposed"] = x.transpose(2, 3).contiguous().transpose(2, 3)
-    return views
+def fresh_range(low: float = float("inf"), high: float = float("-inf"), scale: float = 1.0) -> dict[str, Tensor]:
+    """A moving range and its parameters; by default one that has seen nothing."""
+    values = {"running_min": low, "running_max": high, "scale": scale, "zero_point": 0.0}
+    return {name: torch.tensor(value) for name, value in values.items()}
+
+
+def batch_norm(generator: torch.Generator, channels: int) -> dict[str, Any]:
+    """Parameters and stored statistics."""
+    return {
+        "weight": randn(generator, channels),
+        "bias": randn(generator, channels),
+        "running_mean": randn(generator, channels),
+        "running_var": randn(generator, channels).square() + 0.1,
+    }
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "slice": lambda x: torch.stack([x, x], dim=-1).flatten(-2)[..., ::2],
+    "misaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    "expanded": lambda x: x[:, :, :, :1].expand(*x.shape[:3], 5),
+}
+
+
+def layout_cases(arguments: Callable[[Tensor], tuple[dict[str, Any], dict[str, Any]]]) -> tuple[Case, ...]:
+    """One case per memory layout that users have; `arguments` puts the tensor into the call."""
+
+    def make_with(view: Callable[[Tensor], Tensor]) -> Make:
+        return lambda generator: arguments(view(randn(generator, 3, 5, 7, 11)))
+
+    return tuple(Case(name, make_with(view)) for name, view in LAYOUTS.items())

@@ -76,7 +76,9 @@ def trace(model: nn.Module) -> list[fx.Node]:
     for name, count in calls.items():
         module = model.get_submodule(name)
         if count > 1 and MODULES.get(type(module)) in (*LAYERS, Kind.BATCH_NORM):
-            raise PrepareError(f"prepare: {name} ({type(module).__name__}) must be called once, got {count} calls; copy it")
+            raise PrepareError(
+                f"prepare: {name} ({type(module).__name__}) must be called once, got {count} calls; copy it"
+            )
     return nodes
 
 

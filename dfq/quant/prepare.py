@@ -257,7 +257,11 @@ class _Builder:
         return self.model.get_submodule(str(node.target))
 
     def _activation(self, node: fx.Node) -> str:
-        name = type(self._module(node)).__name__ if node.op == "call_module" else str(getattr(node.target, "__name__", node.target))
+        name = (
+            type(self._module(node)).__name__
+            if node.op == "call_module"
+            else str(getattr(node.target, "__name__", node.target))
+        )
         return "relu6" if "6" in name else "relu"
 
     def _item(self, node: fx.Node, index: int) -> fx.Node:

@@ -49,8 +49,13 @@ class ActivationQuantizer(nn.Module):
         bounds = {"quant_min": self.quant_min, "quant_max": self.quant_max}
         if self.observing:
             out = dfq_kernels.observe_fake_quant(
-                x, self.running_min, self.running_max, self.scale, self.zero_point,
-                averaging_constant=self.averaging_constant, **bounds,
+                x,
+                self.running_min,
+                self.running_max,
+                self.scale,
+                self.zero_point,
+                averaging_constant=self.averaging_constant,
+                **bounds,
             )
             return out, self.scale
         scale = self.current_scale()

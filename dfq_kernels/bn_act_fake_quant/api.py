@@ -108,8 +108,17 @@ class BnActFakeQuant(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor,
-        running_min: Tensor, running_max: Tensor, scale: Tensor, zero_point: Tensor, settings: tuple[Any, ...],
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        running_min: Tensor,
+        running_max: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        settings: tuple[Any, ...],
         impl: ModuleType,
     ) -> Tensor:
         out, mean, var = impl.forward(

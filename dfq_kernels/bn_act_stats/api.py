@@ -58,7 +58,9 @@ def bn_act_stats(
     check_activation(OP, activation)
     for name, parameter in parameters.items():
         if parameter is not None and parameter.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{OP}: {name} must not require a gradient (the teacher is frozen), got requires_grad=True")
+            raise ValueError(
+                f"{OP}: {name} must not require a gradient (the teacher is frozen), got requires_grad=True"
+            )
     impl = resolve(OP, backend, x.device.type)
     out, mean, var = BnActStats.apply(x, weight, bias, running_mean, running_var, eps, activation, impl)
     return out, mean, var
@@ -69,8 +71,15 @@ class BnActStats(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor,
-        eps: float, activation: str | None, impl: ModuleType,
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        eps: float,
+        activation: str | None,
+        impl: ModuleType,
     ) -> tuple[Tensor, Tensor, Tensor]:
         out, mean, var = impl.forward(x, weight, bias, running_mean, running_var, eps, activation)
         ctx.save_for_backward(x, out, mean, weight, running_var)

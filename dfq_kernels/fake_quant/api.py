@@ -90,7 +90,13 @@ class FakeQuant(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None,
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        quant_min: int,
+        quant_max: int,
+        axis: int | None,
         impl: ModuleType,
     ) -> Tensor:
         out, inside = impl.forward(x, scale, zero_point, quant_min, quant_max, axis)

@@ -24,7 +24,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """`(out, inside)`; `inside` marks the elements that pass a gradient. In-place steps, each one rounding."""
     scale, zero_point = per_axis(scale, x, axis), per_axis(zero_point, x, axis)
-    rounded = (x * (1 / scale)).add_(zero_point).round_()
+    # an explicit cast: a scale of no dimensions would not widen bf16
+    rounded = (x.to(scale.dtype) * (1 / scale)).add_(zero_point).round_()
     q = rounded.clamp(quant_min, quant_max)
     inside = q == rounded  # false for NaN
     return q.sub_(zero_point).mul_(scale).to(x.dtype), inside
@@ -41,7 +42,7 @@ def backward_learned(
     """Gradients of x, scale and zero_point, the last two summed in the arithmetic's type."""
     scale_b, zero_point_b = per_axis(scale, x, axis), per_axis(zero_point, x, axis)
     grad = grad_out.to(arithmetic_dtype(x))
-    scaled = x * (1 / scale_b)
+    scaled = x.to(grad.dtype) * (1 / scale_b)
     rounded = (scaled + zero_point_b).round_()
     q = rounded.clamp(quant_min, quant_max)
     inside = q == rounded

@@ -75,8 +75,14 @@ class ObserveFakeQuant(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, running_min: Tensor, running_max: Tensor, scale: Tensor, zero_point: Tensor,
-        settings: tuple[float, int, int, bool], impl: ModuleType,
+        ctx: Any,
+        x: Tensor,
+        running_min: Tensor,
+        running_max: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        settings: tuple[float, int, int, bool],
+        impl: ModuleType,
     ) -> Tensor:
         out, inside = impl.forward(x, running_min, running_max, scale, zero_point, *settings)
         ctx.save_for_backward(inside)

@@ -1,0 +1,38 @@
+# The developer interface. `make demo` and `make test` do everything from a clean clone.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint types readme accuracy clean
+
+# torch first and by its exact version, so that a wheel on disk or a mirror is taken and nothing resolves to another one
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: .venv/installed          ## quantize the embedded network to W4A4 without data and judge it on real images
+	rm -rf runs/demo
+	$(BIN)/dfq quantize --preset W4A4 --recipe default --steps 200 --seed 0 --out runs/demo
+
+test: .venv/installed          ## lint, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: .venv/installed
+	$(BIN)/mypy
+
+accuracy: .venv/installed      ## the README's accuracy table and ablation: hours on two cores
+	$(BIN)/python -m benchmarks.accuracy
+
+readme: .venv/installed        ## builds the README's tables from benchmarks/results
+	$(BIN)/python -m benchmarks.readme
+
+clean:
+	rm -rf .venv build runs *.egg-info

@@ -1,0 +1,63 @@
+"""Cases of `bn_act_fake_quant`: training and frozen, observing and learned, activations, types, layouts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dfq_kernels.bn_act_fake_quant.api import bn_act_fake_quant
+from dfq_kernels.specs import Case, OpSpec, batch_norm, fresh_range, layout_cases, nbytes, randn
+
+Arguments = tuple[dict[str, Any], dict[str, Any]]
+
+
+def _random(dtype: torch.dtype = torch.float32, affine: bool = True, spread: float = 1, **settings: Any) -> Any:
+    def make(generator: torch.Generator) -> Arguments:
+        x = randn(generator, 4, 16, 9, 7, scale=spread).to(dtype)
+        parameters = batch_norm(generator, 16)
+        if not affine:
+            parameters |= {"weight": None, "bias": None}
+        ranges = fresh_range(0.0, 2.0, scale=0.15) if not settings.get("observe", True) else fresh_range()
+        return {"x": x, **parameters, **ranges}, {"quant_max": 15, **settings}
+
+    return make
+
+
+def _layout(x: torch.Tensor) -> Arguments:
+    parameters = batch_norm(torch.Generator().manual_seed(1), x.shape[1])
+    return {"x": x, **parameters, **fresh_range()}, {"quant_max": 15}
+
+
+SPEC = OpSpec(
+    op="bn_act_fake_quant",
+    call=bn_act_fake_quant,
+    differentiable=("x", "weight", "bias", "scale"),
+    mutated=("running_mean", "running_var", "running_min", "running_max", "scale", "zero_point"),
+    exact=False,
+    rtol=1e-5,
+    atol=1e-6,
+    cases=(
+        Case("frozen", _random()),
+        Case("training", _random(training=True)),
+        Case("training_learned", _random(training=True, observe=False)),
+        Case("frozen_learned", _random(observe=False)),
+        Case("relu6", _random(activation="relu6", spread=9)),
+        Case("identity", _random(activation=None, quant_min=-8, quant_max=7)),
+        Case("symmetric", _random(activation=None, quant_min=-8, quant_max=7, symmetric=True)),
+        Case("no_parameters", _random(affine=False)),
+        Case("bf16", _random(torch.bfloat16)),
+        Case("fp16", _random(torch.float16)),
+        *layout_cases(_layout),
+    ),
+    bytes_moved=lambda tensors: (2 * nbytes(tensors["x"]), 3 * nbytes(tensors["x"])),
+    mutations=(
+        ("var * (count / (count - 1))", "var"),
+        ("grad = activation_grad(grad, y, activation)", "grad = grad"),
+        ("- per_axis(grad_bias / count, x, 1)", ""),
+        ("- normalized * per_axis(grad_weight / count, x, 1)", ""),
+        ("grad_weight = (grad * normalized)", "grad_weight = (grad * x)"),
+        ("if observe:", "if False:"),
+        ("mean, var = bn_stats.forward(x)", "mean, var = running_mean.clone(), running_var.clone()"),
+    ),
+)

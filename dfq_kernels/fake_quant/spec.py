@@ -1,0 +1,82 @@
+"""Cases of `fake_quant`: one per branch of the maths, ties above all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dfq_kernels.fake_quant.api import fake_quant
+from dfq_kernels.specs import Case, OpSpec, layout_cases, nbytes, randn
+
+Arguments = tuple[dict[str, Any], dict[str, Any]]
+
+
+def _ties(_: torch.Generator) -> Arguments:
+    """Every half between the bounds, and just beyond them; an odd zero point moves the ties."""
+    x = torch.arange(-24, 25) / 2 * 0.25
+    return {"x": x, "scale": torch.tensor(0.25), "zero_point": torch.tensor(3.0)}, {"quant_min": -8, "quant_max": 7}
+
+
+def _special(_: torch.Generator) -> Arguments:
+    x = torch.tensor([float("nan"), float("inf"), float("-inf"), 3e38, -3e38, 0.0, -0.0, 1e-45])
+    return {"x": x, "scale": torch.tensor(1e-3), "zero_point": torch.tensor(0.0)}, {"quant_min": 0, "quant_max": 15}
+
+
+def _random(dtype: torch.dtype, scale: float, bounds: tuple[int, int], zero_point: float) -> Any:
+    def make(generator: torch.Generator) -> Arguments:
+        x = randn(generator, 4, 3, 17, 13, dtype=dtype)
+        tensors = {"x": x, "scale": torch.tensor(scale), "zero_point": torch.tensor(zero_point)}
+        return tensors, {"quant_min": bounds[0], "quant_max": bounds[1]}
+
+    return make
+
+
+def _axis(axis: int) -> Any:
+    def make(generator: torch.Generator) -> Arguments:
+        x = randn(generator, 5, 7, 3, 11)
+        channels = x.shape[axis]
+        scale = torch.rand(channels, generator=generator) * 0.2 + 0.01
+        zero_point = torch.randint(-3, 4, (channels,), generator=generator).float()
+        return {"x": x, "scale": scale, "zero_point": zero_point}, {"quant_min": -8, "quant_max": 7, "axis": axis}
+
+    return make
+
+
+def _layout(x: torch.Tensor) -> Arguments:
+    tensors = {"x": x, "scale": torch.tensor(0.1), "zero_point": torch.tensor(2.0)}
+    return tensors, {"quant_min": 0, "quant_max": 15}
+
+
+def _empty(_: torch.Generator) -> Arguments:
+    return {"x": torch.empty(0, 3), "scale": torch.tensor(1.0), "zero_point": torch.tensor(0.0)}, {}
+
+
+SPEC = OpSpec(
+    op="fake_quant",
+    call=fake_quant,
+    differentiable=("x", "scale", "zero_point"),
+    cases=(
+        Case("ties", _ties),
+        Case("special", _special, gradients=False),
+        Case("empty", _empty, gradients=False),
+        Case("fp32_s8", _random(torch.float32, 0.02, (-128, 127), 0.0)),
+        Case("fp32_u4", _random(torch.float32, 0.11, (0, 15), 5.0)),
+        Case("fp32_s2", _random(torch.float32, 0.7, (-2, 1), 0.0)),
+        Case("bf16_u4", _random(torch.bfloat16, 0.11, (0, 15), 5.0)),
+        Case("fp16_s8", _random(torch.float16, 0.02, (-128, 127), -7.0)),
+        *(Case(f"axis{axis}", _axis(axis)) for axis in (0, 1, -1)),
+        *layout_cases(_layout),
+    ),
+    bytes_moved=lambda tensors: (2 * nbytes(tensors["x"]) + tensors["x"].numel() // 8,) * 2,
+    mutations=(
+        (".round_()", ".add_(0.5).floor_()"),
+        (".to(scale.dtype) * (1 / scale)", ".to(scale.dtype) / scale"),
+        ("x.to(scale.dtype) * (1", "x * (1"),
+        ("inside = q == rounded", "inside = q != rounded"),
+        (".add_(zero_point).round_()", ".round_().add_(zero_point)"),
+        ("(q - zero_point_b) - scaled, q", "(q - zero_point_b), q"),
+        ("grad * -scale_b", "grad * scale_b"),
+        ("return q.sub_(zero_point).mul_(scale)", "return q.mul_(scale)"),
+    ),
+)

@@ -1,0 +1,82 @@
+"""What several test files use: the seed that is printed, small networks, small runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: kernels run on CPU tensors
+
+import pytest
+import torch
+from torch import nn
+
+import dfq
+from dfq.config import GeneratorConfig, Recipe
+
+SEED = int(os.environ.get("DFQ_TEST_SEED", "20260101"))
+
+
+def pytest_report_header() -> str:
+    return f"random inputs: DFQ_TEST_SEED={SEED}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
+@pytest.fixture
+def random() -> torch.Generator:
+    torch.manual_seed(SEED)
+    return torch.Generator().manual_seed(SEED)
+
+
+class SmallNet(nn.Module):
+    """Stem, a residual block with a strided shortcut, pooling, a head: every kind of value that prepare() meets."""
+
+    def __init__(self, in_channels: int = 1, num_classes: int = 4) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(in_channels, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8)
+        self.conv3, self.bn3 = nn.Conv2d(8, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
+        self.shortcut = nn.Conv2d(8, 8, 1, 2, bias=True)
+        self.relu, self.pool, self.fc = nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Linear(8, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(x)))))
+        return self.fc(self.pool(self.relu(out + self.shortcut(x))).flatten(1))
+
+
+def small_net(**sizes: int) -> SmallNet:
+    """A factory for the tests of `package.module:factory`, and a net with statistics that are not the defaults."""
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        net = SmallNet(**sizes)
+        net.train()
+        with torch.no_grad():
+            for _ in range(5):
+                net(torch.randn(32, net.conv1.in_channels, 12, 12))
+    return net.eval()
+
+
+SMALL_RECIPE = Recipe(
+    "small",
+    (GeneratorConfig(live=True, snapshots=(0.5,)), GeneratorConfig(conditional=True, snapshots=(1.0,))),
+    warm_up=3, batch_size=8, noise=8, width=8, calibration_batches=2, students=2, student_steps_per_generator_step=2,
+    ranges="lsq",
+)  # fmt: skip
+
+
+@pytest.fixture
+def run_small(tmp_path: Path):
+    """Quantizes the small net; keywords go to `dfq.quantize`."""
+
+    def run(**keywords):
+        settings = {"preset": "W3A3", "recipe": SMALL_RECIPE, "steps": 4, "out": tmp_path / "run", "precision": "fp32"}
+        return dfq.quantize(small_net(), input_shape=(1, 12, 12), num_classes=4, **(settings | keywords))
+
+    return run

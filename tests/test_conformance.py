@@ -1,0 +1,149 @@
+"""Every operator x backend x case against the reference, and what every backend must keep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dfq_kernels.dispatch import BACKENDS, missing
+from dfq_kernels.specs import Case, OpSpec, all_specs
+from tests.conftest import SEED
+
+DEVICES = ("cpu", "cuda")
+SPECS = all_specs()
+
+
+def parameters() -> list[Any]:
+    rows = []
+    for op, spec in SPECS.items():
+        for device in DEVICES:
+            for backend in BACKENDS:
+                reason = missing(op, backend, device)
+                marks = [pytest.mark.gpu] if device == "cuda" else []
+                if reason is not None:
+                    marks.append(pytest.mark.skip(reason=f"{op} {backend} {device}: {reason}"))
+                    rows.append(
+                        pytest.param(spec, spec.cases[0], backend, device, marks=marks, id=f"{op}-{backend}-{device}")
+                    )
+                    continue
+                rows += [
+                    pytest.param(spec, case, backend, device, marks=marks, id=f"{op}-{case.name}-{backend}-{device}")
+                    for case in spec.cases
+                ]
+    return rows
+
+
+every_case = pytest.mark.parametrize(("spec", "case", "backend", "device"), parameters())
+
+
+def run(
+    spec: OpSpec, case: Case, backend: str, device: str, *, call: Any = None, contiguous: bool = False
+) -> dict[str, Tensor]:
+    """Outputs, updated tensors and gradients of one fresh call, by name."""
+    tensors, keywords = case.make(torch.Generator().manual_seed(SEED))
+    for name, value in tensors.items():
+        if isinstance(value, Tensor):
+            value = value.to(device)
+            value = value.contiguous() if contiguous else value
+            learned = name != "scale" or keywords.get("observe") is False or spec.op == "fake_quant"
+            tensors[name] = value.requires_grad_(name in spec.differentiable and case.gradients and learned)
+    outs = (call or spec.call)(**tensors, **keywords, backend=backend)
+    outs = outs if isinstance(outs, (tuple, list)) else (outs,)
+    results = {f"out{index}": out.detach().clone() for index, out in enumerate(outs)}
+    results |= {name: tensors[name].detach().clone() for name in spec.mutated}
+    wanted = {name: value for name, value in tensors.items() if isinstance(value, Tensor) and value.requires_grad}
+    if wanted:
+        weights = torch.Generator().manual_seed(SEED + 1)
+        pairs = [(out, torch.randn(out.shape, generator=weights).to(out)) for out in outs if out.requires_grad]
+        grads = torch.autograd.grad([out for out, _ in pairs], list(wanted.values()), [grad for _, grad in pairs])
+        results |= {f"grad_{name}": grad for name, grad in zip(wanted, grads, strict=True)}
+    return results
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=0, atol=0, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def assert_close(spec: OpSpec, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Bit-equal values where the spec is exact; sums (gradients of parameters, statistics) within its bound."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        exact = spec.exact and not name.startswith(("grad_scale", "grad_zero_point"))
+        rtol, atol = (0.0, 0.0) if exact else (max(spec.rtol, 1e-5), max(spec.atol, 1e-5))
+        if value.dtype in (torch.bfloat16, torch.float16) and not exact:
+            rtol = 2 * torch.finfo(value.dtype).eps
+        torch.testing.assert_close(found[name].cpu(), value, rtol=rtol, atol=atol, equal_nan=True)
+
+
+@every_case
+def test_equals_reference(spec: OpSpec, case: Case, backend: str, device: str) -> None:
+    """Values, in-place updates and gradients; the reference itself is run on contiguous copies of the inputs."""
+    expected = run(spec, case, "reference", "cpu", contiguous=True)
+    assert_close(spec, run(spec, case, backend, device), expected)
+
+
+@every_case
+def test_same_bits_when_repeated(spec: OpSpec, case: Case, backend: str, device: str) -> None:
+    assert_equal(run(spec, case, backend, device), run(spec, case, backend, device))
+
+
+@every_case
+def test_inputs_are_left_alone(spec: OpSpec, case: Case, backend: str, device: str) -> None:
+    tensors, keywords = case.make(torch.Generator().manual_seed(SEED))
+    tensors = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in tensors.items()}
+    before = {name: value.clone() for name, value in tensors.items() if isinstance(value, Tensor)}
+    spec.call(**tensors, **keywords, backend=backend)
+    for name, value in before.items():
+        if name not in spec.mutated:
+            assert torch.equal(torch.nan_to_num(tensors[name]), torch.nan_to_num(value)), name
+
+
+@every_case
+def test_output_type_and_layout(spec: OpSpec, case: Case, backend: str, device: str) -> None:
+    tensors, _ = case.make(torch.Generator().manual_seed(SEED))
+    if "x" not in tensors or spec.op in ("bn_stats",):
+        return
+    out = run(spec, case, backend, device)["out0"]
+    assert out.dtype == tensors["x"].dtype and out.shape == tensors["x"].shape
+    if case.name == "channels_last":
+        assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("op", SPECS)
+def test_compiles_whole(op: str) -> None:
+    """`torch.compile(fullgraph=True)` traces the operator and gives the same values and gradients."""
+    spec = SPECS[op]
+    torch.compiler.reset()
+    compiled = torch.compile(spec.call, fullgraph=True, backend="aot_eager")
+    case = next(case for case in spec.cases if case.gradients)
+    assert_close(spec, run(spec, case, "reference", "cpu", call=compiled), run(spec, case, "reference", "cpu"))
+
+
+@pytest.mark.parametrize("op", SPECS)
+def test_inside_autocast(op: str) -> None:
+    """Autocast changes nothing: the arithmetic is fp32 whatever the storage type."""
+    spec = SPECS[op]
+    for case in spec.cases:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = run(spec, case, "reference", "cpu")
+        assert_equal(inside, run(spec, case, "reference", "cpu"))
+
+
+@pytest.mark.parametrize("op", SPECS)
+def test_traffic_is_positive(op: str) -> None:
+    for case in SPECS[op].cases:
+        forward, backward = SPECS[op].bytes_moved(case.make(torch.Generator().manual_seed(SEED))[0])
+        assert forward >= 0 and backward >= 0 and (forward > 0 or case.name == "empty")
+
+
+def test_case_names_are_unique() -> None:
+    for spec in SPECS.values():
+        names = [case.name for case in spec.cases]
+        assert len(names) == len(set(names)) and len(names) >= 4
