@@ -275,7 +275,7 @@ def _finish(
     try:
         save_curves(rows, folder.path / "curves.png")
         if task is not None:
-            images = task.sample(min(10, task.recipe.batch_size))
+            images = task.pool.sample(min(10, task.recipe.batch_size))
             save_image_grid(images, folder.path / "images.png", [f"pool {index}" for index in range(len(images))])
     except OSError as error:
         raise CheckpointError(f"run: pictures in {folder.path} cannot be written: {error.strerror}") from error

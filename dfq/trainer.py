@@ -23,8 +23,9 @@ from dfq.device import autocast
 from dfq.generator import Generator
 from dfq.loop import cosine, set_learning_rate
 from dfq.losses import batch_negentropy, distillation, instance_entropy, label_cross_entropy
+from dfq.pool import ImagePool
 from dfq.quant import learn_ranges, range_parameters, set_adapting
-from dfq.seeds import random_source, seeded_initialisation
+from dfq.seeds import seeded_initialisation
 
 
 @dataclass
@@ -76,7 +77,9 @@ class DataFreeTraining:
         self._check_teacher()
         self.students = [student.to(device, memory_format=torch.channels_last) for student in students]  # type: ignore[call-overload]
         self.sources = [self._source(index, config) for index, config in enumerate(recipe.generators)]
-        self.snapshots: list[tuple[int, Generator]] = []
+        self.pool = ImagePool(batch_size=recipe.batch_size, seed=seed, device=device, precision=precision)
+        self.pool.live = [source.generator for source in self.sources if source.config.live]
+        self.snapshot_owners: list[int] = []
         self.calibrated: dict[str, Tensor] = {}
         self.optimizers: list[tuple[torch.optim.Optimizer, ...]] = [] if quant else self._student_optimizers()
         self.warm_up_steps = recipe.warm_up * len(self.sources)
@@ -96,8 +99,7 @@ class DataFreeTraining:
     def _warm_up_step(self, source: Source, step: int) -> Mapping[str, Tensor]:
         metrics = self._generator_step(source, "warm-up", step, students=[])
         if step + 1 in [max(1, round(part * self.recipe.warm_up)) for part in source.config.snapshots]:
-            frozen = copy.deepcopy(source.generator).requires_grad_(False)
-            self.snapshots.append((source.index, frozen))
+            self._add_snapshot(source)
         return metrics
 
     def _alternate(self, step: int) -> Mapping[str, Tensor]:
@@ -115,7 +117,7 @@ class DataFreeTraining:
         recipe = self.recipe
         total = recipe.warm_up if phase == "warm-up" else self.steps
         set_learning_rate(source.optimizer, 1.0 if phase == "warm-up" and source.config.live else cosine(step, total))
-        images, labels = self._images(source.generator, phase, source.index, step)
+        images, labels = self.pool.draw(source.generator, phase, source.index, step)
         with self.bn_statistics as statistics, autocast(self.device, self.precision):
             teacher_logits = self.teacher(images)
             terms = {"bn": recipe.bn * statistics.loss()}
@@ -138,11 +140,9 @@ class DataFreeTraining:
         student, optimizers = self.students[index], self.optimizers[index]
         for optimizer in optimizers:
             set_learning_rate(optimizer, cosine(step, self.steps))
-        pool = self._pool()
-        with torch.no_grad():
-            images, _ = self._images(pool[(step + index) % len(pool)], f"student{index}", 0, step)
-            with autocast(self.device, self.precision):
-                teacher_logits = self.teacher(images)
+        images = self.pool.batch(f"student{index}", step)
+        with torch.no_grad(), autocast(self.device, self.precision):
+            teacher_logits = self.teacher(images)
         set_adapting(student, True)
         loss = distillation(teacher_logits, self._forward(student, images))
         set_adapting(student, False)
@@ -156,13 +156,12 @@ class DataFreeTraining:
     def _calibrate(self) -> Mapping[str, Tensor]:
         """Sets every range on images of the pool, keeps the calibrated state (DF-Q), starts the learned ranges."""
         assert self.quant is not None
-        pool = self._pool()
         for student in self.students:
             student.train()
             set_adapting(student, True)
             with torch.no_grad(), autocast(self.device, self.precision):
                 for batch in range(self.recipe.calibration_batches):
-                    student(self._images(pool[batch % len(pool)], "calibrate", 0, batch)[0])
+                    student(self.pool.batch("calibrate", batch))
             set_adapting(student, False)
         self.calibrated = {name: value.clone() for name, value in self.students[0].state_dict().items()}
         for student in self.students:
@@ -177,26 +176,9 @@ class DataFreeTraining:
             return f"generator {index // self.recipe.warm_up + 1} of {len(self.sources)}"
         return "calibrate" if index < self.warm_up_steps + self.calibration_steps else "student"
 
-    def sample(self, count: int) -> Tensor:
-        """Images of the pool, `count` of each member, `[members, count, C, H, W]`, the same at every call."""
-        with torch.no_grad():
-            rows = [
-                self._images(generator, "sample", 0, index)[0][:count] for index, generator in enumerate(self._pool())
-            ]
-        return torch.stack(rows)
-
-    def _pool(self) -> list[Generator]:
-        live = [source.generator for source in self.sources if source.config.live]
-        return [generator for _, generator in self.snapshots] + live
-
-    def _images(self, generator: Generator, purpose: str, index: int, step: int) -> tuple[Tensor, Tensor | None]:
-        random = random_source(self.seed, "noise", purpose, index, step)
-        z = torch.randn(self.recipe.batch_size, generator.noise, generator=random).to(self.device)
-        labels = None
-        if generator.num_classes:
-            labels = torch.randint(generator.num_classes, (len(z),), generator=random).to(self.device)
-        with autocast(self.device, self.precision):
-            return generator(z, labels), labels
+    def _add_snapshot(self, source: Source) -> None:
+        self.pool.frozen.append(copy.deepcopy(source.generator).requires_grad_(False))
+        self.snapshot_owners.append(source.index)
 
     def _forward(self, student: nn.Module, images: Tensor) -> Tensor:
         student.train()
@@ -249,7 +231,8 @@ class DataFreeTraining:
         return {
             "generators": [source.generator.state_dict() for source in self.sources],
             "generator_optimizers": [source.optimizer.state_dict() for source in self.sources],
-            "snapshots": [(index, generator.state_dict()) for index, generator in self.snapshots],
+            "snapshot_owners": self.snapshot_owners,
+            "snapshots": [generator.state_dict() for generator in self.pool.frozen],
             "calibrated": self.calibrated,
             "students": [student.state_dict() for student in self.students],
             "optimizers": [[optimizer.state_dict() for optimizer in row] for row in self.optimizers],
@@ -261,11 +244,10 @@ class DataFreeTraining:
         ):
             source.generator.load_state_dict(weights)
             source.optimizer.load_state_dict(optimizer)
-        self.snapshots = []
-        for index, weights in state["snapshots"]:
-            frozen = copy.deepcopy(self.sources[index].generator).requires_grad_(False)
-            frozen.load_state_dict(weights)
-            self.snapshots.append((index, frozen))
+        self.pool.frozen, self.snapshot_owners = [], []
+        for owner, weights in zip(state["snapshot_owners"], state["snapshots"], strict=True):
+            self._add_snapshot(self.sources[owner])
+            self.pool.frozen[-1].load_state_dict(weights)
         self.calibrated = {name: value.to(self.device) for name, value in state["calibrated"].items()}
         if self.quant and state["optimizers"]:
             for student in self.students:

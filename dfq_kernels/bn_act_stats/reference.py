@@ -32,11 +32,10 @@ def normalize(
 
 
 def activation_grad(grad: Tensor, out: Tensor, activation: str | None) -> Tensor:
-    """The gradient behind the activation, whose output is `out`."""
-    if activation is None:
-        return grad
-    passes = out > 0 if activation == "relu" else (out > 0) & (out < 6)
-    return torch.where(passes, grad, 0)
+    """The gradient behind the activation, whose output is `out`: 0 where it clipped."""
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(grad, out, 0)
+    return grad if activation is None else torch.ops.aten.hardtanh_backward(grad, out, 0, 6)
 
 
 def forward(

@@ -48,8 +48,8 @@ SPEC = OpSpec(
         ("torch.rsqrt(var + eps)", "torch.rsqrt(var)"),
         ("inv_std if weight is None else weight * inv_std", "inv_std"),
         ("out.clamp_(0, 6)", "out.relu_()"),
-        ("(out > 0) & (out < 6)", "out > 0"),
-        ("torch.where(passes, grad, 0)", "grad"),
+        ("hardtanh_backward(grad, out, 0, 6)", "threshold_backward(grad, out, 0)"),
+        ("threshold_backward(grad, out, 0)", "threshold_backward(grad, out, -1)"),
         ("through_out + bn_stats.backward", "bn_stats.backward"),
     ),
 )

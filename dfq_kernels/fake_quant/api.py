@@ -33,7 +33,7 @@ def fake_quant(
     Arithmetic in fp32 whatever the type of `x`, every operation rounded on its own; `rne` rounds half to even.
     NaN stays NaN, infinities clamp.
 
-    Gradients, with `inside` where the clamp changed nothing: x gets `grad_out` inside and 0 outside;
+    Gradients, with `inside` 1 where the clamp changed nothing and 0 elsewhere: x gets `grad_out * inside`;
     scale (LSQ) the sum of `grad_out * ((q - zero_point) - x / scale)` inside and `grad_out * (q - zero_point)` outside;
     zero_point the sum of `-grad_out * scale` outside.
 

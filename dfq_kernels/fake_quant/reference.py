@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dfq_kernels._checks import QUANT_LIMIT
+
 
 def per_axis(parameter: Tensor, x: Tensor, axis: int | None) -> Tensor:
     """`parameter` in the arithmetic's type, shaped to broadcast along `axis` of `x`."""
@@ -33,7 +35,7 @@ def forward(
 
 def backward(grad_out: Tensor, inside: Tensor) -> Tensor:
     """The gradient of x where the scale is given."""
-    return torch.where(inside, grad_out, 0)
+    return grad_out * inside
 
 
 def backward_learned(
@@ -45,14 +47,19 @@ def backward_learned(
     scaled = x.to(grad.dtype) * (1 / scale_b)
     rounded = (scaled + zero_point_b).round_()
     q = rounded.clamp(quant_min, quant_max)
-    inside = q == rounded
-    error = torch.where(inside, (q - zero_point_b) - scaled, q - zero_point_b)
-    grad_scale = _sum_to_axis(grad * error, axis)
-    grad_zero_point = _sum_to_axis(torch.where(inside, 0, grad * -scale_b), axis)
+    inside = (q == rounded).to(grad.dtype)
+    # finite before it meets a 0; inside the bounds the clamp changes nothing
+    scaled.clamp_(-2 * QUANT_LIMIT, 2 * QUANT_LIMIT)
+    error = q.sub_(zero_point_b).sub_(scaled.mul_(inside))
+    grad_inside = grad * inside
+    grad_scale = _sum_to_axis(error.mul_(grad), axis)
+    grad_zero_point = _sum_to_axis(grad_inside - grad, axis) * scale.to(grad.dtype).reshape(
+        () if axis is None else (-1,)
+    )
     return (
-        backward(grad_out, inside),
+        grad_inside.to(x.dtype),
         grad_scale.to(scale.dtype).reshape(scale.shape),
-        grad_zero_point.reshape(zero_point.shape),
+        grad_zero_point.to(zero_point.dtype).reshape(zero_point.shape),
     )
 
 

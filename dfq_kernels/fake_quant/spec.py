@@ -75,8 +75,9 @@ SPEC = OpSpec(
         ("x.to(scale.dtype) * (1", "x * (1"),
         ("inside = q == rounded", "inside = q != rounded"),
         (".add_(zero_point).round_()", ".round_().add_(zero_point)"),
-        ("(q - zero_point_b) - scaled, q", "(q - zero_point_b), q"),
-        ("grad * -scale_b", "grad * scale_b"),
+        ("q.sub_(zero_point_b).sub_(scaled.mul_(inside))", "q.sub_(zero_point_b)"),
+        ("grad_inside - grad, axis", "grad - grad_inside, axis"),
+        ("error.mul_(grad)", "error.mul_(grad_inside)"),
         ("return q.sub_(zero_point).mul_(scale)", "return q.mul_(scale)"),
     ),
 )

@@ -1,0 +1,63 @@
+"""The pool of generators that students learn from: frozen snapshots and live ones.
+
+Frozen members are drawn from in rounds: every member makes one batch, the images are shuffled, and the round is dealt out
+as batches in which all members are mixed. A round is a function of the seed and its index, so a resumed run makes it
+again. Live members change while they are used; each makes whole batches of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dfq.device import autocast
+from dfq.generator import Generator
+from dfq.seeds import random_source
+
+
+class ImagePool:
+    """Images as a function of (seed, purpose, step).
+
+    Args:
+        batch_size: images per batch.
+        seed: of all noise.
+        device, precision: where and how generators run.
+    """
+
+    def __init__(self, *, batch_size: int, seed: int, device: torch.device, precision: str) -> None:
+        self.batch_size, self.seed, self.device, self.precision = batch_size, seed, device, precision
+        self.frozen: list[Generator] = []
+        self.live: list[Generator] = []
+        self._round: tuple[str, int, Tensor] | None = None
+
+    def draw(self, generator: Generator, purpose: str, member: int, step: int) -> tuple[Tensor, Tensor | None]:
+        """One batch of one generator, and the labels that it was asked for, if it is conditional."""
+        random = random_source(self.seed, "noise", purpose, member, step)
+        z = torch.randn(self.batch_size, generator.noise, generator=random).to(self.device)
+        labels = None
+        if generator.num_classes:
+            labels = torch.randint(generator.num_classes, (self.batch_size,), generator=random).to(self.device)
+        with autocast(self.device, self.precision):
+            return generator(z, labels), labels
+
+    @torch.no_grad()
+    def batch(self, purpose: str, step: int) -> Tensor:
+        """The images of a step: frozen members mixed, live members in turn."""
+        turn, position = divmod(step, len(self.frozen) + len(self.live))
+        if position >= len(self.frozen):
+            member = position - len(self.frozen)
+            return self.draw(self.live[member], f"{purpose}/live", member, step)[0]
+        if self._round is None or self._round[:2] != (purpose, turn):
+            self._round = purpose, turn, self._mixed(purpose, turn)
+        return self._round[2][position * self.batch_size : (position + 1) * self.batch_size]
+
+    @torch.no_grad()
+    def sample(self, count: int) -> Tensor:
+        """`count` images of each member, `[members, count, C, H, W]`, the same at every call."""
+        rows = [self.draw(item, "sample", index, 0)[0][:count] for index, item in enumerate(self.frozen + self.live)]
+        return torch.stack(rows)
+
+    def _mixed(self, purpose: str, turn: int) -> Tensor:
+        images = torch.cat([self.draw(item, purpose, index, turn)[0] for index, item in enumerate(self.frozen)])
+        order = torch.randperm(len(images), generator=random_source(self.seed, "mix", purpose, turn))
+        return images[order.to(self.device)].contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,97 @@
+"""Which backend runs, and what is said of those that do not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import dfq_kernels as k
+from dfq_kernels.dispatch import BACKENDS, TABLE, missing, resolve
+
+
+def test_the_automatic_choice_is_the_first_that_is_there() -> None:
+    for op, devices in TABLE.items():
+        present = [name for name in devices["cpu"] if missing(op, name, "cpu") is None]
+        assert present and resolve(op, None, "cpu").__name__ == f"dfq_kernels.{op}.{present[0]}"
+
+
+def test_an_explicit_backend_never_falls_back() -> None:
+    for backend in (*BACKENDS, "cuda-graphs"):
+        reason = missing("fake_quant", backend, "cpu")
+        if reason is not None:
+            with pytest.raises(k.BackendError, match=f"fake_quant: backend must be .* got '{backend}'"):
+                k.fake_quant(torch.zeros(1), 1.0, 0, backend=backend)
+    with pytest.raises(k.BackendError, match="no such backend"):
+        k.bn_stats(torch.ones(2, 2), backend="nonsense")
+
+
+def test_the_environment_overrides_the_automatic_choice_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DFQ_BACKEND", "nonsense")
+    with pytest.raises(k.BackendError, match="nonsense"):
+        k.fake_quant(torch.zeros(1), 1.0, 0)
+    k.fake_quant(torch.zeros(1), 1.0, 0, backend="reference")
+
+
+def test_the_reference_runs_everywhere_that_torch_does() -> None:
+    assert all(missing(op, "reference", "cpu") is None for op in TABLE)
+    if not torch.cuda.is_available():
+        assert missing("fake_quant", "reference", "cuda") == "torch sees no CUDA device"
+
+
+def test_the_support_matrix_gives_a_reason_for_every_hole() -> None:
+    text = subprocess.run([sys.executable, "-m", "dfq_kernels"], capture_output=True, text=True, check=True).stdout
+    rows = text.splitlines()[1:]
+    assert len(rows) == sum(len(backends) for devices in TABLE.values() for backends in devices.values())
+    for row in rows:
+        assert row.rstrip().endswith("yes") or "no: " in row
+    assert sum(" * " in row for row in rows if " cpu " in row) == len(TABLE)
+
+
+WRONG_CALLS = {
+    "fake_quant: x must be a torch.Tensor": lambda x: k.fake_quant([1.0], 1.0, 0),
+    "fake_quant: x must be float32": lambda x: k.fake_quant(x.long(), 1.0, 0),
+    "fake_quant: scale must be finite and > 0, got 0": lambda x: k.fake_quant(x, 0.0, 0),
+    "fake_quant: scale must be finite and > 0, got nan": lambda x: k.fake_quant(x, float("nan"), 0),
+    "fake_quant: quant_max must be greater than quant_min 3, got 3": lambda x: k.fake_quant(x, 1.0, 0, 3, 3),
+    "fake_quant: quant_min must be an integer": lambda x: k.fake_quant(x, 1.0, 0, -0.5, 3),
+    "fake_quant: axis must be None or in": lambda x: k.fake_quant(x, torch.ones(4), 0.0, axis=7),
+    "fake_quant: scale must have shape": lambda x: k.fake_quant(x, torch.ones(5), 0.0, axis=1),
+    "fake_quant: scale must have one element": lambda x: k.fake_quant(x, torch.ones(5), 0.0),
+    "fake_quant: scale must be on cpu": lambda x: k.fake_quant(x, torch.ones((), device="meta"), 0.0),
+    "observe_fake_quant: running_min must be a tensor of one": lambda x: k.observe_fake_quant(x, x, x, x, x),
+    "observe_fake_quant: x must have at least one element": lambda x: k.observe_fake_quant(x[:0], x, x, x, x),
+    "fake_quant_weights: weights must hold at least one": lambda x: k.fake_quant_weights([], 4),
+    "fake_quant_weights: bits must be in": lambda x: k.fake_quant_weights([x], 9),
+    "fake_quant_weights: bits must be one number or 1": lambda x: k.fake_quant_weights([x], [4, 4]),
+    "bn_stats: x must be .N, C": lambda x: k.bn_stats(x[0, 0]),
+    "bn_stats: x must have at least one value": lambda x: k.bn_stats(x[:0]),
+    "bn_act_stats: running_mean must have shape": lambda x: k.bn_act_stats(x, None, None, torch.ones(9), torch.ones(9)),
+    "bn_act_stats: activation must be": lambda x: k.bn_act_stats(
+        x, None, None, torch.ones(3), torch.ones(3), activation="gelu"
+    ),
+    "bn_act_stats: weight must not require a gradient": lambda x: k.bn_act_stats(
+        x, torch.ones(3, requires_grad=True), None, torch.ones(3), torch.ones(3)
+    ),
+    "bn_act_stats: eps must be": lambda x: k.bn_act_stats(x, None, None, torch.ones(3), torch.ones(3), eps=0.0),
+    "bn_stat_loss: variances must hold 1 layers": lambda x: k.bn_stat_loss([x[0]], [], [x[0]], [x[0]]),
+    "bn_stat_loss: means must hold at least one": lambda x: k.bn_stat_loss([], [], [], []),
+    "bn_stat_loss: means.0. must have shape": lambda x: k.bn_stat_loss([x], [x], [x], [x]),
+}
+
+
+@pytest.mark.parametrize("text", WRONG_CALLS)
+def test_wrong_calls_name_argument_rule_and_value(text: str) -> None:
+    with pytest.raises(ValueError, match=text) as error:
+        WRONG_CALLS[text](torch.ones(2, 3, 4))
+    assert "\n" not in str(error.value) and "got " in str(error.value)
+
+
+def test_bn_act_fake_quant_refuses_a_learned_scale_that_is_observed() -> None:
+    one = torch.ones(())
+    with pytest.raises(ValueError, match="observe must be False for a scale that requires a gradient"):
+        k.bn_act_fake_quant(
+            torch.ones(2, 3), None, None, torch.zeros(3), torch.ones(3), one, one, one.clone().requires_grad_(), one
+        )
