@@ -21,8 +21,7 @@ class ProgressBar:
         )  # fmt: skip
 
     def __enter__(self) -> ProgressBar:
-        self.task = self.progress.add_task("", phase="start", terms="", total=None)
-        self.progress.start()
+        self.task = self.progress.add_task("", phase="", terms="", total=None)
         return self
 
     def __exit__(
@@ -31,6 +30,7 @@ class ProgressBar:
         self.progress.stop()
 
     def on_step(self, phase: str, index: int, total: int, metrics: Mapping[str, float]) -> None:
+        self.progress.start()  # at the first step, so that a wrong argument is answered by one line alone
         terms = "  ".join(
             f"{name.rpartition('/')[2]} {value:.3f}" for name, value in list(metrics.items())[-SHOWN_TERMS:]
         )

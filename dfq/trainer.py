@@ -91,15 +91,15 @@ class DataFreeTraining:
     def step(self, index: int) -> Mapping[str, Tensor]:
         if index < self.warm_up_steps:
             source, local = divmod(index, self.recipe.warm_up)
-            return self._warm_up_step(self.sources[source], local)
+            return self.warm_up_step(self.sources[source], local)
         if index < self.warm_up_steps + self.calibration_steps:
             return self._calibrate()
         return self._alternate(index - self.warm_up_steps - self.calibration_steps)
 
-    def _warm_up_step(self, source: Source, step: int) -> Mapping[str, Tensor]:
-        metrics = self._generator_step(source, "warm-up", step, students=[])
+    def warm_up_step(self, source: Source, step: int) -> Mapping[str, Tensor]:
+        metrics = self.generator_step(source, "warm-up", step, students=[])
         if step + 1 in [max(1, round(part * self.recipe.warm_up)) for part in source.config.snapshots]:
-            self._add_snapshot(source)
+            self.add_snapshot(source)
         return metrics
 
     def _alternate(self, step: int) -> Mapping[str, Tensor]:
@@ -107,12 +107,12 @@ class DataFreeTraining:
         if step % self.recipe.student_steps_per_generator_step == 0:
             for source in self.sources:
                 if source.config.live:
-                    metrics |= self._generator_step(source, "live", step, students=self.students)
+                    metrics |= self.generator_step(source, "live", step, students=self.students)
         for index in range(len(self.students)):
-            metrics |= self._student_step(index, step)
+            metrics |= self.student_step(index, step)
         return metrics
 
-    def _generator_step(self, source: Source, phase: str, step: int, students: list[nn.Module]) -> Mapping[str, Tensor]:
+    def generator_step(self, source: Source, phase: str, step: int, students: list[nn.Module]) -> Mapping[str, Tensor]:
         """One step on `alpha L_psi - adversary * sum D`; without students on `L_psi` alone."""
         recipe = self.recipe
         total = recipe.warm_up if phase == "warm-up" else self.steps
@@ -135,7 +135,7 @@ class DataFreeTraining:
         source.optimizer.step()
         return {f"generator{source.index}/{name}": term.detach() for name, term in terms.items()}
 
-    def _student_step(self, index: int, step: int) -> Mapping[str, Tensor]:
+    def student_step(self, index: int, step: int) -> Mapping[str, Tensor]:
         """One step on `D`, on fresh images, with no graph through the generator."""
         student, optimizers = self.students[index], self.optimizers[index]
         for optimizer in optimizers:
@@ -144,7 +144,7 @@ class DataFreeTraining:
         with torch.no_grad(), autocast(self.device, self.precision):
             teacher_logits = self.teacher(images)
         set_adapting(student, True)
-        loss = distillation(teacher_logits, self._forward(student, images))
+        loss = self.distance(teacher_logits, self._forward(student, images), step)
         set_adapting(student, False)
         student.zero_grad(set_to_none=True)
         loss.backward()
@@ -152,6 +152,10 @@ class DataFreeTraining:
         for optimizer in optimizers:
             optimizer.step()
         return {f"student{index}/distillation": loss.detach()}
+
+    def distance(self, teacher_logits: Tensor, student_logits: Tensor, step: int) -> Tensor:
+        """What a student minimises: `D`."""
+        return distillation(teacher_logits, student_logits)
 
     def _calibrate(self) -> Mapping[str, Tensor]:
         """Sets every range on images of the pool, keeps the calibrated state (DF-Q), starts the learned ranges."""
@@ -176,7 +180,7 @@ class DataFreeTraining:
             return f"generator {index // self.recipe.warm_up + 1} of {len(self.sources)}"
         return "calibrate" if index < self.warm_up_steps + self.calibration_steps else "student"
 
-    def _add_snapshot(self, source: Source) -> None:
+    def add_snapshot(self, source: Source) -> None:
         self.pool.frozen.append(copy.deepcopy(source.generator).requires_grad_(False))
         self.snapshot_owners.append(source.index)
 
@@ -246,7 +250,7 @@ class DataFreeTraining:
             source.optimizer.load_state_dict(optimizer)
         self.pool.frozen, self.snapshot_owners = [], []
         for owner, weights in zip(state["snapshot_owners"], state["snapshots"], strict=True):
-            self._add_snapshot(self.sources[owner])
+            self.add_snapshot(self.sources[owner])
             self.pool.frozen[-1].load_state_dict(weights)
         self.calibrated = {name: value.to(self.device) for name, value in state["calibrated"].items()}
         if self.quant and state["optimizers"]:

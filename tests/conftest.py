@@ -76,7 +76,15 @@ def run_small(tmp_path: Path):
     """Quantizes the small net; keywords go to `dfq.quantize`."""
 
     def run(**keywords):
-        settings = {"input_shape": (1, 12, 12), "num_classes": 4, "preset": "W3A3", "recipe": SMALL_RECIPE, "steps": 4, "out": tmp_path / "run", "precision": "fp32"}
+        settings = {
+            "input_shape": (1, 12, 12),
+            "num_classes": 4,
+            "preset": "W3A3",
+            "recipe": SMALL_RECIPE,
+            "steps": 4,
+            "out": tmp_path / "run",
+            "precision": "fp32",
+        }
         return dfq.quantize(small_net(), **(settings | keywords))
 
     return run

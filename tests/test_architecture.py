@@ -25,7 +25,9 @@ FLOORS = [
     {"__main__", "__init__"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-SOURCES = sorted(path for folder in ("dfq", "dfq_kernels", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(
+    path for folder in ("dfq", "dfq_kernels", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+)
 
 
 def imports(path: Path) -> set[str]:
@@ -55,7 +57,9 @@ def test_arrows_go_down(path: Path) -> None:
             assert here in ("cli", "__main__")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "dfq_kernels").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "dfq_kernels").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_kernels_know_nothing_of_dfq(path: Path) -> None:
     roots = {name.split(".")[0] for name in imports(path)}
     assert roots <= {"dfq_kernels", "torch", "triton", "__future__", "collections", "typing", "types", "functools",

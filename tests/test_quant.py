@@ -64,9 +64,14 @@ def test_parameters_keep_their_identity() -> None:
 
 def test_what_is_quantized_with_how_many_bits() -> None:
     student = prepare(small_net(), quant_config("W3A4", overrides={"conv3": LayerBits(2, 5)}))
-    bits = {name: quantizer.bits for (quantizer, _), name in zip(weight_layers(student), student.weight_quantizers.names, strict=True)}
+    bits = {
+        name: quantizer.bits
+        for (quantizer, _), name in zip(weight_layers(student), student.weight_quantizers.names, strict=True)
+    }
     assert bits == {"conv1": 8, "conv2": 3, "conv3": 2, "shortcut": 3, "fc": 8}
-    activations = {name: module.bits for name, module in student.named_modules() if isinstance(module, ActivationQuantizer)}
+    activations = {
+        name: module.bits for name, module in student.named_modules() if isinstance(module, ActivationQuantizer)
+    }
     assert activations == {
         "quantizers.x_8": 8,  # the image
         "conv1.tail.quantizer": 4,  # read by conv2 and the shortcut alone: no stream
@@ -75,7 +80,11 @@ def test_what_is_quantized_with_how_many_bits() -> None:
         "quantizers.relu_2_8": 8,  # the stream behind the addition, which is pooled
         "quantizers.pool_8": 8,  # the head's input
     }
-    signed = {name: module.quant_min < 0 for name, module in student.named_modules() if isinstance(module, ActivationQuantizer)}
+    signed = {
+        name: module.quant_min < 0
+        for name, module in student.named_modules()
+        if isinstance(module, ActivationQuantizer)
+    }
     assert signed["quantizers.x_8"] and signed["shortcut.tail.quantizer"] and not signed["conv1.tail.quantizer"]
 
 
@@ -91,14 +100,20 @@ def double_forward(student: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The small net's integer arithmetic written out by hand: float64 integer convolutions, fp32 constants."""
     modules = dict(student.named_modules())
     integers = {
-        name: torch.round(quantizer(weight.detach())[0] / quantizer.scale.reshape(-1, *[1] * (weight.dim() - 1))).double()
+        name: torch.round(
+            quantizer(weight.detach())[0] / quantizer.scale.reshape(-1, *[1] * (weight.dim() - 1))
+        ).double()
         for (quantizer, weight), name in zip(weight_layers(student), student.weight_quantizers.names, strict=True)
     }
-    weight_scales = {name: quantizer.scale for (quantizer, _), name in zip(weight_layers(student), integers, strict=True)}
+    weight_scales = {
+        name: quantizer.scale for (quantizer, _), name in zip(weight_layers(student), integers, strict=True)
+    }
 
     def quantize(value: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         quantizer = modules[name]
-        q = torch.round(value * (1 / quantizer.scale) + quantizer.zero_point).clamp(quantizer.quant_min, quantizer.quant_max)
+        q = torch.round(value * (1 / quantizer.scale) + quantizer.zero_point).clamp(
+            quantizer.quant_min, quantizer.quant_max
+        )
         return q - quantizer.zero_point, quantizer.scale
 
     def layer(name: str, value: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -170,7 +185,10 @@ def test_exact_forward_does_not_depend_on_batch_size(random: torch.Generator) ->
 
 
 def test_exact_forward_ignores_autocast(random: torch.Generator) -> None:
-    student, x = calibrated(small_net(), quant_config("W4A4"), torch.randn(4, 1, 12, 12)), torch.randn(4, 1, 12, 12, generator=random)
+    student, x = (
+        calibrated(small_net(), quant_config("W4A4"), torch.randn(4, 1, 12, 12)),
+        torch.randn(4, 1, 12, 12, generator=random),
+    )
     freeze_ranges(student)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = student.eval()(x)

@@ -251,7 +251,9 @@ def test_bn_stat_loss_is_the_divergence_of_gaussians(random: torch.Generator) ->
     )
     torch.testing.assert_close(found, expected.sum())
     means.requires_grad_(), variances.requires_grad_()
-    assert torch.autograd.gradcheck(lambda m, v: k.bn_stat_loss([m], [v], [stored_means], [stored_vars]), (means, variances))
+    assert torch.autograd.gradcheck(
+        lambda m, v: k.bn_stat_loss([m], [v], [stored_means], [stored_vars]), (means, variances)
+    )
 
 
 def test_bn_stat_loss_of_dead_channels_is_finite() -> None:

@@ -65,7 +65,7 @@ def test_the_generator_step_maximises_disagreement_and_leaves_students_alone() -
     student = {name: value.clone() for name, value in work.students[0].state_dict().items()}
     values = []
     for _ in range(15):  # the same noise every time: the term must fall
-        values.append(float(work._generator_step(work.sources[0], "live", 0, work.students)["generator0/adversary"]))
+        values.append(float(work.generator_step(work.sources[0], "live", 0, work.students)["generator0/adversary"]))
     assert values[-1] < values[0] <= 0
     assert all(torch.equal(value, work.students[0].state_dict()[name]) for name, value in student.items())
     assert all(parameter.grad is None for parameter in work.teacher.parameters())
@@ -207,7 +207,9 @@ def test_same_seed_same_bits_other_seed_other_bits(run_small, tmp_path: Path) ->
 
 def test_a_non_finite_loss_stops_the_run_and_names_the_term(run_small, tmp_path: Path) -> None:
     diverging = replace(SMALL_RECIPE, student_learning_rate=1e30, clip=1e30)
-    with pytest.raises(NonFiniteError, match=r"train: (student0/distillation|generator0/adversary) must be finite, got"):
+    with pytest.raises(
+        NonFiniteError, match=r"train: (student0/distillation|generator0/adversary) must be finite, got"
+    ):
         run_small(recipe=diverging, steps=8)
     assert (tmp_path / "run" / "config.json").exists()
 
@@ -244,7 +246,9 @@ def test_wrong_arguments(run_small, tmp_path: Path, keywords: dict, text: str) -
 def test_the_model_that_is_passed_in_is_not_changed(run_small) -> None:
     net = small_net()
     before = copy.deepcopy(net.state_dict())
-    dfq.quantize(net, input_shape=(1, 12, 12), num_classes=4, recipe=SMALL_RECIPE, steps=2, out=run_small().folder / "b")
+    dfq.quantize(
+        net, input_shape=(1, 12, 12), num_classes=4, recipe=SMALL_RECIPE, steps=2, out=run_small().folder / "b"
+    )
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items())
 
 

@@ -1,0 +1,235 @@
+"""Accuracy of the method and of what it is compared with, on Fashion-MNIST's 10,000 test images, exact forward.
+
+    python -m benchmarks.accuracy [--only TEXT] [--threads N]     runs the rows that are not there yet
+    python -m benchmarks.accuracy --assemble                      writes benchmarks/results/accuracy-fashion-mnist.json
+
+Every row is one file in runs/accuracy, so that several processes share the work and an interruption costs one row. A
+generator's warm-up depends on its seed, place and terms alone: rows that share a generator share its warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.machine import machine_line
+from dfq.checkpoint import load_tree, save_tree, write_atomic
+from dfq.cli import keep_freed_memory
+from dfq.config import RECIPES, GeneratorConfig, Recipe, quant_config, to_json
+from dfq.data import Batches, load_images
+from dfq.embedded import INPUT_SHAPE, load_teacher
+from dfq.evaluate import accuracy
+from dfq.quant import freeze_ranges, prepare
+from dfq.seeds import random_source
+from dfq.trainer import DataFreeTraining, Source
+
+PARTS = Path("runs/accuracy")
+RESULT = Path("benchmarks/results/accuracy-fashion-mnist.json")
+PRESETS = ("W8A8", "W4A8", "W4A4", "W3A3", "W2A4")
+SEEDS = (0, 1, 2)
+STEPS = 200
+GDFQ_STEPS = 400  # of 128 images: 51,200
+CPU = torch.device("cpu")
+DEFAULT = RECIPES["default"]
+LIVE = GeneratorConfig(live=True, snapshots=())
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training: how images are made, what is trained, for how long."""
+
+    table: str
+    method: str
+    preset: str
+    seed: int = 0
+    recipe: Recipe = DEFAULT
+    steps: int = STEPS
+    images: str = "synthetic"
+
+    @property
+    def path(self) -> Path:
+        key = json.dumps([self.preset, self.seed, to_json(self.recipe), self.steps, self.images])
+        return PARTS / f"{self.table}-{self.method}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json".replace(" ", "_")
+
+
+def with_live(weight: float, ratio: int, students: int = 1) -> Recipe:
+    generators = (*DEFAULT.generators, LIVE)
+    return replace(DEFAULT, generators=generators, adversary=weight, student_steps_per_generator_step=ratio, students=students)
+
+
+def without_conditional() -> Recipe:
+    return replace(DEFAULT, generators=tuple(item for item in DEFAULT.generators if not item.conditional))
+
+
+def without_snapshots() -> Recipe:
+    return replace(DEFAULT, generators=tuple(replace(item, snapshots=(1.0,)) for item in DEFAULT.generators))
+
+
+def ablations() -> dict[str, Recipe]:
+    """What is changed in the default recipe."""
+    return {
+        "default": DEFAULT,
+        "without the BN term": replace(DEFAULT, bn=0.0),
+        "without the instance entropy": replace(DEFAULT, instance=0.0),
+        "without the batch entropy": replace(DEFAULT, batch=0.0),
+        "one generator": replace(DEFAULT, generators=DEFAULT.generators[:1]),
+        "without snapshots": without_snapshots(),
+        "without the conditional generator": without_conditional(),
+        "min/max ranges": replace(DEFAULT, ranges="minmax"),
+        "adversary 0.1, 1 generator step to 4": with_live(0.1, 4),
+        "adversary 1, 1 generator step to 4": with_live(1.0, 4),
+        "adversary 1, 1 generator step to 1": with_live(1.0, 1),
+        "adversary 1, 1 to 4, two students": with_live(1.0, 4, students=2),
+    }
+
+
+def rows() -> list[Row]:
+    main = [Row("main", "DF-QAT-KD default", preset, seed) for seed in SEEDS for preset in reversed(PRESETS)]
+    real = [Row("main", method, preset, images=method) for preset in reversed(PRESETS) for method in ("QAT-KD", "QAT")]
+    paper = [Row("main", "DF-QAT-KD paper", preset, recipe=RECIPES["paper"]) for preset in reversed(PRESETS)]
+    gdfq = [Row("gdfq", "DF-QAT-KD default", f"gdfq-{bits}", steps=GDFQ_STEPS) for bits in ("W3A3", "W4A4")]
+    ablation = [Row("ablation", name, "W3A3", recipe=recipe) for name, recipe in ablations().items()]
+    return main[:5] + gdfq + real + ablation + main[5:] + paper
+
+
+class RealImages:
+    """Stands where the pool stands: batches of augmented training images."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+        self.frozen, self.live = [], []  # type: ignore[var-annotated]
+
+    def batch(self, purpose: str, step: int) -> Tensor:
+        offset = int(torch.randint(2**20, (), generator=random_source(0, "real", purpose)))
+        return self.batches[offset + step][0].contiguous(memory_format=torch.channels_last)
+
+    def labels(self, purpose: str, step: int) -> Tensor:
+        offset = int(torch.randint(2**20, (), generator=random_source(0, "real", purpose)))
+        return self.batches[offset + step][1]
+
+
+class LabelTraining(DataFreeTraining):
+    """QAT: the same student, optimizers and steps, on real images and their labels."""
+
+    def distance(self, teacher_logits: Tensor, student_logits: Tensor, step: int) -> Tensor:
+        return F.cross_entropy(student_logits.float(), self.pool.labels("student0", step))  # type: ignore[attr-defined]
+
+
+def warm_up(task: DataFreeTraining, source: Source, seed: int) -> None:
+    """The source's warm-up, from disk if any row has run it; fills the pool as the trainer would."""
+    recipe = task.recipe
+    terms = ["label"] if source.config.conditional else ["instance", "batch"]
+    key = [seed, source.index, source.config.conditional, source.config.live, recipe.warm_up, recipe.batch_size, recipe.noise,
+           recipe.width, recipe.generator_learning_rate, recipe.clip, recipe.bn, *(getattr(recipe, name) for name in terms)]  # fmt: skip
+    path = PARTS / "generators" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.safetensors"
+    if not path.exists():
+        fractions = {max(1, round(part * recipe.warm_up)): str(part) for part in (0.25, 0.5, 1.0)}
+        saved: dict[str, Any] = {}
+        for step in range(recipe.warm_up):
+            task.generator_step(source, "warm-up", step, students=[])
+            if step + 1 in fractions:
+                saved[fractions[step + 1]] = copy.deepcopy(source.generator.state_dict())
+        save_tree(path, {"snapshots": saved, "optimizer": source.optimizer.state_dict()})
+    loaded = load_tree(path)
+    for fraction in source.config.snapshots:
+        source.generator.load_state_dict(loaded["snapshots"][str(fraction)])
+        task.add_snapshot(source)
+    source.generator.load_state_dict(loaded["snapshots"]["1.0"])
+    source.optimizer.load_state_dict(loaded["optimizer"])
+
+
+def run(row: Row) -> Mapping[str, Any]:
+    """Trains and judges one row."""
+    started = time.monotonic()
+    teacher, test = load_teacher(), load_images("fashion-mnist", "test")
+    config = quant_config(row.preset, ranges=row.recipe.ranges)
+    students: list[nn.Module] = [prepare(copy.deepcopy(teacher), config) for _ in range(row.recipe.students)]
+    kind = LabelTraining if row.images == "QAT" else DataFreeTraining
+    task = kind(
+        teacher, students, row.recipe, quant=config, input_shape=INPUT_SHAPE, num_classes=10, steps=row.steps,
+        seed=row.seed, device=CPU, precision="fp32",
+    )  # fmt: skip
+    if row.images == "synthetic":
+        for source in task.sources:
+            warm_up(task, source, row.seed)
+    else:
+        images = load_images("fashion-mnist", "train")
+        task.pool = RealImages(Batches(images, row.recipe.batch_size, row.seed, augmented=True))  # type: ignore[assignment]
+    values: dict[str, Any] = {}
+    task.step(task.warm_up_steps)
+    if row.table != "ablation" and row.seed == 0:
+        calibrated = prepare(copy.deepcopy(teacher), config)
+        calibrated.load_state_dict(task.calibrated)
+        freeze_ranges(calibrated)
+        values["calibrated"] = accuracy(calibrated, test, device=CPU)
+    for index in range(task.warm_up_steps + 1, task.total_steps):
+        metrics = task.step(index)
+    freeze_ranges(students[0])
+    values["accuracy"] = accuracy(students[0], test, device=CPU)
+    values["distillation"] = float(metrics["student0/distillation"])
+    described = {"table": row.table, "method": row.method, "preset": row.preset, "seed": row.seed, "steps": row.steps,
+                 "images": row.images, "recipe": row.recipe.name}  # fmt: skip
+    return {**described, **values, "seconds": round(time.monotonic() - started, 1), "machine": machine_line()}
+
+
+def assemble() -> None:
+    """All rows as one file, with the teacher's accuracy and mean and deviation over seeds."""
+    wanted = rows()
+    found = [json.loads(row.path.read_text()) for row in wanted if row.path.exists()]
+    teacher = accuracy(load_teacher(), load_images("fashion-mnist", "test"), device=CPU)
+    machine = found[-1]["machine"]
+    summary = []
+    for preset in PRESETS:
+        values = [row["accuracy"] for row in found if row["method"] == "DF-QAT-KD default" and row["preset"] == preset and row["table"] == "main"]
+        if values:
+            deviation = statistics.stdev(values) if len(values) > 1 else None
+            summary.append({"preset": preset, "mean": statistics.mean(values), "deviation": deviation, "seeds": len(values)})
+    missing = [f"{row.table}: {row.method} {row.preset} seed {row.seed}" for row in wanted if not row.path.exists()]
+    for row in found:
+        row["commit"] = row.pop("machine")["commit"]
+    data = {"teacher": teacher, "test_images": 10_000, "steps": STEPS, "batch": DEFAULT.batch_size, "machine": machine,
+            "recipes": to_json(RECIPES), "default": summary, "missing": missing, "rows": found}  # fmt: skip
+    write_atomic(RESULT, (json.dumps(data, indent=1) + "\n").encode())
+    print(f"{len(found)} rows, {len(missing)} missing, in {RESULT}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--only", default="", help="rows whose table, method or preset contains this")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: all cores")
+    parser.add_argument("--assemble", action="store_true", help="write the result file from the rows that are there")
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.assemble:
+        assemble()
+        return
+    for row in rows():
+        claim = row.path.with_suffix(".claim")
+        if row.path.exists() or claim.exists() or arguments.only not in f"{row.table} {row.method} {row.preset}":
+            continue
+        PARTS.mkdir(parents=True, exist_ok=True)
+        claim.touch()
+        try:
+            result = run(row)
+            write_atomic(row.path, json.dumps(result).encode())
+            print(f"{row.table} {row.method} {row.preset} seed {row.seed}: {result['accuracy']:.2f} ({result['seconds']} s)", flush=True)
+        finally:
+            claim.unlink()
+
+
+if __name__ == "__main__":
+    main()
