@@ -61,12 +61,16 @@ class Row:
     @property
     def path(self) -> Path:
         key = json.dumps([self.preset, self.seed, to_json(self.recipe), self.steps, self.images])
-        return PARTS / f"{self.table}-{self.method}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json".replace(" ", "_")
+        return PARTS / f"{self.table}-{self.method}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json".replace(
+            " ", "_"
+        )
 
 
 def with_live(weight: float, ratio: int, students: int = 1) -> Recipe:
     generators = (*DEFAULT.generators, LIVE)
-    return replace(DEFAULT, generators=generators, adversary=weight, student_steps_per_generator_step=ratio, students=students)
+    return replace(
+        DEFAULT, generators=generators, adversary=weight, student_steps_per_generator_step=ratio, students=students
+    )
 
 
 def without_conditional() -> Recipe:
@@ -101,7 +105,7 @@ def rows() -> list[Row]:
     paper = [Row("main", "DF-QAT-KD paper", preset, recipe=RECIPES["paper"]) for preset in reversed(PRESETS)]
     gdfq = [Row("gdfq", "DF-QAT-KD default", f"gdfq-{bits}", steps=GDFQ_STEPS) for bits in ("W3A3", "W4A4")]
     ablation = [Row("ablation", name, "W3A3", recipe=recipe) for name, recipe in ablations().items()]
-    return main[:5] + gdfq + real + ablation + main[5:] + paper
+    return main[:5] + gdfq + real + paper + main[5:] + ablation
 
 
 class RealImages:
@@ -192,10 +196,16 @@ def assemble() -> None:
     machine = found[-1]["machine"]
     summary = []
     for preset in PRESETS:
-        values = [row["accuracy"] for row in found if row["method"] == "DF-QAT-KD default" and row["preset"] == preset and row["table"] == "main"]
+        values = [
+            row["accuracy"]
+            for row in found
+            if row["method"] == "DF-QAT-KD default" and row["preset"] == preset and row["table"] == "main"
+        ]
         if values:
             deviation = statistics.stdev(values) if len(values) > 1 else None
-            summary.append({"preset": preset, "mean": statistics.mean(values), "deviation": deviation, "seeds": len(values)})
+            summary.append(
+                {"preset": preset, "mean": statistics.mean(values), "deviation": deviation, "seeds": len(values)}
+            )
     missing = [f"{row.table}: {row.method} {row.preset} seed {row.seed}" for row in wanted if not row.path.exists()]
     for row in found:
         row["commit"] = row.pop("machine")["commit"]
@@ -226,7 +236,10 @@ def main() -> None:
         try:
             result = run(row)
             write_atomic(row.path, json.dumps(result).encode())
-            print(f"{row.table} {row.method} {row.preset} seed {row.seed}: {result['accuracy']:.2f} ({result['seconds']} s)", flush=True)
+            print(
+                f"{row.table} {row.method} {row.preset} seed {row.seed}: {result['accuracy']:.2f} ({result['seconds']} s)",
+                flush=True,
+            )
         finally:
             claim.unlink()
 

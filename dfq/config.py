@@ -194,8 +194,11 @@ RECIPES: dict[str, Recipe] = {
             GeneratorConfig(snapshots=(0.25, 0.5, 1.0)),
             GeneratorConfig(conditional=True, snapshots=(0.25, 0.5, 1.0)),
         ),
-        warm_up=120,
+        warm_up=150,
         ranges="lsq",
+        generator_learning_rate=3e-3,
+        student_learning_rate=2e-2,
+        range_learning_rate=1e-2,
     ),
 }
 
