@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types readme accuracy clean
+.PHONY: demo test lint types mutants readme accuracy clean
 
 # torch first and by its exact version, so that a wheel on disk or a mirror is taken and nothing resolves to another one
 .venv/installed: pyproject.toml constraints.txt
@@ -27,6 +27,9 @@ lint: .venv/installed
 
 types: .venv/installed
 	$(BIN)/mypy
+
+mutants: .venv/installed       ## applies every listed fault to the references; the tests must notice each
+	$(BIN)/python -m tests.mutants
 
 accuracy: .venv/installed      ## the README's accuracy table and ablation: hours on two cores
 	$(BIN)/python -m benchmarks.accuracy

@@ -135,8 +135,14 @@ def warm_up(task: DataFreeTraining, source: Source, seed: int) -> None:
     """The source's warm-up, from disk if any row has run it; fills the pool as the trainer would."""
     recipe = task.recipe
     terms = ["label"] if source.config.conditional else ["instance", "batch"]
-    key = [seed, source.index, source.config.conditional, source.config.live, recipe.warm_up, recipe.batch_size, recipe.noise,
-           recipe.width, recipe.generator_learning_rate, recipe.clip, recipe.bn, *(getattr(recipe, name) for name in terms)]  # fmt: skip
+    settings = ("warm_up", "batch_size", "noise", "width", "generator_learning_rate", "clip", "bn", *terms)
+    key = [
+        seed,
+        source.index,
+        source.config.conditional,
+        source.config.live,
+        *(getattr(recipe, name) for name in settings),
+    ]
     path = PARTS / "generators" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.safetensors"
     if not path.exists():
         fractions = {max(1, round(part * recipe.warm_up)): str(part) for part in (0.25, 0.5, 1.0)}
@@ -236,10 +242,8 @@ def main() -> None:
         try:
             result = run(row)
             write_atomic(row.path, json.dumps(result).encode())
-            print(
-                f"{row.table} {row.method} {row.preset} seed {row.seed}: {result['accuracy']:.2f} ({result['seconds']} s)",
-                flush=True,
-            )
+            what = f"{row.table} {row.method} {row.preset} seed {row.seed}"
+            print(f"{what}: {result['accuracy']:.2f} ({result['seconds']} s)", flush=True)
         finally:
             claim.unlink()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 import dfq_kernels
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 
 
 class BnStatistics:
@@ -25,7 +26,7 @@ class BnStatistics:
     """
 
     def __init__(self, teacher: nn.Module) -> None:
-        self.layers = [module for module in teacher.modules() if isinstance(module, BATCH_NORMS)]
+        self.layers = [module for module in teacher.modules() if isinstance(module, BatchNorm)]
         self.layers = [layer for layer in self.layers if layer.running_mean is not None]
         if not self.layers:
             raise ValueError(
@@ -34,9 +35,9 @@ class BnStatistics:
             )
 
     def __enter__(self) -> BnStatistics:
-        self._measured: list[tuple[nn.Module, Tensor, Tensor]] = []
+        self._measured: list[tuple[BatchNorm, Tensor, Tensor]] = []
         for layer in self.layers:
-            layer.forward = self._measuring(layer)  # type: ignore[method-assign]
+            layer.forward = self._measuring(layer)  # type: ignore[method-assign, assignment]
         return self
 
     def __exit__(
@@ -46,8 +47,9 @@ class BnStatistics:
             del layer.forward  # the instance's own; the class's shows again
         self._measured = []
 
-    def _measuring(self, layer: nn.Module):  # type: ignore[no-untyped-def]
+    def _measuring(self, layer: BatchNorm) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
+            assert layer.running_mean is not None and layer.running_var is not None
             out, mean, var = dfq_kernels.bn_act_stats(
                 x, layer.weight, layer.bias, layer.running_mean, layer.running_var, eps=layer.eps, activation=None
             )
@@ -64,7 +66,7 @@ class BnStatistics:
             [var for _, _, var in self._measured],
             [layer.running_mean for layer in layers],  # type: ignore[misc]
             [layer.running_var for layer in layers],  # type: ignore[misc]
-            eps=[float(layer.eps) for layer in layers],  # type: ignore[arg-type]
+            eps=[layer.eps for layer in layers],
         )
         return total / sum(mean.numel() for _, mean, _ in self._measured)
 

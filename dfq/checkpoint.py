@@ -55,7 +55,7 @@ def load_tree(path: Path) -> Any:
     try:
         with safe_open(path, framework="pt") as file:
             structure = json.loads((file.metadata() or {})["tree"])
-            return _unflatten(structure, {name: file.get_tensor(name) for name in file.keys()})
+            return _unflatten(structure, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not iterable)
     except (OSError, SafetensorError, KeyError, TypeError, IndexError, ValueError) as error:
         raise CheckpointError(f"checkpoint: {path} cannot be read: {_reason(error)}") from error
 
@@ -117,7 +117,7 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                state: Any = {name: file.get_tensor(name) for name in file.keys()}
+                state: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:

@@ -189,13 +189,12 @@ def evaluate(
     model, config = api.load_run(run)
     images = _test_images(data or embedded.DATASET, data_root, tuple(config["input_shape"]), config["num_classes"])
     value = accuracy(model.to(where), images, device=where)
-    facts = {"run": str(run), "accuracy": value, "images": len(images), "bytes": model_bytes(model)}
+    size = model_bytes(model)
+    facts = {"run": str(run), "accuracy": value, "images": len(images), "bytes": size}
     if json_output:
         print(json.dumps(facts))
     else:
-        Console().print(
-            accuracy_table([(str(run), value, facts["bytes"])], f"{len(images)} test images, exact forward")
-        )  # type: ignore[list-item]
+        Console().print(accuracy_table([(str(run), value, size)], f"{len(images)} test images, exact forward"))  # type: ignore[list-item]
 
 
 @app.command()

@@ -41,7 +41,7 @@ class QuantConfig:
         ranges: `minmax` (moving average) or `lsq` (learned step sizes, for fewer than 8 bits).
         weight_scheme: `symmetric` or `affine`, per output channel.
         activations: `all` (an integer network: image, every layer's input, every residual stream) or
-            `after_relu` (only inputs that come from a ReLU; not an integer network, for comparison with the literature).
+            `after_relu` (only inputs that come from a ReLU: not an integer network, but the literature's convention).
         residual_bits: of residual streams and of pooled maps.
         averaging_constant: weight of a batch in a moving range.
         batch_norm: `frozen` (the teacher's statistics) or `train`.

@@ -266,13 +266,13 @@ def _decode(rows: list[tuple[Path, int]]) -> tuple[Tensor, Tensor]:
     """Images as RGB; all must be of one size, which the first image gives."""
     if not rows:
         raise ValueError("no images found")
-    pixels = np.empty(0, np.uint8)
+    pixels: np.ndarray = np.empty(0, np.uint8)
     for index, (path, _) in enumerate(rows):
         with Image.open(io.BytesIO(path.read_bytes())) as image:
             array = np.asarray(image.convert("RGB"))
         if index == 0:
             pixels = np.empty((len(rows), *array.shape), np.uint8)
-        if array.shape != pixels.shape[1:]:
+        if pixels.shape[1:] != array.shape:
             raise ValueError(
                 f"{path} must be {pixels.shape[2]}x{pixels.shape[1]}, got {array.shape[1]}x{array.shape[0]}"
             )

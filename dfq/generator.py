@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class Generator(nn.Module):
         self.project = nn.Linear(noise + num_classes, width * self.start[0] * self.start[1])
         channels = [width >> stage for stage in range(STAGES + 1)]
         self.convs = nn.ModuleList(
-            nn.Conv2d(before, after, 3, 1, 1, bias=False) for before, after in zip(channels, channels[1:], strict=False)
+            nn.Conv2d(before, after, 3, 1, 1, bias=False) for before, after in pairwise(channels)
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(after, track_running_stats=False) for after in channels[1:])
         self.to_image = nn.Conv2d(channels[-1], image_shape[0], 3, 1, 1)

@@ -1,8 +1,8 @@
 """The pool of generators that students learn from: frozen snapshots and live ones.
 
-Frozen members are drawn from in rounds: every member makes one batch, the images are shuffled, and the round is dealt out
-as batches in which all members are mixed. A round is a function of the seed and its index, so a resumed run makes it
-again. Live members change while they are used; each makes whole batches of its own.
+Frozen members are drawn from in rounds: every member makes one batch, the images are shuffled, and the round is dealt
+out as batches in which all members are mixed. A round is a function of the seed and its index, so a resumed run makes
+it again. Live members change while they are used; each makes whole batches of its own.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from matplotlib import pyplot as plt
 from rich.table import Table
 from torch import Tensor, nn
 
-from dfq.quant.quantizers import WeightQuantizers, weight_layers
+from dfq.quant.modules import QuantBatchNorm
+from dfq.quant.quantizers import ActivationQuantizer, WeightQuantizers, weight_layers
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -30,9 +31,9 @@ def model_bytes(model: nn.Module) -> int:
     for quantizer, weight in weight_layers(model):
         total += weight.numel() * quantizer.bits / 8 + 8 * weight.shape[0]
     for module in model.modules():
-        if type(module).__name__ == "QuantBatchNorm":
-            total += 16 * module.bn.num_features  # type: ignore[union-attr, operator]
-        elif type(module).__name__ == "ActivationQuantizer":
+        if isinstance(module, QuantBatchNorm) and module.bn is not None:
+            total += 16 * module.bn.num_features
+        elif isinstance(module, ActivationQuantizer):
             total += 8
     return round(total)
 

@@ -1,4 +1,4 @@
-"""Random numbers as a function of (seed, rank, purpose, step): nothing to save, so a resumed run draws the same ones."""
+"""Random numbers as a function of (seed, rank, purpose, step): nothing to save, a resumed run draws the same ones."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dfq_kernels.dispatch import TABLE
 
-
 Make = Callable[[torch.Generator], tuple[dict[str, Any], dict[str, Any]]]
 
 

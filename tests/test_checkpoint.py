@@ -74,13 +74,13 @@ def test_missing_files_and_foreign_files(tmp_path: Path) -> None:
         load_tree(tmp_path / "foreign.safetensors")
 
 
-@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state},
-                                  lambda state: {"model": {f"module.{name}": value for name, value in state.items()}}])  # fmt: skip
-def test_torch_checkpoints_in_their_usual_wrappings(tmp_path: Path, wrap) -> None:
+@pytest.mark.parametrize("wrapping", ["none", "state_dict", "model"])
+def test_torch_checkpoints_in_their_usual_wrappings(tmp_path: Path, wrapping: str) -> None:
     net, other = small_net(), small_net()
     with torch.no_grad():
         net.fc.weight.add_(1)
-    torch.save(wrap(net.state_dict()), tmp_path / "net.pth")
+    state = {f"module.{name}" if wrapping == "model" else name: value for name, value in net.state_dict().items()}
+    torch.save(state if wrapping == "none" else {wrapping: state}, tmp_path / "net.pth")
     load_weights(other, tmp_path / "net.pth")
     assert torch.equal(net.fc.weight, other.fc.weight)
 

@@ -68,7 +68,8 @@ def test_data_gives_shapes_and_accuracies_and_evaluate_repeats_them(tmp_path: Pa
     common = ["--data", "image-folder", "--data-root", str(tmp_path / "images")]
     done = dfq_command(
         "quantize", "--model", "tests.conftest:small_net", "--model-kwargs", '{"in_channels": 3}',
-        "--weights", str(tmp_path / "net.safetensors"), *common, "--steps", "2", "--out", str(tmp_path / "run"), "--json",
+        "--weights", str(tmp_path / "net.safetensors"), *common, "--steps", "2", "--out", str(tmp_path / "run"),
+        "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     again = dfq_command("evaluate", str(tmp_path / "run"), *common, "--json")
@@ -173,7 +174,10 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path: Path) -
     out = tmp_path / "run"
     done = subprocess.run([sys.executable, "-c", code, *QUANTIZE, "--out", str(out)], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1] == f"error: checkpoint: {out}/checkpoint.safetensors cannot be written: File too large"
+    assert (
+        done.stderr.splitlines()[-1]
+        == f"error: checkpoint: {out}/checkpoint.safetensors cannot be written: File too large"
+    )
     assert not (out / "checkpoint.safetensors").exists() and not list(out.glob(".checkpoint*"))
     resumed = dfq_command(*QUANTIZE, "--out", str(out), "--resume")
     assert resumed.returncode == 0, resumed.stderr

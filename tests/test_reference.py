@@ -66,6 +66,12 @@ def test_fake_quant_gradients_by_hand() -> None:
     assert float(grads[2]) == -0.5 * 1100
 
 
+def test_fake_quant_gradient_with_a_given_scale() -> None:
+    x = torch.tensor([0.15, 0.95, 2.0, -4.0, -0.25, NAN], requires_grad=True)
+    (grad,) = torch.autograd.grad(k.fake_quant(x, 0.5, 1, 0, 3), x, torch.tensor([1.0, 10.0, 100.0, 1000.0, 1e4, 1e5]))
+    assert grad.tolist() == [1, 10, 0, 0, 10000, 0]
+
+
 def test_fake_quant_per_axis_equals_slices(random: torch.Generator) -> None:
     x = torch.randn(3, 4, 5, generator=random, requires_grad=True)
     scale = torch.tensor([0.1, 0.2, 0.3, 0.4], requires_grad=True)

@@ -23,8 +23,8 @@ def prepare(model: nn.Module, config: QuantConfig) -> fx.GraphModule:
     """Builds the fake-quantized graph of `model`. Parameters and stored statistics are shared with `model`.
 
     Args:
-        model: a float classifier of one image tensor; convolutions, linear layers, batch norms, ReLU and ReLU6, additions,
-            pooling, flattening and dropout, as modules, functions or methods.
+        model: a float classifier of one image tensor; convolutions, linear layers, batch norms, ReLU and ReLU6,
+            additions, pooling, flattening and dropout, as modules, functions or methods.
         config: bits and schemes.
 
     Returns:

@@ -107,7 +107,7 @@ class WeightQuantizer(nn.Module):
         self.zero_point.copy_(zero_point.clamp(self.quant_min, self.quant_max))
 
     def learn(self, weight: Tensor) -> None:
-        """Starts from the range; with 2 bits from the scale of least squared error (a range of 3 levels is too wide)."""
+        """Starts from the range; with 2 bits from the scale of least squared error (the range is too wide for it)."""
         self.measure(weight)
         if self.bits == 2:
             self.scale.copy_(least_squares_scale(weight, self.scale, self.quant_min, self.quant_max))

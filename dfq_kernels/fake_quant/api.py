@@ -52,7 +52,7 @@ def fake_quant(
         ValueError: a wrong shape, dtype, device or bound.
         BackendError: an explicit backend that is not there.
 
-    Source: Jacob et al. 2017 (arXiv 1712.05877) eq. 12; gradient of the scale: Esser et al. 2019 (arXiv 1902.08153) eq. 3.
+    Source: Jacob et al. 2017 (arXiv 1712.05877) eq. 12; LSQ: Esser et al. 2019 (arXiv 1902.08153) eq. 3.
     """
     check_float(OP, "x", x)
     check_quant_range(OP, quant_min, quant_max)

@@ -34,7 +34,7 @@ backward = fake_quant.backward
 def update_range(
     low: Tensor, high: Tensor, running_min: Tensor, running_max: Tensor, averaging_constant: float
 ) -> None:
-    """`running += averaging_constant * (batch - running)`; the first batch is taken whole, a non-finite one not at all."""
+    """`running += averaging_constant * (batch - running)`; the first batch is taken whole, a non-finite one not."""
     finite = torch.isfinite(low) & torch.isfinite(high)
     first = running_min > running_max
     for running, batch in ((running_min, low), (running_max, high)):
@@ -52,7 +52,7 @@ def update_parameters(
     quant_max: int,
     symmetric: bool,
 ) -> None:
-    """Affine: the range with 0 in it onto `[quant_min, quant_max]`; symmetric: the larger magnitude onto `quant_max`."""
+    """Affine: the range with 0 in it onto `[quant_min, quant_max]`; symmetric: its magnitude onto `quant_max`."""
     seen = running_min <= running_max
     low = torch.where(seen, running_min.clamp(max=0), 0)
     high = torch.where(seen, running_max.clamp(min=0), 0)

@@ -1,0 +1,78 @@
+"""Builds the README's tables from benchmarks/results: `python -m benchmarks.readme [--check]`."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+ACCURACY = ROOT / "benchmarks" / "results" / "accuracy-fashion-mnist.json"
+PRESETS = ("W8A8", "W4A8", "W4A4", "W3A3", "W2A4")
+
+
+def main_table(data: dict[str, Any]) -> str:
+    """The paper's columns as rows: accuracy in percent for each preset."""
+    rows = [row for row in data["rows"] if row["table"] == "main"]
+
+    def cell(method: str, preset: str, key: str = "accuracy") -> str:
+        values = [row[key] for row in rows if row["method"] == method and row["preset"] == preset and key in row]
+        return f"{values[0]:.2f}" if values else "—"
+
+    default = {item["preset"]: item for item in data["default"]}
+
+    def default_cell(preset: str) -> str:
+        if preset not in default:
+            return "—"
+        item = default[preset]
+        spread = f" ± {item['deviation']:.2f}" if item["deviation"] is not None else ""
+        return f"**{item['mean']:.2f}**{spread}"
+
+    lines = {
+        "DF-Q (ranges calibrated on synthetic images)": [cell("DF-QAT-KD default", p, "calibrated") for p in PRESETS],
+        "DF-QAT-KD, recipe `paper`": [cell("DF-QAT-KD paper", p) for p in PRESETS],
+        "**DF-QAT-KD, recipe `default`**": [default_cell(p) for p in PRESETS],
+        "Q, real images": [cell("QAT-KD", p, "calibrated") for p in PRESETS],
+        "QAT, real images": [cell("QAT", p) for p in PRESETS],
+        "QAT-KD, real images": [cell("QAT-KD", p) for p in PRESETS],
+    }
+    head = [f"| float teacher: {data['teacher']:.2f} | {' | '.join(PRESETS)} |", f"| --- {'| ---: ' * len(PRESETS)}|"]
+    return "\n".join([*head, *(f"| {name} | {' | '.join(cells)} |" for name, cells in lines.items())])
+
+
+def other_table(data: dict[str, Any], table: str, title: str) -> str:
+    """Method, preset, accuracy and distance from the teacher."""
+    rows = [row for row in data["rows"] if row["table"] == table]
+    lines = [f"| {title} | accuracy % | below teacher |", "| --- | ---: | ---: |"]
+    for row in rows:
+        name = row["method"] if table == "ablation" else f"{row['preset']}, {row['steps'] * data['batch']:,} images"
+        lines.append(f"| {name} | {row['accuracy']:.2f} | {data['teacher'] - row['accuracy']:.2f} |")
+    return "\n".join(lines)
+
+
+def build(text: str, data: dict[str, Any]) -> str:
+    """`text` with every generated block made anew."""
+    blocks = {
+        "accuracy": main_table(data),
+        "gdfq": other_table(data, "gdfq", "convention of later work"),
+        "ablation": other_table(data, "ablation", "W3A3, one change each"),
+    }
+    for name, block in blocks.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text = pattern.sub(lambda match, block=block: f"{match[1]}{block}\n{match[2]}", text)
+    return text
+
+
+def main() -> None:
+    """Writes README.md, or with --check exits 1 if it is stale."""
+    path = ROOT / "README.md"
+    built = build(path.read_text(), json.loads(ACCURACY.read_text()))
+    if "--check" in sys.argv:
+        raise SystemExit(built != path.read_text())
+    path.write_text(built)
+
+
+if __name__ == "__main__":
+    main()
