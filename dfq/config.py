@@ -197,7 +197,7 @@ RECIPES: dict[str, Recipe] = {
         warm_up=150,
         ranges="lsq",
         generator_learning_rate=3e-3,
-        student_learning_rate=2e-2,
+        student_learning_rate=1e-2,
         range_learning_rate=1e-2,
     ),
 }

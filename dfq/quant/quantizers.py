@@ -109,7 +109,7 @@ class WeightQuantizer(nn.Module):
     def learn(self, weight: Tensor) -> None:
         """Starts from the range; with 2 bits from the scale of least squared error (the range is too wide for it)."""
         self.measure(weight)
-        if self.bits == 2:
+        if self.bits == 2 and self.scheme == "symmetric":
             self.scale.copy_(least_squares_scale(weight, self.scale, self.quant_min, self.quant_max))
         self.source = LEARNED
         self.log_scale = nn.Parameter(self.scale.log())
@@ -177,7 +177,7 @@ def learn_ranges(model: nn.Module, config: QuantConfig) -> None:
         if quantizer.bits < 8:
             quantizer.learn()
     for layer, weight in weight_layers(model):
-        if layer.bits < 8 and layer.scheme == "symmetric":
+        if layer.bits < 8:
             layer.learn(weight.detach())
 
 
