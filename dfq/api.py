@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dfq.checkpoint import CheckpointError, load_weights, save_weights
+from dfq.checkpoint import CheckpointError, load_weights, save_weights, weights_digest
 from dfq.config import (
     LayerBits,
     QuantConfig,
@@ -30,7 +30,7 @@ from dfq.loop import Observer, run_loop
 from dfq.models import ModelSpec, build_model
 from dfq.quant import freeze_ranges, prepare
 from dfq.report import model_bytes, save_curves, save_image_grid
-from dfq.run_folder import RunFolder, read_json
+from dfq.run_folder import RunFolder, read_config
 from dfq.seeds import seeded_initialisation
 from dfq.teach import TeacherTraining
 from dfq.trainer import DataFreeTraining
@@ -112,7 +112,8 @@ def quantize(
         steps=steps, seed=seed, device=where, precision=resolve_precision(precision, where),
     )  # fmt: skip
     settings = {
-        "command": "quantize", "model": to_json(spec), "input_shape": list(input_shape), "num_classes": num_classes,
+        "command": "quantize", "weights": weights_digest(model), "model": to_json(spec),
+        "input_shape": list(input_shape), "num_classes": num_classes,
         "preset": preset, "quant": to_json(config), "recipe": to_json(recipe), "steps": steps, "seed": seed,
         "device": where.type, "precision": task.precision,
     }  # fmt: skip
@@ -170,7 +171,8 @@ def distill(
         num_classes=num_classes, steps=steps, seed=seed, device=where, precision=resolve_precision(precision, where),
     )  # fmt: skip
     settings = {
-        "command": "distill", "model": to_json(specs[1]) if specs else None, "specs": to_json(specs or []),
+        "command": "distill", "weights": weights_digest(teacher), "model": to_json(specs[1]) if specs else None,
+        "specs": to_json(specs or []),
         "quant": None, "input_shape": list(input_shape), "num_classes": num_classes, "recipe": to_json(recipe),
         "steps": steps, "seed": seed, "device": where.type, "precision": task.precision,
     }  # fmt: skip
@@ -217,7 +219,7 @@ def teach(
     )  # fmt: skip
     settings = {
         "command": "teach", "model": to_json(spec), "quant": None, "input_shape": list(images.input_shape),
-        "num_classes": images.num_classes, "teach": to_json(config), "seed": seed, "images": len(images),
+        "num_classes": images.num_classes, "teach": to_json(config), "seed": seed, "images": images.digest(),
         "device": where.type, "precision": task.precision,
     }  # fmt: skip
     folder = RunFolder(Path(out), settings, resume=resume)
@@ -243,7 +245,7 @@ def load_run(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Modul
         CheckpointError: no finished run there, or a model that does not fit it.
     """
     folder = Path(path)
-    config = read_json(folder / "config.json")["config"]
+    config = read_config(folder)
     if model is None:
         if config["model"] is None:
             raise CheckpointError(f"run: {folder} must be loaded with its float model, it was not built by name")

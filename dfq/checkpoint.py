@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -99,6 +100,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """
     state = _read_state_dict(path)
     expected = model.state_dict()
+    if not state.keys() & expected.keys():  # saved from a DataParallel
+        state = {name.removeprefix("module."): value for name, value in state.items()}
     if missing := [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]:
         raise CheckpointError(f"checkpoint: {path} must hold every tensor of the model, {missing[0]!r} is missing")
     if extra := [name for name in state if name not in expected]:
@@ -127,7 +130,16 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"checkpoint: {path} must hold a state dict of tensors, got {type(state).__name__}")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    return state
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of every tensor of the state dict, with its name: which weights these are."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save_weights(model: nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -322,6 +322,7 @@ def keep_freed_memory() -> None:
 def main(command: Callable[[], Any] = app) -> None:
     """Entry point: exit code 0, or one line that names the cause and 1 (128 + the signal's number if interrupted)."""
     keep_freed_memory()
+    sys.path.insert(0, "")  # package.module:factory is looked for in the current folder too, as `python -m` does
     try:
         command()
     except Interrupted as error:

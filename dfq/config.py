@@ -79,11 +79,11 @@ def quant_config(
     """The config of a preset.
 
     `W4A4`: 4-bit weights and activations between 8-bit edge layers. `gdfq-W4A4`: the convention of GDFQ and its
-    descendants: edge layers at these bits too, affine min/max weights, only activations behind a ReLU.
+    descendants: edge layers at these bits too, affine weights, only activations behind a ReLU.
 
     Args:
         preset: one of `PRESETS`, or any `[gdfq-]W<2-8>A<2-8>`.
-        ranges: `minmax` or `lsq`; the `gdfq` presets are min/max by definition.
+        ranges: `minmax` (as in these papers) or `lsq`.
         overrides: bits by layer name.
 
     Raises:
@@ -96,7 +96,9 @@ def quant_config(
         )
     bits = LayerBits(int(match[2]), int(match[3]))
     if match[1]:
-        return QuantConfig(bits, bits, bits, dict(overrides or {}), weight_scheme="affine", activations="after_relu")
+        return QuantConfig(
+            bits, bits, bits, dict(overrides or {}), ranges, weight_scheme="affine", activations="after_relu"
+        )
     return QuantConfig(bits, overrides=dict(overrides or {}), ranges=ranges)
 
 
@@ -130,6 +132,10 @@ class GeneratorConfig:
     conditional: bool = False
     live: bool = False
     snapshots: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        in_range = all(0 < part <= 1 for part in self.snapshots)
+        check("GeneratorConfig", "snapshots", self.snapshots, "fractions in (0, 1]", in_range)
 
 
 @dataclass(frozen=True)
@@ -180,7 +186,8 @@ class Recipe:
         for name in ("bn", "instance", "batch", "label", "adversary", "weight_decay"):
             check("Recipe", name, getattr(self, name), ">= 0", getattr(self, name) >= 0)
         check("Recipe", "batch_size", self.batch_size, "at least 2", self.batch_size >= 2)
-        check("Recipe", "generators", len(self.generators), "at least 1", len(self.generators) >= 1)
+        in_pool = any(item.live or item.snapshots for item in self.generators)
+        check("Recipe", "generators", self.generators, "at least one that is live or has a snapshot", in_pool)
 
 
 RECIPES: dict[str, Recipe] = {

@@ -8,6 +8,7 @@ the expected place and the page to download from.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import os
 import tarfile
@@ -59,6 +60,10 @@ class Images:
         mean = torch.tensor(self.mean, device=pixels.device).view(-1, 1, 1)
         std = torch.tensor(self.std, device=pixels.device).view(-1, 1, 1)
         return (pixels.float() / 255 - mean) / std
+
+    def digest(self) -> str:
+        """SHA-256 of pixels and labels: which images these are."""
+        return hashlib.sha256(self.pixels.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()
 
     def head(self, count: int) -> Images:
         """The first `count` images."""
@@ -247,13 +252,20 @@ def _tiny_imagenet(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def _image_folder(folder: Path, split: str) -> tuple[Tensor, Tensor]:
-    """`<split>/<class>/<image>`; classes are numbered in alphabetical order."""
+    """`<split>/<class>/<image>`; the classes of both splits together are numbered in alphabetical order."""
     inner = folder / split
     if not inner.is_dir():
         raise FileNotFoundError(2, "missing", str(inner))
-    names = sorted(path.name for path in inner.iterdir() if path.is_dir())
-    rows = [(path, label) for label, name in enumerate(names) for path in _image_files(inner / name)]
-    return _decode(rows)
+    splits = [item for item in (folder / "train", folder / "test") if item.is_dir()]
+    names = sorted({path.name for item in splits for path in item.iterdir() if path.is_dir()})
+    rows = [
+        (path, label)
+        for label, name in enumerate(names)
+        if (inner / name).is_dir()
+        for path in _image_files(inner / name)
+    ]
+    pixels, labels = _decode(rows)
+    return pixels, labels
 
 
 def _image_files(folder: Path) -> list[Path]:

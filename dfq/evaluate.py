@@ -26,6 +26,8 @@ def accuracy(model: nn.Module, images: Images, *, device: torch.device, batch_si
         labels = images.labels[start : start + batch_size].to(device)
         try:
             logits = model(images.normalize(pixels).contiguous(memory_format=torch.channels_last))
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(

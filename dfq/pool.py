@@ -32,11 +32,11 @@ class ImagePool:
 
     def draw(self, generator: Generator, purpose: str, member: int, step: int) -> tuple[Tensor, Tensor | None]:
         """One batch of one generator, and the labels that it was asked for, if it is conditional."""
-        random = random_source(self.seed, "noise", purpose, member, step)
-        z = torch.randn(self.batch_size, generator.noise, generator=random).to(self.device)
+        random = random_source(self.seed, "noise", purpose, member, step, device=self.device)
+        z = torch.randn(self.batch_size, generator.noise, generator=random, device=self.device)
         labels = None
         if generator.num_classes:
-            labels = torch.randint(generator.num_classes, (self.batch_size,), generator=random).to(self.device)
+            labels = torch.randint(generator.num_classes, (self.batch_size,), generator=random, device=self.device)
         with autocast(self.device, self.precision):
             return generator(z, labels), labels
 
@@ -59,5 +59,6 @@ class ImagePool:
 
     def _mixed(self, purpose: str, turn: int) -> Tensor:
         images = torch.cat([self.draw(item, purpose, index, turn)[0] for index, item in enumerate(self.frozen)])
-        order = torch.randperm(len(images), generator=random_source(self.seed, "mix", purpose, turn))
-        return images[order.to(self.device)].contiguous(memory_format=torch.channels_last)
+        random = random_source(self.seed, "mix", purpose, turn, device=self.device)
+        order = torch.randperm(len(images), generator=random, device=self.device)
+        return images[order].contiguous(memory_format=torch.channels_last)

@@ -45,7 +45,11 @@ class RunFolder:
                 raise CheckpointError(
                     f"run: out must be a new folder or resume must be set, got {path} with a run in it"
                 )
-            self._compare(read_json(config_path)["config"], wanted)
+            self._compare(read_config(path), wanted)
+        elif path.is_dir() and any(path.iterdir()):
+            raise CheckpointError(
+                f"run: out must be a new or empty folder, or one with a run, got {path} with other files"
+            )
         else:
             self.write_json("config.json", {"config": wanted, "versions": versions()})
         self._metrics = path / "metrics.jsonl"
@@ -91,6 +95,15 @@ class RunFolder:
         """Flushes TensorBoard's events."""
         if self._writer is not None:
             self._writer.close()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The resolved config of the run in `folder`, or a `CheckpointError`."""
+    data = read_json(folder / "config.json")
+    config = data.get("config") if isinstance(data, dict) else None
+    if not isinstance(config, dict) or "command" not in config:
+        raise CheckpointError(f"run: {folder} must hold a run, its config.json is of something else")
+    return config
 
 
 def read_json(path: Path) -> Any:

@@ -8,22 +8,25 @@ import os
 import torch
 
 
-def random_source(seed: int, *path: str | int) -> torch.Generator:
-    """A CPU generator for one purpose, e.g. `random_source(seed, "noise", step)`; independent of every other path."""
+def random_source(seed: int, *path: str | int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator for one purpose, e.g. `random_source(seed, "noise", step)`; independent of every other path."""
     rank = int(os.environ.get("RANK", "0"))
     digest = hashlib.sha256(repr((seed, rank, path)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 class seeded_initialisation:
     """Context in which torch's default CPU generator is seeded for `path`, and restored afterwards."""
 
     def __init__(self, seed: int, *path: str | int) -> None:
-        self.state = random_source(seed, *path).get_state()
+        source = random_source(seed, *path)
+        self.state, self.cuda_seed = source.get_state(), source.initial_seed()
 
     def __enter__(self) -> None:
         self.saved = torch.get_rng_state()
         torch.set_rng_state(self.state)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed(self.cuda_seed)
 
     def __exit__(self, *exc: object) -> None:
         torch.set_rng_state(self.saved)

@@ -13,6 +13,7 @@ from dfq.config import TeachConfig
 from dfq.data import Batches, Images
 from dfq.device import autocast
 from dfq.loop import one_cycle, set_learning_rate
+from dfq.seeds import seeded_initialisation
 
 
 class TeacherTraining:
@@ -24,7 +25,7 @@ class TeacherTraining:
         self.model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.batches = Batches(images, config.batch_size, seed, augmented=True)
         self.total_steps = config.epochs * self.batches.steps_per_epoch
-        self.config, self.device, self.precision = config, device, precision
+        self.config, self.seed, self.device, self.precision = config, seed, device, precision
         self.optimizer = torch.optim.SGD(
             [{"params": list(self.model.parameters()), "peak": config.learning_rate}],
             lr=config.learning_rate,
@@ -42,7 +43,7 @@ class TeacherTraining:
         images = images.to(self.device, memory_format=torch.channels_last)
         labels = labels.to(self.device)
         self.model.train()
-        with autocast(self.device, self.precision):
+        with seeded_initialisation(self.seed, "step", index), autocast(self.device, self.precision):
             loss = F.cross_entropy(self.model(images).float(), labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -75,7 +75,9 @@ class DataFreeTraining:
         self.recipe, self.quant, self.steps, self.seed = recipe, quant, steps, seed
         self.input_shape, self.num_classes, self.device, self.precision = input_shape, num_classes, device, precision
         self._check_teacher()
-        self.students = [student.to(device, memory_format=torch.channels_last) for student in students]  # type: ignore[call-overload]
+        self.students = [student.requires_grad_(True).to(device) for student in students]
+        for student in self.students:
+            student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.sources = [self._source(index, config) for index, config in enumerate(recipe.generators)]
         self.pool = ImagePool(batch_size=recipe.batch_size, seed=seed, device=device, precision=precision)
         self.pool.live = [source.generator for source in self.sources if source.config.live]
@@ -89,6 +91,10 @@ class DataFreeTraining:
     # --- the algorithm ------------------------------------------------------------------------------------------
 
     def step(self, index: int) -> Mapping[str, Tensor]:
+        with seeded_initialisation(self.seed, "step", index):  # for a dropout in a float student
+            return self._step(index)
+
+    def _step(self, index: int) -> Mapping[str, Tensor]:
         if index < self.warm_up_steps:
             source, local = divmod(index, self.recipe.warm_up)
             return self.warm_up_step(self.sources[source], local)
@@ -127,7 +133,9 @@ class DataFreeTraining:
         else:
             terms["label"] = recipe.label * label_cross_entropy(teacher_logits, labels)
         if students and recipe.adversary > 0:
-            disagreement = [distillation(teacher_logits, self._forward(student, images)) for student in students]
+            disagreement = [
+                distillation(teacher_logits, self._forward(student, images, learning=False)) for student in students
+            ]
             terms["adversary"] = -recipe.adversary * torch.stack(disagreement).sum()
         source.optimizer.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward(inputs=list(source.generator.parameters()))
@@ -144,7 +152,7 @@ class DataFreeTraining:
         with torch.no_grad(), autocast(self.device, self.precision):
             teacher_logits = self.teacher(images)
         set_adapting(student, True)
-        loss = self.distance(teacher_logits, self._forward(student, images), step)
+        loss = self.distance(teacher_logits, self._forward(student, images, learning=True), step)
         set_adapting(student, False)
         student.zero_grad(set_to_none=True)
         loss.backward()
@@ -162,7 +170,7 @@ class DataFreeTraining:
         assert self.quant is not None
         for student in self.students:
             student.train()
-            set_adapting(student, True)
+            set_adapting(student, True, batch_norms=False)
             with torch.no_grad(), autocast(self.device, self.precision):
                 for batch in range(self.recipe.calibration_batches):
                     student(self.pool.batch("calibrate", batch))
@@ -184,8 +192,9 @@ class DataFreeTraining:
         self.pool.frozen.append(copy.deepcopy(source.generator).requires_grad_(False))
         self.snapshot_owners.append(source.index)
 
-    def _forward(self, student: nn.Module, images: Tensor) -> Tensor:
-        student.train()
+    def _forward(self, student: nn.Module, images: Tensor, *, learning: bool) -> Tensor:
+        """A float student that is not learning is in evaluation: its batch norms stay as they are."""
+        student.train(learning or self.quant is not None)
         with autocast(self.device, self.precision):
             return student(images)
 
@@ -220,6 +229,8 @@ class DataFreeTraining:
         with torch.no_grad():
             try:
                 logits = self.teacher(torch.zeros(2, *self.input_shape, device=self.device))
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
                 raise ValueError(f"quantize: model must accept images of {self.input_shape}: {reason}") from error

@@ -85,6 +85,7 @@ def run_small(tmp_path: Path):
             "out": tmp_path / "run",
             "precision": "fp32",
         }
-        return dfq.quantize(small_net(), **(settings | keywords))
+        settings |= keywords
+        return dfq.quantize(settings.pop("model", None) or small_net(), **settings)
 
     return run

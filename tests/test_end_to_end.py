@@ -31,7 +31,9 @@ def test_a_real_network_keeps_its_accuracy_at_eight_bits(tmp_path: Path) -> None
 
 def test_training_repairs_what_two_bits_break(tmp_path: Path) -> None:
     images = load_images("fashion-mnist", "test").head(500)
-    recipe = replace(RECIPES["default"], warm_up=25, batch_size=64, width=64, generators=RECIPES["default"].generators[2:])
+    recipe = replace(
+        RECIPES["default"], warm_up=25, batch_size=64, width=64, generators=RECIPES["default"].generators[2:]
+    )
     result = dfq.quantize(
         embedded.load_teacher(), input_shape=(1, 32, 32), num_classes=10, preset="W2A4", recipe=recipe, steps=40,
         out=tmp_path / "run", test_images=images,

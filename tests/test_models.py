@@ -29,7 +29,9 @@ def test_parameter_counts(name: str, stem: str, classes: int) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name, stem, classes]
 
 
-@pytest.mark.parametrize("name", ["wrn-10-2", "resnet18", "resnet34", "resnet20", "vgg11", "mobilenet-v1", "mobilenet-v2"])
+@pytest.mark.parametrize(
+    "name", ["wrn-10-2", "resnet18", "resnet34", "resnet20", "vgg11", "mobilenet-v1", "mobilenet-v2"]
+)
 @pytest.mark.parametrize(("stem", "size"), [("cifar", 32), ("imagenet", 64)])
 def test_any_channels_and_classes(name: str, stem: str, size: int) -> None:
     model = build_model(ModelSpec(name, 2, 7, stem)).eval()

@@ -71,6 +71,66 @@ def test_the_generator_step_maximises_disagreement_and_leaves_students_alone() -
     assert all(parameter.grad is None for parameter in work.teacher.parameters())
 
 
+def test_float_students_are_left_alone_by_the_generator_too() -> None:
+    students = [dfq.build_model(ModelSpec("wrn-10-1", 1, 4))]
+    work = DataFreeTraining(
+        small_net(), students, replace(SMALL_RECIPE, students=1), quant=None, input_shape=(1, 12, 12), num_classes=4,
+        steps=2, seed=0, device=torch.device("cpu"), precision="fp32",
+    )  # fmt: skip
+    before = {name: value.clone() for name, value in students[0].state_dict().items()}
+    work.generator_step(work.sources[0], "live", 0, work.students)
+    assert all(torch.equal(value, students[0].state_dict()[name]) for name, value in before.items())
+
+
+def test_a_frozen_teacher_still_gives_a_student_that_learns(run_small) -> None:
+    net = small_net().requires_grad_(False)
+    result = run_small(model=net)
+    assert not torch.equal(result.model.get_parameter("conv2.weight"), net.conv2.weight)
+
+
+def test_resume_needs_the_same_teacher(run_small) -> None:
+    run_small()
+    other = small_net()
+    with torch.no_grad():
+        other.fc.bias.add_(1)
+    with pytest.raises(CheckpointError, match="weights must be .* to resume"):
+        run_small(model=other, resume=True)
+
+
+def test_a_folder_with_other_files_is_left_alone(run_small, tmp_path: Path) -> None:
+    (tmp_path / "run" / "tensorboard").mkdir(parents=True)
+    (tmp_path / "run" / "model.safetensors").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(CheckpointError, match="out must be a new or empty folder"):
+            run_small(resume=resume)
+    assert (tmp_path / "run" / "model.safetensors").read_text() == "mine" and (
+        tmp_path / "run" / "tensorboard"
+    ).is_dir()
+
+
+@pytest.mark.parametrize("snapshots", [(0.0,), (1.5,), ()])
+def test_recipes_with_an_empty_pool_are_refused(snapshots: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="snapshots must be fractions|generators must be at least one that is live"):
+        replace(SMALL_RECIPE, generators=(GeneratorConfig(snapshots=snapshots),))
+
+
+@pytest.mark.gpu
+def test_a_step_never_waits_for_the_gpu() -> None:
+    device = torch.device("cuda")
+    quant = quant_config("W4A4", ranges="lsq")
+    work = DataFreeTraining(
+        small_net(), [prepare(small_net(), quant)], replace(SMALL_RECIPE, students=1), quant=quant, steps=4, seed=0,
+        input_shape=(1, 12, 12), num_classes=4, device=device, precision="fp32",
+    )  # fmt: skip
+    first = to_live_step(work)
+    work.step(first)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work.step(first + 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_warm_up_uses_the_teacher_alone_and_fills_the_pool() -> None:
     work = task()
     metrics = work.step(0)

@@ -71,14 +71,17 @@ def _from_factory(spec: ModelSpec) -> nn.Module:
     module_name, _, attribute = spec.name.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever the user's module raises
         raise ValueError(
-            f"build_model: name must be an importable package.module:factory, got {spec.name!r} ({error})"
+            f"build_model: name must be an importable package.module:factory, got {spec.name!r} "
+            f"({type(error).__name__}: {error})"
         ) from error
     try:
         model = factory(**spec.kwargs)
-    except TypeError as error:
-        raise ValueError(f"build_model: {spec.name} must accept {spec.kwargs or 'no arguments'}: {error}") from error
+    except Exception as error:
+        given = spec.kwargs or "no arguments"
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"build_model: {spec.name} must accept {given}, got {reason}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"build_model: {spec.name} must return a torch.nn.Module, got {type(model).__name__}")
     return model

@@ -29,6 +29,7 @@ class Kind(Enum):
     AVG_POOL = auto()
     MAX_POOL = auto()
     MOVE = auto()
+    SIZE = auto()
 
 
 LAYERS = (Kind.CONV, Kind.LINEAR)
@@ -43,11 +44,13 @@ FUNCTIONS: dict[Any, Kind] = {
     F.relu: Kind.ACTIVATION, torch.relu: Kind.ACTIVATION, F.relu6: Kind.ACTIVATION,
     operator.add: Kind.ADD, operator.iadd: Kind.ADD, torch.add: Kind.ADD,
     F.avg_pool2d: Kind.AVG_POOL, F.adaptive_avg_pool2d: Kind.AVG_POOL, F.max_pool2d: Kind.MAX_POOL,
-    torch.flatten: Kind.MOVE, F.dropout: Kind.MOVE,
+    torch.flatten: Kind.MOVE, F.dropout: Kind.MOVE, torch.mean: Kind.AVG_POOL, torch.reshape: Kind.MOVE,
+    getattr: Kind.SIZE, operator.getitem: Kind.SIZE,
 }  # fmt: skip
 METHODS = {
     "relu": Kind.ACTIVATION, "relu_": Kind.ACTIVATION, "add": Kind.ADD, "add_": Kind.ADD,
-    "flatten": Kind.MOVE, "contiguous": Kind.MOVE,
+    "flatten": Kind.MOVE, "contiguous": Kind.MOVE, "view": Kind.MOVE, "reshape": Kind.MOVE,
+    "mean": Kind.AVG_POOL, "size": Kind.SIZE,
 }  # fmt: skip
 PADDING_MODES = ("zeros",)
 
@@ -69,6 +72,9 @@ def trace(model: nn.Module) -> list[fx.Node]:
         ) from error
     finally:
         model.train(was_training)
+    for node in traced.nodes:
+        if not node.users and _changes_its_input(node, model):
+            raise PrepareError(f"prepare: the result of {node.name} must be used (x = relu(x)), got an in-place call")
     nodes = [node for node in traced.nodes if node.users or node.op in ("output", "placeholder")]
     if sum(node.op == "placeholder" for node in nodes) != 1:
         raise PrepareError("prepare: model must take one tensor, the images")
@@ -80,6 +86,14 @@ def trace(model: nn.Module) -> list[fx.Node]:
                 f"prepare: {name} ({type(module).__name__}) must be called once, got {count} calls; copy it"
             )
     return nodes
+
+
+def _changes_its_input(node: fx.Node, model: nn.Module) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    name = getattr(node.target, "__name__", str(node.target))
+    in_place = (name.endswith("_") and not name.endswith("__")) or name == "iadd"
+    return node.op in ("call_function", "call_method") and (in_place or bool(node.kwargs.get("inplace", False)))
 
 
 def kind_of(node: fx.Node, model: nn.Module) -> Kind:
@@ -100,9 +114,21 @@ def kind_of(node: fx.Node, model: nn.Module) -> Kind:
     if kind is None:
         what = f"method .{node.target}()" if node.op == "call_method" else f"{node.op} {node.target}"
         raise _unsupported(f"{what} (node {node.name})")
+    if kind is Kind.SIZE and node.op == "call_function" and not _reads_a_size(node):
+        raise _unsupported(f"{node.name}, an access to something else than a shape")
+    if kind is Kind.ADD and node.kwargs.get("alpha", 1) != 1:
+        raise _unsupported(f"an addition with alpha {node.kwargs['alpha']} (node {node.name})")
     if kind is Kind.ADD and len(node.all_input_nodes) != 2:
         raise _unsupported(f"an addition of a constant or of a value to itself (node {node.name})")
     return kind
+
+
+def _reads_a_size(node: fx.Node) -> bool:
+    if node.target is getattr:
+        return node.args[1] == "shape"
+    source = node.args[0]
+    is_size = isinstance(source, fx.Node) and (source.target is getattr or source.target == "size")
+    return is_size
 
 
 def _module_kind(name: str, module: nn.Module) -> Kind:

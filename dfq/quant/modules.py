@@ -36,6 +36,8 @@ class QuantLayer(nn.Module):
         self.weight, self.bias = layer.weight, layer.bias
         self.tail = Tail(batch_norm, activation, quantizer, train_batch_norm=train_batch_norm)
 
+    channel_axis = 1
+
     def accumulate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The linear map of the layer."""
         raise TypeError(f"{type(self).__name__} must define accumulate")
@@ -56,7 +58,12 @@ class QuantLayer(nn.Module):
             integer_x = torch.round(x * (1 / x_scale))
             acc = self.accumulate_integers(integer_x, integer_weight)
             mult = x_scale * mult
-        return acc * per_channel(mult, acc, 1) + per_channel(bias, acc, 1)
+        axis = self.channel_axis % acc.dim()
+        if self.tail.bn is not None and axis != 1:
+            raise ValueError(
+                f"prepare: a linear layer before a batch norm must see [N, features], got {tuple(x.shape)}"
+            )
+        return acc * per_channel(mult, acc, axis) + per_channel(bias, acc, axis)
 
     def accumulate_integers(self, x: Tensor, weight: Tensor) -> Tensor:
         """The exact accumulators as fp32; float64 where partial sums could pass 2^24, and always on a GPU.
@@ -83,6 +90,8 @@ class QuantConv2d(QuantLayer):
 
 class QuantLinear(QuantLayer):
     """A linear layer whose weight arrives fake-quantized."""
+
+    channel_axis = -1
 
     def accumulate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)

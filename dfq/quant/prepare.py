@@ -16,6 +16,7 @@ from torch import fx, nn
 from dfq.config import LayerBits, QuantConfig
 from dfq.quant.graph import LAYERS, Kind, PrepareError, kind_of, trace
 from dfq.quant.modules import QuantBatchNorm, QuantConv2d, QuantLinear
+from dfq.quant.pooling import average_pool
 from dfq.quant.quantizers import ActivationQuantizer, WeightQuantizer, WeightQuantizers
 
 
@@ -213,7 +214,7 @@ class _Builder:
         readers = []
         for user in node.users:
             moves = self.kinds[user] in (Kind.MOVE, Kind.MAX_POOL)
-            readers += self._readers(user) if moves else [user]
+            readers += self._readers(user) if moves else [user] if self.kinds[user] is not Kind.SIZE else []
         return readers
 
     def _settle(self, node: fx.Node, out: fx.Node) -> None:
@@ -245,13 +246,29 @@ class _Builder:
     def _plain(self, node: fx.Node) -> None:
         """Additions, activations on their own, pooling, reshaping: as they were, on the new values."""
         operands = node.all_input_nodes
+        if self._is_dropout(node):
+            self.new[node] = self.new[operands[0]]  # a student learns from agreement alone, and repeats its bits
+            return
+        if self.kinds[node] is Kind.AVG_POOL:
+            name = str(node.target) if node.op == "call_module" else f"pools.{node.name}"
+            self._add_module(name, average_pool(node, self.model))
+            value = self.new[operands[0]]
+            self._settle(node, self.graph.call_module(name, (value.node, value.scale)))
+            return
         if node.op == "call_module":
             self._add_module(str(node.target), self._module(node))
         copied = self.graph.node_copy(node, lambda old: self.new[old].node)
-        if self.kinds[node] in (Kind.MOVE, Kind.MAX_POOL):
+        if self.kinds[node] is Kind.SIZE:
+            self.new[node] = _Value(copied)
+        elif self.kinds[node] in (Kind.MOVE, Kind.MAX_POOL):
             self.new[node] = _Value(copied, self.new[operands[0]].scale)
         else:
             self._settle(node, copied)
+
+    def _is_dropout(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self._module(node), (nn.Dropout, nn.Dropout2d))
+        return "dropout" in str(getattr(node.target, "__name__", ""))
 
     def _module(self, node: fx.Node) -> nn.Module:
         return self.model.get_submodule(str(node.target))

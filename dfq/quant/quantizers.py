@@ -162,11 +162,12 @@ def _quantizers(model: nn.Module) -> Iterator[ActivationQuantizer]:
     return (module for module in model.modules() if isinstance(module, ActivationQuantizer))
 
 
-def set_adapting(model: nn.Module, adapting: bool) -> None:
-    """Whether training forwards move ranges (and batch norms, where these train)."""
+def set_adapting(model: nn.Module, adapting: bool, *, batch_norms: bool = True) -> None:
+    """Whether training forwards move ranges and, where these train and `batch_norms`, batch norms."""
     for module in model.modules():
         if hasattr(module, "adapting"):
-            module.adapting = adapting  # type: ignore[assignment]
+            is_range = isinstance(module, ActivationQuantizer)
+            module.adapting = adapting and (is_range or batch_norms)  # type: ignore[assignment]
 
 
 def learn_ranges(model: nn.Module, config: QuantConfig) -> None:
