@@ -84,7 +84,6 @@ def without_snapshots() -> Recipe:
 def ablations() -> dict[str, Recipe]:
     """What is changed in the default recipe."""
     return {
-        "default": DEFAULT,
         "without the BN term": replace(DEFAULT, bn=0.0),
         "without the instance entropy": replace(DEFAULT, instance=0.0),
         "without the batch entropy": replace(DEFAULT, batch=0.0),

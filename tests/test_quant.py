@@ -336,8 +336,17 @@ class Unusual(nn.Module):
         return self.fc(F.relu(self.bn3(self.hidden(y))))
 
 
-PARTS = ["two norms added", "in-place sum", "sum of a value with its pool", "convolution last", "tokens", "view", "reshape",
-         "uneven pool", "mean"]  # fmt: skip
+PARTS = [
+    "two norms added",
+    "in-place sum",
+    "sum of a value with its pool",
+    "convolution last",
+    "tokens",
+    "view",
+    "reshape",
+    "uneven pool",
+    "mean",
+]
 
 
 @pytest.mark.parametrize("part", PARTS)
