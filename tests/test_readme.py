@@ -27,7 +27,7 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch) -> None:
     """With fewer steps and images, so that it takes seconds."""
     (example,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     assert "steps=200" in example
-    example = example.replace("steps=200", "steps=1, recipe=SMALL").replace('recipe="default", ', "")
+    example = example.replace("steps=200", "steps=1, recipe=SMALL").replace('recipe="default",', "")
     example = example.replace("test_images=images", "test_images=images.head(50)")
     monkeypatch.chdir(tmp_path)
     from dfq.config import GeneratorConfig, Recipe
