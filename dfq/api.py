@@ -83,7 +83,7 @@ def quantize(
         preset: bits, `W4A4` and so on (`dfq.config.quant_config`).
         recipe: `default`, `paper`, or a `dfq.config.Recipe`.
         steps: student steps.
-        seed: of everything random; the same seed gives the same bits.
+        seed: of everything random; the same seed and number of threads give the same bits.
         out: a new folder for config, metrics, pictures and checkpoints.
         overrides: bits by layer name.
         config: a whole `QuantConfig` instead of `preset` and `overrides`.

@@ -60,7 +60,9 @@ Data = Annotated[
 DataRoot = Annotated[
     Path | None, typer.Option(help="Folder of the data set's files. Default: $DFQ_DATA/NAME, else ~/.cache/dfq/NAME.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of everything random; the same seed gives the same bits.")]
+Seed = Annotated[
+    int, typer.Option(help="Seed of everything random; the same seed and number of threads give the same bits.")
+]
 Out = Annotated[Path, typer.Option(help="A new folder for config, metrics, pictures and checkpoints.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
