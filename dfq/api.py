@@ -28,7 +28,7 @@ from dfq.device import resolve_device, resolve_precision
 from dfq.evaluate import accuracy
 from dfq.loop import Observer, run_loop
 from dfq.models import ModelSpec, build_model
-from dfq.quant import freeze_ranges, prepare
+from dfq.quant import freeze_ranges, layer_bounds, prepare
 from dfq.report import model_bytes, save_curves, save_image_grid
 from dfq.run_folder import RunFolder, read_config
 from dfq.seeds import seeded_initialisation
@@ -286,6 +286,9 @@ def _finish(
     if test_images is not None:
         accuracies = {name: accuracy(model, test_images, device=device) for name, model in models.items()}
     seconds = time.monotonic() - started
-    folder.write_json("result.json", {"accuracies": accuracies, "bytes": sizes, "seconds": round(seconds, 1)})
+    facts = {"accuracies": accuracies, "bytes": sizes, "seconds": round(seconds, 1)}
+    if calibrated is not None:
+        facts["layers"] = to_json(layer_bounds(product))  # type: ignore[arg-type, assignment]
+    folder.write_json("result.json", facts)
     folder.close()
     return Result(product, folder.path, calibrated, accuracies, sizes, seconds)

@@ -24,7 +24,8 @@ from dfq.evaluate import accuracy
 from dfq.loop import Interrupted, NonFiniteError
 from dfq.models import MODEL_NAMES, ModelSpec, build_model
 from dfq.progress import ProgressBar, Silent
-from dfq.report import accuracy_table, model_bytes
+from dfq.quant import layer_bounds
+from dfq.report import accuracy_table, bounds_table, model_bytes
 from dfq.run_folder import versions
 from dfq_kernels import BackendError
 from dfq_kernels.dispatch import TABLE, missing
@@ -192,11 +193,14 @@ def evaluate(
     images = _test_images(data or embedded.DATASET, data_root, tuple(config["input_shape"]), config["num_classes"])
     value = accuracy(model.to(where), images, device=where)
     size = model_bytes(model)
-    facts = {"run": str(run), "accuracy": value, "images": len(images), "bytes": size}
+    bounds = layer_bounds(model) if config["quant"] is not None else []  # type: ignore[arg-type]
+    facts = {"run": str(run), "accuracy": value, "images": len(images), "bytes": size, "layers": to_json(bounds)}
     if json_output:
         print(json.dumps(facts))
-    else:
-        Console().print(accuracy_table([(str(run), value, size)], f"{len(images)} test images, exact forward"))  # type: ignore[list-item]
+        return
+    Console().print(accuracy_table([(str(run), value, size)], f"{len(images)} test images, exact forward"))
+    if bounds:
+        Console().print(bounds_table(bounds))
 
 
 @app.command()

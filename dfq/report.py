@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from matplotlib import pyplot as plt
 from rich.table import Table
 from torch import Tensor, nn
 
+from dfq.quant.exactness import LayerBound
 from dfq.quant.modules import QuantBatchNorm
 from dfq.quant.quantizers import ActivationQuantizer, WeightQuantizers, weight_layers
 
@@ -28,7 +30,7 @@ def model_bytes(model: nn.Module) -> int:
         tensors = [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
         return sum(4 * tensor.numel() for tensor in tensors)
     total = 0.0
-    for quantizer, weight in weight_layers(model):
+    for _, quantizer, weight in weight_layers(model):
         total += weight.numel() * quantizer.bits / 8 + 8 * weight.shape[0]
     for module in model.modules():
         if isinstance(module, QuantBatchNorm) and module.bn is not None:
@@ -38,7 +40,20 @@ def model_bytes(model: nn.Module) -> int:
     return round(total)
 
 
-def accuracy_table(rows: list[tuple[str, float | None, int]], title: str) -> Table:
+def bounds_table(bounds: Sequence[LayerBound]) -> Table:
+    """Bits of every layer and the largest sum that it can meet; fp32 holds sums below 2^24 exactly."""
+    table = Table(title="accumulators of the exact forward")
+    for heading in ("layer", "weight bits", "input bits", "largest sum", "computed in"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    for item in bounds:
+        known = item.bound is not None
+        sums = ("fp32" if item.exact_in_fp32 else "fp32 or float64, by batch") if known else "fp32, not exact"
+        largest = f"{item.bound:,.0f}" if known else ""
+        table.add_row(item.layer, str(item.weight_bits), str(item.activation_bits or "float"), largest, sums)
+    return table
+
+
+def accuracy_table(rows: Sequence[tuple[str, float | None, int]], title: str) -> Table:
     """Model, accuracy in percent, size in kB."""
     table = Table(title=title)
     table.add_column("model")

@@ -34,7 +34,7 @@ class OpSpec:
 
     op: name in `dispatch.TABLE`; call: the public function, tensors and keywords by name;
     differentiable: tensors that get gradients; cases: every branch of the maths;
-    bytes_moved: ideal traffic of a case's tensors, forward and backward;
+    bytes_moved: ideal traffic of a case's (tensors, keyword arguments), forward and backward;
     exact: values bit-equal between backends, else within `rtol` and `atol`; mutated: tensors updated in place;
     mutations: faults that some test must notice, as (text in reference.py, text that replaces it).
     """
@@ -43,7 +43,7 @@ class OpSpec:
     call: Callable[..., Any]
     differentiable: tuple[str, ...]
     cases: tuple[Case, ...]
-    bytes_moved: Callable[[dict[str, Any]], tuple[int, int]]
+    bytes_moved: Callable[[dict[str, Any], dict[str, Any]], tuple[int, int]]
     exact: bool = True
     rtol: float = 0.0
     atol: float = 0.0
@@ -83,6 +83,11 @@ def batch_norm(generator: torch.Generator, channels: int) -> dict[str, Any]:
         "running_mean": randn(generator, channels),
         "running_var": randn(generator, channels).square() + 0.1,
     }
+
+
+def mask_bytes(x: Tensor) -> int:
+    """One bit per element: what a backward needs of a clamp."""
+    return x.numel() // 8
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -75,6 +75,11 @@ def test_data_gives_shapes_and_accuracies_and_evaluate_repeats_them(tmp_path: Pa
     again = dfq_command("evaluate", str(tmp_path / "run"), *common, "--json")
     facts = json.loads(again.stdout)
     assert facts["accuracy"] == json.loads(done.stdout)["accuracies"]["DF-QAT-KD"] and facts["images"] == 8
+    assert [item["layer"] for item in facts["layers"]] == ["conv1", "conv2", "conv3", "shortcut", "fc"]
+    assert all(item["exact_in_fp32"] and 0 < item["bound"] < 2**24 for item in facts["layers"])
+    assert facts["layers"] == json.loads((tmp_path / "run" / "result.json").read_text())["layers"]
+    shown = dfq_command("evaluate", str(tmp_path / "run"), *common).stdout
+    assert "shortcut" in shown and "largest sum" in shown
 
 
 def write_images(root: Path) -> None:
@@ -156,13 +161,14 @@ def test_wrong_input_is_one_line_and_exit_code_1(tmp_path: Path, text: str) -> N
 
 
 def test_a_model_without_norms_is_refused(tmp_path: Path) -> None:
+    """The installed command, in the folder where the user's module lies."""
     (tmp_path / "plain.py").write_text(
         "from torch import nn\ndef net(): return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(400, 4))\n"
     )
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + RUN
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-c", code, "quantize", "--model", "plain:net", *FACTORY[2:], "--out", str(tmp_path / "run")],
-        capture_output=True, text=True,
+        [str(Path(sys.executable).parent / "dfq"), "quantize", "--model", "plain:net", *FACTORY[2:], "--out", "run"],
+        capture_output=True, text=True, cwd=tmp_path, env=environment,
     )  # fmt: skip
     assert done.returncode == 1 and "teacher must have batch norms" in done.stderr and not (tmp_path / "run").exists()
 

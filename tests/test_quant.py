@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from dfq.config import LayerBits, QuantConfig, quant_config
 from dfq.models import ModelSpec, build_model
 from dfq.quant import PrepareError, freeze_ranges, learn_ranges, prepare, range_parameters, set_adapting
+from dfq.quant.exactness import layer_bounds
 from dfq.quant.modules import QuantBatchNorm, QuantLayer
 from dfq.quant.quantizers import ActivationQuantizer, least_squares_scale, weight_layers
 from tests.conftest import small_net
@@ -64,10 +65,7 @@ def test_parameters_keep_their_identity() -> None:
 
 def test_what_is_quantized_with_how_many_bits() -> None:
     student = prepare(small_net(), quant_config("W3A4", overrides={"conv3": LayerBits(2, 5)}))
-    bits = {
-        name: quantizer.bits
-        for (quantizer, _), name in zip(weight_layers(student), student.weight_quantizers.names, strict=True)
-    }
+    bits = {name: quantizer.bits for name, quantizer, _ in weight_layers(student)}
     assert bits == {"conv1": 8, "conv2": 3, "conv3": 2, "shortcut": 3, "fc": 8}
     activations = {
         name: module.bits for name, module in student.named_modules() if isinstance(module, ActivationQuantizer)
@@ -90,8 +88,8 @@ def test_what_is_quantized_with_how_many_bits() -> None:
 
 def test_gdfq_convention() -> None:
     student = prepare(small_net(), quant_config("gdfq-W3A3"))
-    assert {quantizer.bits for quantizer, _ in weight_layers(student)} == {3}
-    assert {quantizer.scheme for quantizer, _ in weight_layers(student)} == {"affine"}
+    assert {quantizer.bits for _, quantizer, _ in weight_layers(student)} == {3}
+    assert {quantizer.scheme for _, quantizer, _ in weight_layers(student)} == {"affine"}
     names = [name for name, module in student.named_modules() if isinstance(module, ActivationQuantizer)]
     assert names == ["conv1.tail.quantizer", "conv2.tail.quantizer", "quantizers.pool_3"]
 
@@ -103,11 +101,9 @@ def double_forward(student: nn.Module, x: torch.Tensor) -> torch.Tensor:
         name: torch.round(
             quantizer(weight.detach())[0] / quantizer.scale.reshape(-1, *[1] * (weight.dim() - 1))
         ).double()
-        for (quantizer, weight), name in zip(weight_layers(student), student.weight_quantizers.names, strict=True)
+        for name, quantizer, weight in weight_layers(student)
     }
-    weight_scales = {
-        name: quantizer.scale for (quantizer, _), name in zip(weight_layers(student), integers, strict=True)
-    }
+    weight_scales = {name: quantizer.scale for name, quantizer, _ in weight_layers(student)}
 
     def quantize(value: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         quantizer = modules[name]
@@ -174,6 +170,43 @@ class QuantLayerProbe(QuantLayer):
     def accumulate(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         self.used.append(x.dtype)
         return F.linear(x, weight, bias)
+
+
+def test_bounds_hold_and_say_where_fp32_is_exact(random: torch.Generator) -> None:
+    x = torch.randn(16, 1, 12, 12, generator=random)
+    student = calibrated(small_net(), quant_config("W4A4"), x).eval()
+    freeze_ranges(student)
+    bounds = {item.layer: item for item in layer_bounds(student)}
+    assert [(item.weight_bits, item.activation_bits) for item in bounds.values()] == [
+        (8, 8), (4, 4), (4, 4), (4, 4), (8, 8)
+    ]  # fmt: skip
+    assert list(bounds) == ["conv1", "conv2", "conv3", "shortcut", "fc"]
+    conv1, image = student.get_submodule("conv1"), student.get_submodule("quantizers.x_8")
+    integers = torch.round(conv1.weight / weight_layers(student)[0][1].scale.view(-1, 1, 1, 1))
+    # the input that reaches the bound: every pixel at the end of the range that is further from the zero point
+    furthest = max(image.quant_max - image.zero_point, image.zero_point - image.quant_min)
+    reached = [float(furthest * channel.abs().sum()) for channel in integers]
+    assert bounds["conv1"].bound == max(reached) and bounds["conv1"].exact_in_fp32
+    wide = calibrated(Wide(), quant_config("W8A8"), torch.randn(2, 1, 1, 1))
+    assert [item.exact_in_fp32 for item in layer_bounds(wide)] == [True, False]
+
+
+class Wide(nn.Module):
+    """A head whose sums pass 2^24: 255 * 127 * 1024."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(1, 1024, 1), nn.Linear(1024, 2)
+        with torch.no_grad():
+            self.fc.weight.fill_(1.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(F.relu(self.conv(x)).flatten(1))
+
+
+def test_bounds_of_an_input_that_is_not_quantized() -> None:
+    first = layer_bounds(prepare(small_net(), quant_config("gdfq-W3A3")))[0]
+    assert (first.activation_bits, first.bound, first.exact_in_fp32) == (None, None, False)
 
 
 def test_exact_forward_does_not_depend_on_batch_size(random: torch.Generator) -> None:

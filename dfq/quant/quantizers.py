@@ -177,7 +177,7 @@ def learn_ranges(model: nn.Module, config: QuantConfig) -> None:
     for quantizer in _quantizers(model):
         if quantizer.bits < 8:
             quantizer.learn()
-    for layer, weight in weight_layers(model):
+    for _, layer, weight in weight_layers(model):
         if layer.bits < 8:
             layer.learn(weight.detach())
 
@@ -186,7 +186,7 @@ def freeze_ranges(model: nn.Module) -> None:
     """Fixes every scale where it is now: what is evaluated, saved and exported."""
     for quantizer in _quantizers(model):
         quantizer.fix()
-    for layer, weight in weight_layers(model):
+    for _, layer, weight in weight_layers(model):
         if layer.source == MOVING:
             layer.measure(weight.detach())
         layer.fix()
@@ -197,8 +197,8 @@ def range_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if name.endswith("log_scale")]
 
 
-def weight_layers(model: nn.Module) -> list[tuple[WeightQuantizer, Tensor]]:
-    """Each weight quantizer with the weight that it quantizes, in the order of the graph."""
+def weight_layers(model: nn.Module) -> list[tuple[str, WeightQuantizer, Tensor]]:
+    """Each layer's name, weight quantizer and weight, in the order of the graph."""
     (together,) = [module for module in model.modules() if isinstance(module, WeightQuantizers)]
     weights = [model.get_parameter(f"{name}.weight") for name in together.names]
-    return list(zip(together.layers, weights, strict=True))  # type: ignore[arg-type]
+    return list(zip(together.names, together.layers, weights, strict=True))  # type: ignore[arg-type]

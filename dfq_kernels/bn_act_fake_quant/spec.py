@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dfq_kernels.bn_act_fake_quant.api import bn_act_fake_quant
-from dfq_kernels.specs import Case, OpSpec, batch_norm, fresh_range, layout_cases, nbytes, randn
+from dfq_kernels.specs import Case, OpSpec, batch_norm, fresh_range, layout_cases, mask_bytes, nbytes, randn
 
 Arguments = tuple[dict[str, Any], dict[str, Any]]
 
@@ -27,6 +27,18 @@ def _random(dtype: torch.dtype = torch.float32, affine: bool = True, spread: flo
 def _layout(x: torch.Tensor) -> Arguments:
     parameters = batch_norm(torch.Generator().manual_seed(1), x.shape[1])
     return {"x": x, **parameters, **fresh_range()}, {"quant_max": 15}
+
+
+def _bytes_moved(tensors: dict[str, Any], keywords: dict[str, Any]) -> tuple[int, int]:
+    """A batch norm is monotone per channel, so one read of x gives its statistics and the range of its output.
+
+    Frozen statistics and a given range need no such read. Backward: gradient and x are read once for the sums and, in
+    training, once more for the gradient of x, which is written.
+    """
+    size = nbytes(tensors["x"])
+    training, observe = keywords.get("training", False), keywords.get("observe", True)
+    mask = 0 if training else mask_bytes(tensors["x"])
+    return (3 if training or observe else 2) * size + mask, (5 if training else 3) * size
 
 
 SPEC = OpSpec(
@@ -50,7 +62,7 @@ SPEC = OpSpec(
         Case("fp16", _random(torch.float16)),
         *layout_cases(_layout),
     ),
-    bytes_moved=lambda tensors: (2 * nbytes(tensors["x"]), 3 * nbytes(tensors["x"])),
+    bytes_moved=_bytes_moved,
     mutations=(
         ("var * (count / (count - 1))", "var"),
         ("grad = activation_grad(grad, y, activation)", "grad = grad"),

@@ -43,7 +43,7 @@ SPEC = OpSpec(
         Case("fp16", _random("relu", torch.float16)),
         *layout_cases(_layout),
     ),
-    bytes_moved=lambda tensors: (2 * nbytes(tensors["x"]), 3 * nbytes(tensors["x"])),
+    bytes_moved=lambda tensors, _: (2 * nbytes(tensors["x"]), 3 * nbytes(tensors["x"])),
     mutations=(
         ("torch.rsqrt(var + eps)", "torch.rsqrt(var)"),
         ("inv_std if weight is None else weight * inv_std", "inv_std"),

@@ -48,7 +48,7 @@ SPEC = OpSpec(
         Case("eps_per_layer", _random(16, 7, eps=[1e-5, 0.5])),
         Case("dead_channels", _random(8, 8, eps=1e-3, dead=True)),
     ),
-    bytes_moved=lambda tensors: (nbytes(*tensors.values()), 2 * nbytes(*tensors.values())),
+    bytes_moved=lambda tensors, _: (nbytes(*tensors.values()), 2 * nbytes(*tensors.values())),
     mutations=(
         ("0.5 * torch.log", "1.0 * torch.log"),
         ("/ (2 * running_var)", "/ (2 * var)"),

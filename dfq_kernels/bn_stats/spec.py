@@ -33,7 +33,7 @@ SPEC = OpSpec(
         Case("fp16", _random(4, 16, 17, 13, dtype=torch.float16)),
         *layout_cases(lambda x: ({"x": x}, {})),
     ),
-    bytes_moved=lambda tensors: (nbytes(tensors["x"]), 2 * nbytes(tensors["x"])),
+    bytes_moved=lambda tensors, _: (nbytes(tensors["x"]), 2 * nbytes(tensors["x"])),
     mutations=(
         ("(arithmetic - per_axis(mean, x, 1)).square_()", "arithmetic.square()"),
         ("2 / count * grad_var", "1 / count * grad_var"),

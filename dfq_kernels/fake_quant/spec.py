@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dfq_kernels.fake_quant.api import fake_quant
-from dfq_kernels.specs import Case, OpSpec, layout_cases, nbytes, randn
+from dfq_kernels.specs import Case, OpSpec, layout_cases, mask_bytes, nbytes, randn
 
 Arguments = tuple[dict[str, Any], dict[str, Any]]
 
@@ -48,6 +48,14 @@ def _layout(x: torch.Tensor) -> Arguments:
     return tensors, {"quant_min": 0, "quant_max": 15}
 
 
+def _bytes_moved(tensors: dict[str, Any], keywords: dict[str, Any]) -> tuple[int, int]:
+    """One read, one write and the mask; with a learned scale no mask, and x again in the backward."""
+    x = tensors["x"]
+    if any(isinstance(value, torch.Tensor) and value.requires_grad for name, value in tensors.items() if name != "x"):
+        return 2 * nbytes(x), 3 * nbytes(x)
+    return (2 * nbytes(x) + mask_bytes(x),) * 2
+
+
 def _empty(_: torch.Generator) -> Arguments:
     return {"x": torch.empty(0, 3), "scale": torch.tensor(1.0), "zero_point": torch.tensor(0.0)}, {}
 
@@ -68,7 +76,7 @@ SPEC = OpSpec(
         *(Case(f"axis{axis}", _axis(axis)) for axis in (0, 1, -1)),
         *layout_cases(_layout),
     ),
-    bytes_moved=lambda tensors: (2 * nbytes(tensors["x"]) + tensors["x"].numel() // 8,) * 2,
+    bytes_moved=_bytes_moved,
     mutations=(
         (".round_()", ".add_(0.5).floor_()"),
         (".to(scale.dtype) * (1 / scale)", ".to(scale.dtype) / scale"),

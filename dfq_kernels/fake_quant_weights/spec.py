@@ -50,7 +50,7 @@ SPEC = OpSpec(
         Case("dead_channel", _dead_channel),
         Case("ties", _ties),
     ),
-    bytes_moved=lambda tensors: (2 * nbytes(*tensors.values()), 0),
+    bytes_moved=lambda tensors, _: (2 * nbytes(*tensors.values()), 0),
     mutations=(
         ("2 ** (count - 1) - 1", "2 ** (count - 1)"),
         (".flatten(1).abs().amax(1)", ".flatten(1).amax(1)"),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dfq_kernels.observe_fake_quant.api import observe_fake_quant
-from dfq_kernels.specs import Case, OpSpec, fresh_range, layout_cases, nbytes, randn
+from dfq_kernels.specs import Case, OpSpec, fresh_range, layout_cases, mask_bytes, nbytes, randn
 
 Arguments = tuple[dict[str, Any], dict[str, Any]]
 
@@ -35,6 +35,12 @@ def _layout(x: torch.Tensor) -> Arguments:
     return {"x": x, **fresh_range()}, {"quant_min": -8, "quant_max": 7}
 
 
+def _bytes_moved(tensors: dict[str, Any], keywords: dict[str, Any]) -> tuple[int, int]:
+    """Forward: a read for the range, a read and a write for the values, the mask; backward: without the first read."""
+    x = tensors["x"]
+    return 3 * nbytes(x) + mask_bytes(x), 2 * nbytes(x) + mask_bytes(x)
+
+
 SPEC = OpSpec(
     op="observe_fake_quant",
     call=observe_fake_quant,
@@ -53,7 +59,7 @@ SPEC = OpSpec(
         Case("non_finite", _non_finite, gradients=False),
         *layout_cases(_layout),
     ),
-    bytes_moved=lambda tensors: (3 * nbytes(tensors["x"]), 2 * nbytes(tensors["x"])),
+    bytes_moved=_bytes_moved,
     mutations=(
         ("running + averaging_constant * (batch - running)", "batch"),
         ("torch.where(finite, moved, running)", "moved"),
