@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: kernels run on CPU tensors
@@ -32,6 +33,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def random() -> torch.Generator:
     torch.manual_seed(SEED)
     return torch.Generator().manual_seed(SEED)
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Memory that nobody wrote reads as NaN (or the largest integer), so that an output left unwritten shows."""
+    torch.use_deterministic_algorithms(True)  # torch.empty is filled while this is on
+    assert torch.utils.deterministic.fill_uninitialized_memory and bool(torch.empty(3).isnan().all())
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 class SmallNet(nn.Module):

@@ -172,8 +172,9 @@ class QuantLayerProbe(QuantLayer):
         return F.linear(x, weight, bias)
 
 
-def test_bounds_hold_and_say_where_fp32_is_exact(random: torch.Generator) -> None:
-    x = torch.randn(16, 1, 12, 12, generator=random)
+@pytest.mark.parametrize("shift", [-2.0, 2.0])
+def test_bounds_hold_and_say_where_fp32_is_exact(random: torch.Generator, shift: float) -> None:
+    x = torch.randn(16, 1, 12, 12, generator=random) + shift  # a zero point on one side or the other
     student = calibrated(small_net(), quant_config("W4A4"), x).eval()
     freeze_ranges(student)
     bounds = {item.layer: item for item in layer_bounds(student)}

@@ -11,6 +11,7 @@ import torch
 import dfq_kernels as k
 from dfq_kernels.specs import batch_norm, fresh_range
 
+pytestmark = pytest.mark.usefixtures("poison")
 NAN, INF = float("nan"), float("inf")
 
 
