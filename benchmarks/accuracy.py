@@ -13,6 +13,7 @@ import argparse
 import copy
 import hashlib
 import json
+import re
 import statistics
 import time
 from collections.abc import Mapping
@@ -61,9 +62,8 @@ class Row:
     @property
     def path(self) -> Path:
         key = json.dumps([self.preset, self.seed, to_json(self.recipe), self.steps, self.images])
-        return PARTS / f"{self.table}-{self.method}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json".replace(
-            " ", "_"
-        )
+        name = re.sub(r"[^\w-]+", "_", f"{self.table}-{self.method}")
+        return PARTS / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
 
 
 def with_live(weight: float, ratio: int, students: int = 1) -> Recipe:
@@ -102,7 +102,13 @@ def rows() -> list[Row]:
     main = [Row("main", "DF-QAT-KD default", preset, seed) for seed in SEEDS for preset in reversed(PRESETS)]
     real = [Row("main", method, preset, images=method) for preset in reversed(PRESETS) for method in ("QAT-KD", "QAT")]
     paper = [Row("main", "DF-QAT-KD paper", preset, recipe=RECIPES["paper"]) for preset in reversed(PRESETS)]
-    gdfq = [Row("gdfq", "DF-QAT-KD default", f"gdfq-{bits}", steps=GDFQ_STEPS) for bits in ("W3A3", "W4A4")]
+    minmax = replace(DEFAULT, ranges="minmax")
+    conventions = {"DF-QAT-KD default": DEFAULT, "DF-QAT-KD default, min/max ranges": minmax}
+    gdfq = [
+        Row("gdfq", name, f"gdfq-{bits}", recipe=recipe, steps=GDFQ_STEPS)
+        for name, recipe in conventions.items()
+        for bits in ("W3A3", "W4A4")
+    ]
     ablation = [Row("ablation", name, "W3A3", recipe=recipe) for name, recipe in ablations().items()]
     return main[:5] + gdfq + real + paper + main[5:] + ablation
 

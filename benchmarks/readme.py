@@ -50,7 +50,10 @@ def other_table(data: dict[str, Any], table: str, title: str) -> str:
         rows = [row for row in data["rows"] if same.items() <= row.items()] + rows
     lines = [f"| {title} | accuracy % | below teacher |", "| --- | ---: | ---: |"]
     for row in rows:
-        name = row["method"] if table == "ablation" else f"{row['preset']}, {row['steps'] * data['batch']:,} images"
+        name = row["method"]
+        if table == "gdfq":
+            ranges = "min/max ranges" if "min/max" in name else "learned ranges"
+            name = f"{row['preset']}, {ranges}, {row['steps'] * data['batch']:,} images"
         lines.append(f"| {name} | {row['accuracy']:.2f} | {data['teacher'] - row['accuracy']:.2f} |")
     return "\n".join(lines)
 
