@@ -51,7 +51,9 @@ class NinjaBuild(build_ext):
             print(f"dfq-kernels: no native kernels: {error}", file=sys.stderr)
             return
         reason_file.unlink(missing_ok=True)
-        print(f"dfq-kernels: native CPU kernels for {', '.join(levels)}; no CUDA kernels in this version", file=sys.stderr)
+        print(
+            f"dfq-kernels: native CPU kernels for {', '.join(levels)}; no CUDA kernels in this version", file=sys.stderr
+        )
 
 
 def compile_with_ninja(target: Path, folder: Path) -> list[str]:
@@ -71,7 +73,10 @@ def compile_with_ninja(target: Path, folder: Path) -> list[str]:
     include = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
     (folder / "build.ninja").write_text(ninja_file(compiler, include, levels, target))
     done = subprocess.run(
-        [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     if done.returncode != 0:
         print(done.stdout, file=sys.stderr)

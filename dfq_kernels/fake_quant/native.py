@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dfq_kernels.extension import DTYPES, address, dense, fp32, in_order_of, mask_like, native, register, view
+from dfq_kernels.extension import DTYPES, dense, fp32, in_order_of, mask_like, native, register, view
 
 
 def _fake_forward(
@@ -69,10 +69,15 @@ def backward_learned(
     x, scale_values, zero_points = dense(x), fp32(scale), fp32(zero_point)
     grad_out, grad_x = in_order_of(x, grad_out), torch.empty_like(x)
     size, channels, inner = view(x, axis)
-    sums = torch.empty(2, channels, dtype=torch.float32, device=x.device)
+    grad_scale = torch.empty(channels, dtype=torch.float32, device=x.device)
+    grad_zero_point = torch.empty_like(grad_scale)
     native().fake_quant_backward(
         DTYPES[x.dtype], torch.get_num_threads(), size, channels, inner, grad_out.data_ptr(), x.data_ptr(),
         scale_values.data_ptr(), zero_points.data_ptr(), quant_min, quant_max, grad_x.data_ptr(),
-        address(sums[0]), address(sums[1]),
+        grad_scale.data_ptr(), grad_zero_point.data_ptr(),
     )  # fmt: skip
-    return grad_x, sums[0].reshape(scale.shape).to(scale.dtype), sums[1].reshape(zero_point.shape).to(zero_point.dtype)
+    return (
+        grad_x,
+        grad_scale.reshape(scale.shape).to(scale.dtype),
+        grad_zero_point.reshape(zero_point.shape).to(zero_point.dtype),
+    )
