@@ -1,8 +1,8 @@
 """The native build: `dfq_kernels._native` from csrc/, with pybind11 and ninja and without torch.
 
-The CPU kernels are compiled once per instruction-set level; the module picks one when it is loaded. Without a compiler the
-install succeeds, and `python -m dfq_kernels` gives the reason why native kernels are absent. `DFQ_BUILD_NATIVE`: `auto`
-(the default), `0` (do not build), `1` (fail if it cannot be built).
+The CPU kernels are compiled once per instruction-set level; the module picks one when it is loaded. Without a compiler
+the install succeeds, and `python -m dfq_kernels` gives the reason why native kernels are absent. `DFQ_BUILD_NATIVE`:
+`auto` (the default), `0` (do not build), `1` (fail if it cannot be built).
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def ninja_file(compiler: str, include: str, levels: list[str], target: Path) -> 
     link = "-shared" + (" -undefined dynamic_lookup" if sys.platform == "darwin" else "")
     lines = [
         f"flags = {FLAGS}",
-        f"rule cxx\n  command = {compiler} $flags $more -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        f"rule cxx\n  command = {compiler} $flags $more -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc",
         f"rule link\n  command = {compiler} {link} $in -o $out",
     ]
     objects = []

@@ -22,12 +22,9 @@ _LIBRARY = torch.library.Library("dfq_kernels", "DEF")
 
 
 @cache
-def native() -> ModuleType | None:
-    """The module, or None. torch is loaded by now: the kernels run on its threads."""
-    try:
-        return importlib.import_module("dfq_kernels._native")
-    except ImportError:
-        return None
+def native() -> ModuleType:
+    """The module, or an ImportError. torch is loaded by now: the kernels run on its threads."""
+    return importlib.import_module("dfq_kernels._native")
 
 
 @cache
@@ -35,14 +32,12 @@ def missing(device_type: str) -> str | None:
     """Why native kernels cannot run on this device; None if they can."""
     if device_type != "cpu":
         return "this version has no CUDA kernels"
-    if native() is not None:
-        return None
-    note = Path(__file__).parent / "_native.txt"
-    if note.exists():
-        return f"the native module was not built: {note.read_text().strip()}"
     try:
-        importlib.import_module("dfq_kernels._native")
+        native()
     except ImportError as error:
+        note = Path(__file__).parent / "_native.txt"
+        if note.exists():
+            return f"the native module was not built: {note.read_text().strip()}"
         return f"the native module cannot be loaded: {str(error).splitlines()[0]}"
     return None
 

@@ -15,7 +15,8 @@ def _fake_forward(
 
 
 @register(
-    "fake_quant(Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, int? axis) -> (Tensor, Tensor)",
+    "fake_quant(Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, int? axis) "
+    "-> (Tensor, Tensor)",
     _fake_forward,
 )
 def forward(

@@ -15,7 +15,8 @@ def _fake(x: Tensor, *settings: object) -> tuple[Tensor, Tensor]:
 
 @register(
     "observe_fake_quant(Tensor x, Tensor(a!) running_min, Tensor(b!) running_max, Tensor(c!) scale, "
-    "Tensor(d!) zero_point, float averaging_constant, int quant_min, int quant_max, bool symmetric) -> (Tensor, Tensor)",
+    "Tensor(d!) zero_point, float averaging_constant, int quant_min, int quant_max, bool symmetric) "
+    "-> (Tensor, Tensor)",
     _fake,
 )
 def forward(
