@@ -35,7 +35,8 @@ def conforms(row: Row, x: Tensor, backend: str) -> bool:
         return result if isinstance(result, Tensor) else result[0]
 
     found, expected = first(backend), first("reference")
-    step = 1.01 * 6 / 255  # one step of the range: a statistic in another order may round a value to its neighbour
+    # one step of the range: a statistic in another order may round a value to its neighbour
+    step = 2.02 * float(expected.max() - expected.min()) / 255  # a ReLU leaves half of the range
     off = (found - expected).abs()
     return bool((off <= 1e-5).float().mean() > 0.999) and bool((off <= step).all())
 

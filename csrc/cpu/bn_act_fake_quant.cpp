@@ -21,11 +21,12 @@ void look_at(const BnActFakeQuantForward& a, std::vector<float>& least, std::vec
   std::vector<float> highs(lows.size(), -std::numeric_limits<float>::infinity());
   parallel_for(chunks.count(), chunks.grain(), a.threads, [&](int64_t begin, int64_t end) {
     Workspace<1, 1, 1> work(chunks, {nullptr});
+    Moments::Scratch scratch = moments.scratch();
     std::vector<Extremes> lanes(static_cast<size_t>(chunks.lanes() / kWidth + 1));
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const float* x = chunks.gather(chunk, static_cast<const T*>(a.x), work.buffer(0));
       const int64_t n = chunks.rows(chunk, [](int64_t, int64_t, int64_t) {});
-      if (a.training) moments.measure(work, chunk, x, n);
+      if (a.training) moments.measure(work, scratch, chunk, x, n);
       if (a.observe) channel_extremes(chunks, x, n, lanes, &lows[chunk * each], &highs[chunk * each]);
     }
   });

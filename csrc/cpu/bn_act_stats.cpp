@@ -20,12 +20,13 @@ void forward(const BnActStatsForward& a) {
   Moments moments(chunks, a.view);
   parallel_for(chunks.count(), chunks.grain(), a.threads, [&](int64_t begin, int64_t end) {
     Workspace<1, 1, 2> work(chunks, {nullptr});
+    Moments::Scratch scratch = moments.scratch();
     Workspace<3, 0, 0> affine(chunks, {a.running_mean, factor.data(), bias.data()});
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       affine.start(chunk);
       const float* x = chunks.gather(chunk, static_cast<const T*>(a.x), work.buffer(0));
       const int64_t n = chunks.rows(chunk, [](int64_t, int64_t, int64_t) {});
-      moments.measure(work, chunk, x, n);
+      moments.measure(work, scratch, chunk, x, n);
       float* out = work.buffer(1);
       affine.run(n, [&](int64_t i, const Vec* k, Vec*) {
         store_vec(out + i, activate((load_vec(x + i) - k[0]) * k[1] + k[2], a.activation));

@@ -16,9 +16,10 @@ void forward(const BnStatsForward& a) {
   Moments moments(chunks, a.view);
   parallel_for(chunks.count(), chunks.grain(), a.threads, [&](int64_t begin, int64_t end) {
     Workspace<1, 1, 1> work(chunks, {nullptr});
+    Moments::Scratch scratch = moments.scratch();
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const float* x = chunks.gather(chunk, static_cast<const T*>(a.x), work.buffer(0));
-      moments.measure(work, chunk, x, chunks.rows(chunk, [](int64_t, int64_t, int64_t) {}));
+      moments.measure(work, scratch, chunk, x, chunks.rows(chunk, [](int64_t, int64_t, int64_t) {}));
     }
   });
   moments.finish(a.mean, a.var);

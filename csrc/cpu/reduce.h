@@ -27,7 +27,7 @@ class Chunks {
       lanes_ = kLanes;
       piece_ = view.inner < kChunk ? view.inner : kChunk;
       pieces_ = (view.inner + piece_ - 1) / piece_;
-      rows_ = kChunk / piece_;
+      rows_ = view.inner < 512 ? kChunk / piece_ : 1;  // longer rows stay where they are
       groups_ = (outer_ + rows_ - 1) / rows_;
       count_ = view.channels * groups_ * pieces_;
       capacity_ = rows_ * piece_;
@@ -43,6 +43,7 @@ class Chunks {
   }
 
   bool by_channel() const { return by_channel_; }
+  int64_t inner() const { return view_.inner; }
   int64_t count() const { return count_; }
   int64_t lanes() const { return lanes_; }
   int64_t capacity() const { return capacity_ + kWidth; }
@@ -120,49 +121,94 @@ class Workspace {
 
   // Overrides a constant with the values of a chunk's own channels.
   void set_constant(int k, const float* per_sum) {
-    for (int64_t lane = 0; lane < lanes_; ++lane)
-      constant(k)[lane] = per_sum[chunks_.by_channel() ? 0 : chunks_.channel_of_lane(lane)];
+    float* to = constants_.data() + k * stride();
+    for (int64_t lane = 0; lane < lanes_; ++lane) to[lane] = per_sum[chunks_.by_channel() ? 0 : chunks_.channel_of_lane(lane)];
   }
 
   // step(i, constants, sums): element i of the chunk and its neighbours; sums[s] is added to the lanes' sums.
+  // Down the lanes, a few vectors side by side: their sums stay in registers and do not wait for one another.
   template <class Step>
   void run(int64_t n, const Step& step) {
-    std::fill(sums_.begin(), sums_.end(), 0.0f);
-    for (int64_t row = 0; row < n; row += lanes_) {
-      const int64_t width = n - row < lanes_ ? n - row : lanes_;
-      int64_t lane = 0;
-      for (; lane + kWidth <= width; lane += kWidth) vector<false>(row, lane, kWidth, step);
-      if (lane < width) vector<true>(row, lane, width - lane, step);
+    constexpr int kBeside = S >= 3 ? 1 : 4;
+    const int64_t lanes = lanes_, step_of_sums = stride(), whole = n / lanes * lanes;
+    const float* const constants = constants_.data();
+    float* const sums = sums_.data();
+    const int64_t vectors = lanes / kWidth * kWidth, rest = n - whole;
+    if (vectors < lanes) {  // first, because a step may write past these lanes into the next row's
+      for (int s = 0; s < S; ++s) std::fill(sums + s * step_of_sums + vectors, sums + s * step_of_sums + lanes, 0.0f);
+      for (int64_t row = 0; row < whole; row += lanes) partial(row, vectors, lanes - vectors, step);
+    }
+    int64_t lane = 0;
+    for (; lane + kBeside * kWidth <= lanes; lane += kBeside * kWidth)
+      columns<kBeside>(lane, whole, lanes, constants, sums, step_of_sums, step);
+    for (; lane < vectors; lane += kWidth) columns<1>(lane, whole, lanes, constants, sums, step_of_sums, step);
+    for (int64_t at = 0; at < rest; at += kWidth) partial(whole, at, rest - at, step);
+  }
+
+  // The sums of the lanes by channel, in double; `to` has S * sums_per_chunk() places. Overwrites the lanes.
+  void fold(double* to) {
+    for (int s = 0; s < S; ++s) {
+      float* const sums = sums_.data() + s * stride();
+      if (chunks_.by_channel()) {
+        for (int64_t half = lanes_ / 2; half >= 8; half /= 2)  // the same order whatever the width of vectors
+          for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
+        double total = 0;
+        for (int i = 0; i < 8; ++i) total += static_cast<double>(sums[i]);
+        to[s] = total;
+        continue;
+      }
+      const int64_t channels = chunks_.sums_per_chunk();
+      double* const own = to + s * channels;
+      for (int64_t c = 0; c < channels; ++c) own[c] = 0;
+      if (chunks_.inner() == 1) {
+        for (int64_t row = 0; row < lanes_; row += channels)
+          for (int64_t c = 0; c < channels; ++c) own[c] += static_cast<double>(sums[row + c]);
+      } else {
+        for (int64_t lane = 0; lane < lanes_; ++lane) own[chunks_.channel_of_lane(lane)] += static_cast<double>(sums[lane]);
+      }
     }
   }
 
-  // The sums of the lanes by channel, in double; `to` has S * sums_per_chunk() places.
-  void fold(double* to) const {
-    const int64_t channels = chunks_.sums_per_chunk();
-    for (int64_t i = 0; i < S * channels; ++i) to[i] = 0;
-    for (int s = 0; s < S; ++s)
-      for (int64_t lane = 0; lane < lanes_; ++lane)
-        to[s * channels + (chunks_.by_channel() ? 0 : chunks_.channel_of_lane(lane))] +=
-            static_cast<double>(sums_[s * (lanes_ + kWidth) + lane]);
-  }
-
  private:
-  float* constant(int k) { return constants_.data() + k * (lanes_ + kWidth); }
+  int64_t stride() const { return lanes_ + kWidth; }
 
   void set_constants(int64_t channel) {
-    for (int k = 0; k < K; ++k)
+    for (int k = 0; k < K; ++k) {
+      float* to = constants_.data() + k * stride();
+      if (!values_[k]) continue;
       for (int64_t lane = 0; lane < lanes_; ++lane)
-        constant(k)[lane] = values_[k] ? values_[k][chunks_.by_channel() ? channel : chunks_.channel_of_lane(lane)] : 0;
+        to[lane] = values_[k][chunks_.by_channel() ? channel : chunks_.channel_of_lane(lane)];
+    }
   }
 
-  template <bool partial, class Step>
-  void vector(int64_t row, int64_t lane, int64_t valid, const Step& step) {
-    Vec constants[K > 0 ? K : 1], sums[S > 0 ? S : 1];
-    for (int k = 0; k < K; ++k) constants[k] = load_vec(constant(k) + lane);
-    step(row + lane, constants, sums);
+  // The whole rows of `beside` vectors of lanes; sets their sums.
+  template <int beside, class Step>
+  static inline void columns(int64_t lane, int64_t whole, int64_t lanes, const float* constants, float* sums,
+                             int64_t step_of_sums, const Step& step) {
+    Vec k[beside][K > 0 ? K : 1], total[beside][S > 0 ? S : 1];
+    for (int b = 0; b < beside; ++b) {
+      for (int i = 0; i < K; ++i) k[b][i] = load_vec(constants + i * step_of_sums + lane + b * kWidth);
+      for (int s = 0; s < S; ++s) total[b][s] = Vec{};
+    }
+    for (int64_t row = 0; row < whole; row += lanes)
+      for (int b = 0; b < beside; ++b) {
+        Vec added[S > 0 ? S : 1];
+        step(row + lane + b * kWidth, k[b], added);
+        for (int s = 0; s < S; ++s) total[b][s] = total[b][s] + added[s];
+      }
+    for (int b = 0; b < beside; ++b)
+      for (int s = 0; s < S; ++s) store_vec(sums + s * step_of_sums + lane + b * kWidth, total[b][s]);
+  }
+
+  // One vector whose first `valid` elements count.
+  template <class Step>
+  void partial(int64_t row, int64_t lane, int64_t valid, const Step& step) {
+    Vec k[K > 0 ? K : 1], added[S > 0 ? S : 1];
+    for (int i = 0; i < K; ++i) k[i] = load_vec(constants_.data() + i * stride() + lane);
+    step(row + lane, k, added);
     for (int s = 0; s < S; ++s) {
-      float* at = sums_.data() + s * (lanes_ + kWidth) + lane;
-      store_vec(at, load_vec(at) + (partial ? first_lanes(sums[s], valid) : sums[s]));
+      float* at = sums_.data() + s * stride() + lane;
+      store_vec(at, load_vec(at) + first_lanes(added[s], valid));
     }
   }
 

@@ -17,25 +17,32 @@ class Moments {
       : chunks_(chunks), view_(view), parts_(static_cast<size_t>(chunks.count() * chunks.sums_per_chunk())),
         counts_(static_cast<size_t>(chunks.count())) {}
 
-  // The moments of one chunk. The workspace's first constant is overwritten; it has one sum.
+  // Room for a thread's chunks.
+  struct Scratch {
+    std::vector<double> sums, squares;
+    std::vector<float> means;
+  };
+  Scratch scratch() const {
+    const size_t each = static_cast<size_t>(chunks_.sums_per_chunk());
+    return {std::vector<double>(each), std::vector<double>(each), std::vector<float>(each)};
+  }
+
+  // The moments of one chunk. The workspace has one constant, which is overwritten, and one sum.
   template <class Work>
-  void measure(Work& work, int64_t chunk, const float* x, int64_t n) {
+  void measure(Work& work, Scratch& scratch, int64_t chunk, const float* x, int64_t n) {
     const int64_t each = chunks_.sums_per_chunk();
     const double count = static_cast<double>(chunks_.per_channel(n));
-    std::vector<double> sums(static_cast<size_t>(each));
-    std::vector<float> means(static_cast<size_t>(each));
     work.run(n, [&](int64_t i, const Vec*, Vec* sum) { sum[0] = load_vec(x + i); });
-    work.fold(sums.data());
-    for (int64_t c = 0; c < each; ++c) means[c] = static_cast<float>(sums[c] / count);
-    work.set_constant(0, means.data());
+    work.fold(scratch.sums.data());
+    for (int64_t c = 0; c < each; ++c) scratch.means[c] = static_cast<float>(scratch.sums[c] / count);
+    work.set_constant(0, scratch.means.data());
     // about a rounded mean m: sum (x - m)^2 = squares + count (mean - m)^2; the second term is below fp32's resolution
     work.run(n, [&](int64_t i, const Vec* constants, Vec* sum) {
       const Vec centred = load_vec(x + i) - constants[0];
       sum[0] = centred * centred;
     });
-    std::vector<double> squares(static_cast<size_t>(each));
-    work.fold(squares.data());
-    for (int64_t c = 0; c < each; ++c) parts_[chunk * each + c] = {sums[c] / count, squares[c]};
+    work.fold(scratch.squares.data());
+    for (int64_t c = 0; c < each; ++c) parts_[chunk * each + c] = {scratch.sums[c] / count, scratch.squares[c]};
     counts_[chunk] = count;
   }
 
