@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +17,11 @@ def check_float(op: str, name: str, x: object) -> None:
         raise ValueError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in FLOATS:
         raise ValueError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+
+
+def widest(tensors: Sequence[Tensor]) -> Tensor:
+    """The first float64 tensor, or else the first: it says which backends can run them all."""
+    return next((tensor for tensor in tensors if tensor.dtype == torch.float64), tensors[0])
 
 
 def check_channels(op: str, x: Tensor) -> None:

@@ -14,6 +14,8 @@ from types import ModuleType
 
 import torch
 
+from dfq_kernels import extension
+
 _BEST_FIRST = {"cuda": ("native", "triton", "reference"), "cpu": ("native", "reference")}
 
 # op -> device type -> backends, best first; a row changes only with a committed benchmark
@@ -34,8 +36,8 @@ class BackendError(RuntimeError):
 
 
 @cache
-def missing(op: str, backend: str, device_type: str) -> str | None:
-    """Why `backend` cannot run `op` on `device_type`; None if it can.
+def missing(op: str, backend: str, device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why `backend` cannot run `op` on `device_type` with values of `dtype`; None if it can.
 
     The single source of the automatic choice, the error text, the test skips and the support matrix.
     """
@@ -48,6 +50,10 @@ def missing(op: str, backend: str, device_type: str) -> str | None:
             return "Triton runs on the CPU only interpreted (TRITON_INTERPRET=1)"
         if find_spec(f"dfq_kernels.{op}.{backend}") is None:
             return f"this version has no {backend} kernel for it"
+        if backend == "native" and (reason := extension.missing(device_type)) is not None:
+            return reason
+        if dtype not in extension.DTYPES:
+            return f"it runs float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if device_type == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return None
@@ -57,10 +63,10 @@ _LOADED: dict[tuple[str, str], ModuleType] = {}
 
 
 @cache
-def _choose(op: str, backend: str, device_type: str) -> str:
+def _choose(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
     reason: str | None = None
     for name in TABLE[op].get(device_type, ("reference",)) if backend == "auto" else (backend,):
-        reason = missing(op, name, device_type)
+        reason = missing(op, name, device_type, dtype)
         if reason is None:
             _LOADED[op, name] = importlib.import_module(f"dfq_kernels.{op}.{name}")
             return name
@@ -68,14 +74,14 @@ def _choose(op: str, backend: str, device_type: str) -> str:
 
 
 @torch.compiler.assume_constant_result
-def _name(op: str, backend: str | None, device_type: str) -> str:
-    return _choose(op, backend or os.environ.get("DFQ_BACKEND") or "auto", device_type)
+def _name(op: str, backend: str | None, device_type: str, dtype: torch.dtype) -> str:
+    return _choose(op, backend or os.environ.get("DFQ_BACKEND") or "auto", device_type, dtype)
 
 
-def resolve(op: str, backend: str | None, device_type: str) -> ModuleType:
-    """The module that runs `op`: `forward`, `backward` and what else `dfq_kernels/<op>/reference.py` has.
+def resolve(op: str, backend: str | None, x: torch.Tensor) -> ModuleType:
+    """The module that runs `op` on `x`: `forward`, `backward` and what else `dfq_kernels/<op>/reference.py` has.
 
     Raises:
         BackendError: an explicit backend that is not there; it never falls back.
     """
-    return _LOADED[op, _name(op, backend, device_type)]  # a name and a dict: torch.compile can trace both
+    return _LOADED[op, _name(op, backend, x.device.type, x.dtype)]  # a name and a dict: torch.compile can trace both

@@ -15,7 +15,7 @@ from dfq_kernels.dispatch import BACKENDS, TABLE, missing, resolve
 def test_the_automatic_choice_is_the_first_that_is_there() -> None:
     for op, devices in TABLE.items():
         present = [name for name in devices["cpu"] if missing(op, name, "cpu") is None]
-        assert present and resolve(op, None, "cpu").__name__ == f"dfq_kernels.{op}.{present[0]}"
+        assert present and resolve(op, None, torch.ones(1)).__name__ == f"dfq_kernels.{op}.{present[0]}"
 
 
 def test_an_explicit_backend_never_falls_back() -> None:
@@ -39,6 +39,15 @@ def test_the_reference_runs_everywhere_that_torch_does() -> None:
     assert all(missing(op, "reference", "cpu") is None for op in TABLE)
     if not torch.cuda.is_available():
         assert missing("fake_quant", "reference", "cuda") == "torch sees no CUDA device"
+
+
+def test_float64_runs_in_the_reference_alone() -> None:
+    x = torch.linspace(-1, 1, 9, dtype=torch.float64)
+    assert k.fake_quant(x, 0.25, 0).dtype == torch.float64
+    assert resolve("fake_quant", None, x).__name__ == "dfq_kernels.fake_quant.reference"
+    if missing("fake_quant", "native", "cpu") is None:
+        with pytest.raises(k.BackendError, match="it runs float32, bfloat16 and float16, not float64"):
+            k.fake_quant(x, 0.25, 0, backend="native")
 
 
 def test_the_support_matrix_gives_a_reason_for_every_hole() -> None:

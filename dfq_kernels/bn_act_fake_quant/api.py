@@ -98,7 +98,7 @@ def bn_act_fake_quant(
     settings = (
         training, momentum, eps, activation, observe, averaging_constant, quant_min, quant_max, symmetric,
     )  # fmt: skip
-    impl = resolve(OP, backend, x.device.type)
+    impl = resolve(OP, backend, x)
     stored = (running_mean, running_var, running_min, running_max)
     return BnActFakeQuant.apply(x, weight, bias, *stored, scale, zero_point, settings, impl)
 

@@ -61,7 +61,7 @@ def bn_act_stats(
             raise ValueError(
                 f"{OP}: {name} must not require a gradient (the teacher is frozen), got requires_grad=True"
             )
-    impl = resolve(OP, backend, x.device.type)
+    impl = resolve(OP, backend, x)
     out, mean, var = BnActStats.apply(x, weight, bias, running_mean, running_var, eps, activation, impl)
     return out, mean, var
 
@@ -82,7 +82,7 @@ class BnActStats(torch.autograd.Function):
         impl: ModuleType,
     ) -> tuple[Tensor, Tensor, Tensor]:
         out, mean, var = impl.forward(x, weight, bias, running_mean, running_var, eps, activation)
-        ctx.save_for_backward(x, out, mean, weight, running_var)
+        ctx.save_for_backward(x, mean, weight, bias, running_mean, running_var)
         ctx.settings, ctx.impl = (eps, activation), impl
         return out, mean, var
 

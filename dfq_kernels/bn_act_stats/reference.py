@@ -51,14 +51,17 @@ def backward(
     grad_mean: Tensor,
     grad_var: Tensor,
     x: Tensor,
-    out: Tensor,
     batch_mean: Tensor,
     weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
     var: Tensor,
     eps: float,
     activation: str | None,
 ) -> Tensor:
-    """Both gradients of x joined: through the batch norm, and through the statistics."""
+    """Both gradients of x joined: through the batch norm (`out` is computed again) and through the statistics."""
+    if activation is not None:
+        out = normalize(x, weight, bias, mean, var, eps, activation).to(x.dtype)
+        grad_out = activation_grad(grad_out, out, activation)
     factor = per_axis(multiplier(weight, var.to(arithmetic_dtype(x)), eps), x, 1)
-    through_out = activation_grad(grad_out, out, activation) * factor
-    return (through_out + bn_stats.backward(grad_mean, grad_var, x.to(factor.dtype), batch_mean)).to(x.dtype)
+    return (grad_out * factor + bn_stats.backward(grad_mean, grad_var, x.to(factor.dtype), batch_mean)).to(x.dtype)

@@ -50,6 +50,6 @@ SPEC = OpSpec(
         ("out.clamp_(0, 6)", "out.relu_()"),
         ("hardtanh_backward(grad, out, 0, 6)", "threshold_backward(grad, out, 0)"),
         ("threshold_backward(grad, out, 0)", "threshold_backward(grad, out, -1)"),
-        ("through_out + bn_stats.backward", "bn_stats.backward"),
+        ("grad_out * factor + bn_stats.backward", "bn_stats.backward"),
     ),
 )

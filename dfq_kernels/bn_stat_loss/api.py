@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dfq_kernels._checks import check_device, check_eps, check_float
+from dfq_kernels._checks import check_device, check_eps, check_float, widest
 from dfq_kernels.dispatch import resolve
 
 OP = "bn_stat_loss"
@@ -65,7 +65,7 @@ def bn_stat_loss(
                     f"{OP}: {name}[{index}] must have shape [C], as means[{index}] has, got {tuple(tensor.shape)}"
                 )
             check_device(OP, f"{name}[{index}]", tensor, means[0])
-    impl = resolve(OP, backend, means[0].device.type)
+    impl = resolve(OP, backend, widest([*means, *variances]))
     return BnStatLoss.apply(floors, impl, *means, *variances, *running_means, *running_vars)
 
 

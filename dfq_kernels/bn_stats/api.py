@@ -36,7 +36,7 @@ def bn_stats(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """
     check_float(OP, "x", x)
     check_channels(OP, x)
-    mean, var = BnStats.apply(x, resolve(OP, backend, x.device.type))
+    mean, var = BnStats.apply(x, resolve(OP, backend, x))
     return mean, var
 
 

@@ -64,7 +64,7 @@ def fake_quant(
     zero_point = _parameter(x, "zero_point", zero_point, axis)
     if x.numel() == 0:
         return x.clone()
-    impl = resolve(OP, backend, x.device.type)
+    impl = resolve(OP, backend, x)
     return FakeQuant.apply(x, scale, zero_point, quant_min, quant_max, axis, impl)
 
 
@@ -102,7 +102,7 @@ class FakeQuant(torch.autograd.Function):
         out, inside = impl.forward(x, scale, zero_point, quant_min, quant_max, axis)
         ctx.learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.save_for_backward(*((x, scale, zero_point) if ctx.learned else (inside,)))
-        ctx.range, ctx.impl = (quant_min, quant_max, axis), impl
+        ctx.range, ctx.stride, ctx.impl = (quant_min, quant_max, axis), out.stride(), impl
         return out
 
     @staticmethod
@@ -110,6 +110,6 @@ class FakeQuant(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.learned:
             (inside,) = ctx.saved_tensors
-            return ctx.impl.backward(grad_out, inside), None, None, None, None, None, None
+            return ctx.impl.backward(grad_out, inside, ctx.stride), None, None, None, None, None, None
         grads = ctx.impl.backward_learned(grad_out, *ctx.saved_tensors, *ctx.range)
         return *grads, None, None, None, None

@@ -33,8 +33,8 @@ def forward(
     return q.sub_(zero_point).mul_(scale).to(x.dtype), inside
 
 
-def backward(grad_out: Tensor, inside: Tensor) -> Tensor:
-    """The gradient of x where the scale is given."""
+def backward(grad_out: Tensor, inside: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The gradient of x where the scale is given; `stride` (of `out`) is for backends whose mask is packed."""
     return grad_out * inside
 
 

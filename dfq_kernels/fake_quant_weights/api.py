@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dfq_kernels._checks import check_device, check_float
+from dfq_kernels._checks import check_device, check_float, widest
 from dfq_kernels.dispatch import resolve
 
 OP = "fake_quant_weights"
@@ -54,7 +54,7 @@ def fake_quant_weights(
             raise ValueError(f"{OP}: weights[{index}] must be [out_channels, ...], got shape {tuple(weight.shape)}")
         if isinstance(count, bool) or not isinstance(count, int) or not 2 <= count <= 8:
             raise ValueError(f"{OP}: bits must be in [2, 8], got {count!r}")
-    impl = resolve(OP, backend, weights[0].device.type)
+    impl = resolve(OP, backend, widest(weights))
     results = FakeQuantWeights.apply(counts, impl, *weights)
     return list(results[: len(weights)]), list(results[len(weights) :])
 

@@ -65,7 +65,7 @@ def observe_fake_quant(
     check_quant_range(OP, quant_min, quant_max)
     if symmetric and quant_max <= 0:
         raise ValueError(f"{OP}: quant_max must be > 0 for a symmetric range, got {quant_max}")
-    impl = resolve(OP, backend, x.device.type)
+    impl = resolve(OP, backend, x)
     settings = (averaging_constant, quant_min, quant_max, symmetric)
     return ObserveFakeQuant.apply(x, running_min, running_max, scale, zero_point, settings, impl)
 
@@ -86,11 +86,11 @@ class ObserveFakeQuant(torch.autograd.Function):
     ) -> Tensor:
         out, inside = impl.forward(x, running_min, running_max, scale, zero_point, *settings)
         ctx.save_for_backward(inside)
-        ctx.impl = impl
+        ctx.stride, ctx.impl = out.stride(), impl
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (inside,) = ctx.saved_tensors
-        return ctx.impl.backward(grad_out, inside), None, None, None, None, None, None
+        return ctx.impl.backward(grad_out, inside, ctx.stride), None, None, None, None, None, None

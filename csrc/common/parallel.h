@@ -1,0 +1,39 @@
+// Threads: the OpenMP runtime that torch has loaded, never a second pool.
+//
+// GOMP_parallel is a weak symbol (every OpenMP runtime has it): no OpenMP library is linked, and where none is loaded
+// the work runs on the calling thread.
+#pragma once
+#include <cstdint>
+
+extern "C" {
+void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned) __attribute__((weak));
+int omp_get_thread_num(void) __attribute__((weak));
+int omp_get_num_threads(void) __attribute__((weak));
+}
+
+namespace dfq {
+
+// Calls task(begin, end) so that [0, count) is covered, each thread one contiguous part of at least `grain`.
+template <class Task>
+static void parallel_for(int64_t count, int64_t grain, int threads, const Task& task) {
+  int64_t parts = (count + grain - 1) / (grain > 0 ? grain : 1);
+  if (parts > threads) parts = threads;
+  if (parts <= 1 || !GOMP_parallel || !omp_get_thread_num || !omp_get_num_threads) {
+    if (count > 0) task(int64_t(0), count);
+    return;
+  }
+  struct Shared {
+    const Task* task;
+    int64_t count;
+  } shared{&task, count};
+  GOMP_parallel(
+      [](void* raw) {
+        const Shared& s = *static_cast<const Shared*>(raw);
+        const int64_t team = omp_get_num_threads(), self = omp_get_thread_num();
+        const int64_t begin = s.count * self / team, end = s.count * (self + 1) / team;
+        if (begin < end) (*s.task)(begin, end);
+      },
+      &shared, static_cast<unsigned>(parts), 0);
+}
+
+}  // namespace dfq

@@ -1,0 +1,63 @@
+// bn_stats: mean and biased variance of every channel.
+//   math     mean = sum(x) / n, var = sum((x - mean)^2) / n; grad_x = (x - mean) (2 / n grad_var) + grad_mean / n
+//   traffic  forward: x read; backward: x read, grad_x written
+//   block    chunks of 4096 (statistics.h); backward 512
+//   order    chunks joined in order, in double
+#include "statistics.h"
+
+namespace dfq {
+namespace DFQ_ISA {
+
+namespace {
+
+template <class T>
+void forward(const BnStatsForward& a) {
+  const Chunks chunks(a.view);
+  Moments moments(chunks, a.view);
+  parallel_for(chunks.count(), chunks.grain(), a.threads, [&](int64_t begin, int64_t end) {
+    Workspace<1, 1, 1> work(chunks, {nullptr});
+    Moments::Scratch scratch = moments.scratch();
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const float* x = chunks.gather(chunk, static_cast<const T*>(a.x), work.buffer(0));
+      moments.measure(work, scratch, chunk, x, chunks.rows(chunk, [](int64_t, int64_t, int64_t) {}));
+    }
+  });
+  moments.finish(a.mean, a.var);
+}
+
+template <class T>
+void backward(const BnStatsBackward& a) {
+  const int64_t channels = a.view.channels;
+  const float count = static_cast<float>(a.view.size / channels);
+  std::vector<float> slope(static_cast<size_t>(channels)), shift(slope);
+  for (int64_t c = 0; c < channels; ++c) {
+    slope[c] = 2.0f / count * a.grad_var[c];
+    shift[c] = a.grad_mean[c] / count;
+  }
+  const ChannelConstants<3> constants(a.view, {a.mean, slope.data(), shift.data()});
+  for_blocks(a.view.size, a.threads, [&](int64_t start, int64_t n) {
+    Reader<T> reader;
+    Writer<T> writer;
+    T* to = static_cast<T*>(a.grad_x) + start;
+    const float* x = reader.at(static_cast<const T*>(a.x) + start, n);
+    float* out = writer.at(to, n);
+    constants.block(start, n, [&](const auto& k, int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; j += kWidth)
+        store_vec(out + j, (load_vec(x + j) - k.template get<0>(j)) * k.template get<1>(j) + k.template get<2>(j));
+    });
+    writer.done(to, n);
+  });
+}
+
+}  // namespace
+
+void bn_stats_forward(const BnStatsForward& a) {
+  with_type(a.dtype, [&](auto type) { forward<decltype(type)>(a); });
+}
+
+void bn_stats_backward(const BnStatsBackward& a) {
+  with_type(a.dtype, [&](auto type) { backward<decltype(type)>(a); });
+}
+
+}  // namespace DFQ_ISA
+}  // namespace dfq

@@ -1,0 +1,103 @@
+// fake_quant: straight-through fake quantization, with fixed and with learned parameters.
+//   math     q = clamp(rne(x * inv + zero_point), quant_min, quant_max); out = (q - zero_point) * scale; inv = 1 / scale
+//   traffic  forward: x read, out written, one bit per element; backward: grad and bits read, grad_x written;
+//            learned: x and grad read, grad_x written
+//   block    512 elements of memory order; chunks of 4096 where sums are taken
+//   order    every operation rounded on its own, no contraction; sums as reduce.h says
+#include "channels.h"
+#include "kernels.h"
+#include "reduce.h"
+
+namespace dfq {
+namespace DFQ_ISA {
+
+namespace {
+
+template <class T>
+void forward(const FakeQuantForward& a) {
+  const std::vector<float> inv = reciprocals(a.scale, a.view.channels);
+  const ChannelConstants<3> channels(a.view, {inv.data(), a.scale, a.zero_point});
+  const Vec low = broadcast(a.quant_min), high = broadcast(a.quant_max);
+  uint8_t* const mask = a.mask;
+  for_blocks(a.view.size, a.threads, [&](int64_t start, int64_t n) {
+    Reader<T> reader;
+    Writer<T> writer;
+    T* to = static_cast<T*>(a.out) + start;
+    const float* x = reader.at(static_cast<const T*>(a.x) + start, n);
+    float* out = writer.at(to, n);
+    channels.block(start, n, [&](const auto& constants, int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; j += kWidth) {
+        const Vec zero_point = constants.template get<2>(j);
+        const Vec rounded = rne(load_vec(x + j) * constants.template get<0>(j) + zero_point);
+        const Vec q = clamp(rounded, low, high);
+        if (mask) store_bits(mask, start + j, equal_bits(q, rounded));
+        store_vec(out + j, (q - zero_point) * constants.template get<1>(j));
+      }
+    });
+    writer.done(to, n);
+  });
+}
+
+template <class T>
+void backward(const MaskBackward& a) {
+  for_blocks(a.size, a.threads, [&](int64_t start, int64_t n) {
+    Reader<T> reader;
+    Writer<T> writer;
+    T* to = static_cast<T*>(a.grad_x) + start;
+    const float* grad = reader.at(static_cast<const T*>(a.grad_out) + start, n);
+    float* out = writer.at(to, n);
+    for (int64_t j = 0; j < n; j += kWidth)
+      store_vec(out + j, keep_bits(load_bits(a.mask, start + j), load_vec(grad + j)));
+    writer.done(to, n);
+  });
+}
+
+template <class T>
+void backward_learned(const FakeQuantBackward& a) {
+  const std::vector<float> inv = reciprocals(a.scale, a.view.channels);
+  const Chunks chunks(a.view);
+  const int64_t each = chunks.sums_per_chunk();
+  std::vector<double> parts(static_cast<size_t>(chunks.count() * 2 * each));
+  const Rounding rounding(a.quant_min, a.quant_max);
+  parallel_for(chunks.count(), chunks.grain(), a.threads, [&](int64_t begin, int64_t end) {
+    Workspace<2, 2, 3> work(chunks, {inv.data(), a.zero_point});
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      work.start(chunk);
+      const float* x = chunks.gather(chunk, static_cast<const T*>(a.x), work.buffer(0));
+      const float* grad = chunks.gather(chunk, static_cast<const T*>(a.grad_out), work.buffer(1));
+      float* out = work.buffer(2);
+      const int64_t n = chunks.rows(chunk, [](int64_t, int64_t, int64_t) {});
+      work.run(n, [&](int64_t i, const Vec* constants, Vec* sums) {
+        const LearnedGradient g = learned_gradient(load_vec(x + i), load_vec(grad + i), constants[0], constants[1], rounding);
+        store_vec(out + i, g.x);
+        sums[0] = g.scale;
+        sums[1] = g.outside;
+      });
+      chunks.scatter(chunk, out, static_cast<T*>(a.grad_x));
+      work.fold(&parts[static_cast<size_t>(chunk * 2 * each)]);
+    }
+  });
+  std::vector<double> total(static_cast<size_t>(2 * a.view.channels));
+  combine(chunks, a.view, 2, parts, total.data());
+  for (int64_t c = 0; c < a.view.channels; ++c) {
+    a.grad_scale[c] = static_cast<float>(total[c]);
+    a.grad_zero_point[c] = static_cast<float>(-total[a.view.channels + c]) * a.scale[c];
+  }
+}
+
+}  // namespace
+
+void fake_quant_forward(const FakeQuantForward& a) {
+  with_type(a.dtype, [&](auto type) { forward<decltype(type)>(a); });
+}
+
+void mask_backward(const MaskBackward& a) {
+  with_type(a.dtype, [&](auto type) { backward<decltype(type)>(a); });
+}
+
+void fake_quant_backward(const FakeQuantBackward& a) {
+  with_type(a.dtype, [&](auto type) { backward_learned<decltype(type)>(a); });
+}
+
+}  // namespace DFQ_ISA
+}  // namespace dfq

@@ -1,0 +1,70 @@
+// fake_quant_weights: all layers in one call, per output channel, symmetric; nothing clips.
+//   math     scale = max(max |w| / quant_max, 2^-23); out = clamp(rne(w * (1 / scale)), -quant_max, quant_max) * scale
+//   traffic  w read (the second read is from cache), out written
+//   block    one output channel
+//   order    the maximum is exact in any order
+#include "channels.h"
+
+namespace dfq {
+namespace DFQ_ISA {
+
+namespace {
+
+template <class T>
+void quantize_row(const T* from, T* to, int64_t n, float quant_max, float* scale_out) {
+  Reader<T> reader;
+  Writer<T> writer;
+  Extremes extremes;  // a NaN in the row makes its scale and every value NaN, as the reference's maximum does
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t count = n - start < kBlock ? n - start : kBlock;
+    const float* x = reader.at(from + start, count);  // zeros behind the end change no magnitude
+    for (int64_t j = 0; j < count; j += kWidth) extremes.add(load_vec(x + j));
+  }
+  float least = 0.0f, most = 0.0f;
+  extremes.fold(least, most);
+  float scale = (-least > most ? -least : most) / quant_max;
+  scale = scale < kScaleFloor ? kScaleFloor : scale;
+  *scale_out = scale;
+  const Vec inv = broadcast(1.0f / scale), factor = broadcast(scale), high = broadcast(quant_max), low = -high;
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t count = n - start < kBlock ? n - start : kBlock;
+    const float* x = reader.at(from + start, count);
+    float* out = writer.at(to + start, count);
+    for (int64_t j = 0; j < count; j += kWidth)
+      store_vec(out + j, clamp(rne(load_vec(x + j) * inv), low, high) * factor);
+    writer.done(to + start, count);
+  }
+}
+
+template <class T>
+void quantize(const FakeQuantWeights& a) {
+  std::vector<int64_t> first(static_cast<size_t>(a.layers + 1));  // the layer's first row among all rows
+  int64_t elements = 0;
+  for (int64_t layer = 0; layer < a.layers; ++layer) {
+    first[layer + 1] = first[layer] + a.channels[layer];
+    elements += a.channels[layer] * a.sizes[layer];
+  }
+  const int64_t rows = first[a.layers];
+  const int threads = elements < 2 * kGrain ? 1 : a.threads;
+  // rows differ in length: in small portions, so that threads end together
+  parallel_for(rows, 1, threads, [&](int64_t begin, int64_t end) {
+    int64_t layer = 0;
+    for (int64_t row = begin; row < end; ++row) {
+      while (row >= first[layer + 1]) ++layer;
+      const int64_t channel = row - first[layer], n = a.sizes[layer];
+      const T* from = reinterpret_cast<const T*>(a.weights[layer]) + channel * n;
+      T* to = reinterpret_cast<T*>(a.outs[layer]) + channel * n;
+      const float quant_max = static_cast<float>((1 << (a.bits[layer] - 1)) - 1);
+      quantize_row(from, to, n, quant_max, reinterpret_cast<float*>(a.scales[layer]) + channel);
+    }
+  });
+}
+
+}  // namespace
+
+void fake_quant_weights(const FakeQuantWeights& a) {
+  with_type(a.dtype, [&](auto type) { quantize<decltype(type)>(a); });
+}
+
+}  // namespace DFQ_ISA
+}  // namespace dfq

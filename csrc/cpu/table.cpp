@@ -1,0 +1,19 @@
+// One instruction-set level's kernels as a table.
+#include "kernels.h"
+
+#define DFQ_TEXT_OF(name) #name
+#define DFQ_TEXT(name) DFQ_TEXT_OF(name)
+
+namespace dfq {
+namespace DFQ_ISA {
+
+extern const CpuKernels table;
+const CpuKernels table = {
+    DFQ_TEXT(DFQ_ISA),
+#define DFQ_ENTRY(name, arguments) name,
+    DFQ_CPU_KERNELS(DFQ_ENTRY)
+#undef DFQ_ENTRY
+};
+
+}  // namespace DFQ_ISA
+}  // namespace dfq

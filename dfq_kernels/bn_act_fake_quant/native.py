@@ -1,0 +1,128 @@
+"""`bn_act_fake_quant` in C++: csrc/cpu/bn_act_fake_quant.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dfq_kernels.extension import (
+    ACTIVATIONS,
+    DTYPES,
+    Updated,
+    address,
+    dense,
+    fp32,
+    in_order_of,
+    native,
+    register,
+    view,
+)
+
+
+def _optional(values: Tensor | None) -> Tensor | None:
+    return None if values is None else fp32(values)
+
+
+def _fake_forward(x: Tensor, *settings: object) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.new_empty(x.shape[1], dtype=torch.float32)
+    return torch.empty_like(x), mean, torch.empty_like(mean)
+
+
+@register(
+    "bn_act_fake_quant(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, Tensor(b!) running_var, "
+    "Tensor(c!) running_min, Tensor(d!) running_max, Tensor(e!) scale, Tensor(f!) zero_point, bool training, "
+    "float momentum, float eps, str? activation, bool observe, float averaging_constant, int quant_min, "
+    "int quant_max, bool symmetric) -> (Tensor, Tensor, Tensor)",
+    _fake_forward,
+)
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    running_min: Tensor,
+    running_max: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str | None,
+    observe: bool,
+    averaging_constant: float,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(out, mean, var)`, the statistics that normalised; stored statistics and range are updated in place."""
+    x, weight, bias = dense(x), _optional(weight), _optional(bias)
+    out, mean, var = _fake_forward(x)
+    updated = Updated((running_mean, running_var, running_min, running_max, scale, zero_point))
+    if not training:
+        mean.copy_(running_mean)
+        var.copy_(running_var)
+    stored_mean, stored_var, *parameters = [value.data_ptr() for value in updated.values]
+    native().bn_act_fake_quant_forward(
+        DTYPES[x.dtype], torch.get_num_threads(), *view(x, 1), x.data_ptr(), address(weight), address(bias),
+        stored_mean, stored_var, training, observe, momentum, eps, ACTIVATIONS[activation], *parameters,
+        averaging_constant, quant_min, quant_max, symmetric, out.data_ptr(), mean.data_ptr(), var.data_ptr(),
+    )  # fmt: skip
+    updated.done()
+    return out, mean, var
+
+
+def _fake_backward(grad_out: Tensor, x: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    channel, scalar = x.new_empty(x.shape[1], dtype=torch.float32), x.new_empty((), dtype=torch.float32)
+    return torch.empty_like(x), channel, torch.empty_like(channel), scalar, torch.empty_like(scalar)
+
+
+@register(
+    "bn_act_fake_quant_backward(Tensor grad_out, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
+    "Tensor scale, Tensor zero_point, bool training, float eps, str? activation, int quant_min, int quant_max) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
+def _backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    training: bool,
+    eps: float,
+    activation: str | None,
+    quant_min: int,
+    quant_max: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x, weight, bias, mean, var = dense(x), _optional(weight), _optional(bias), fp32(mean), fp32(var)
+    scale, zero_point, grad_out = fp32(scale), fp32(zero_point), in_order_of(x, grad_out)
+    grads = _fake_backward(grad_out, x)
+    grad_x, grad_weight, grad_bias, grad_scale, grad_zero_point = [grad.data_ptr() for grad in grads]
+    native().bn_act_fake_quant_backward(
+        DTYPES[x.dtype], torch.get_num_threads(), *view(x, 1), grad_out.data_ptr(), x.data_ptr(), address(weight),
+        address(bias), mean.data_ptr(), var.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), training, eps,
+        ACTIVATIONS[activation], quant_min, quant_max, grad_x, grad_weight, grad_bias, grad_scale, grad_zero_point,
+    )  # fmt: skip
+    return grads
+
+
+def backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    *settings: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias, scale and zero_point."""
+    grad_x, grad_weight, grad_bias, grad_scale, grad_zero_point = _backward(
+        grad_out, x, weight, bias, mean, var, scale, zero_point, *settings
+    )
+    return grad_x, grad_weight, grad_bias, grad_scale.reshape(scale.shape), grad_zero_point.reshape(zero_point.shape)

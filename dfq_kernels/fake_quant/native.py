@@ -1,0 +1,84 @@
+"""`fake_quant` in C++: csrc/cpu/fake_quant.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dfq_kernels.extension import DTYPES, dense, fp32, in_order_of, mask_like, native, register, view
+
+
+def _fake_forward(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), mask_like(x)
+
+
+@register(
+    "fake_quant(Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, int? axis) "
+    "-> (Tensor, Tensor)",
+    _fake_forward,
+)
+def forward(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None
+) -> tuple[Tensor, Tensor]:
+    """`(out, inside)`; `inside` has one bit per element, in the memory order of `out`."""
+    x, scale, zero_point = dense(x), fp32(scale), fp32(zero_point)
+    out, mask = torch.empty_like(x), mask_like(x)
+    native().fake_quant_forward(
+        DTYPES[x.dtype], torch.get_num_threads(), *view(x, axis), x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(),
+        quant_min, quant_max, out.data_ptr(), mask.data_ptr(),
+    )  # fmt: skip
+    return out, mask
+
+
+def _fake_backward(grad_out: Tensor, inside: Tensor, size: list[int], stride: list[int]) -> Tensor:
+    return torch.empty_strided(size, stride, dtype=grad_out.dtype, device=grad_out.device)
+
+
+@register("mask_backward(Tensor grad_out, Tensor inside, SymInt[] size, SymInt[] stride) -> Tensor", _fake_backward)
+def _mask_backward(grad_out: Tensor, inside: Tensor, size: list[int], stride: list[int]) -> Tensor:
+    grad_x = torch.empty_strided(size, stride, dtype=grad_out.dtype, device=grad_out.device)
+    grad_out = in_order_of(grad_x, grad_out)
+    native().mask_backward(
+        DTYPES[grad_x.dtype], torch.get_num_threads(), grad_x.numel(), grad_out.data_ptr(), inside.data_ptr(),
+        grad_x.data_ptr(),
+    )  # fmt: skip
+    return grad_x
+
+
+def backward(grad_out: Tensor, inside: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The gradient of x where the scale is given; `stride`: of the forward's `out`."""
+    return _mask_backward(grad_out, inside, grad_out.shape, stride)
+
+
+def _fake_backward_learned(
+    grad_out: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(scale), torch.empty_like(zero_point)
+
+
+@register(
+    "fake_quant_backward(Tensor grad_out, Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, "
+    "int? axis) -> (Tensor, Tensor, Tensor)",
+    _fake_backward_learned,
+)
+def backward_learned(
+    grad_out: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, scale and zero_point."""
+    x, scale_values, zero_points = dense(x), fp32(scale), fp32(zero_point)
+    grad_out, grad_x = in_order_of(x, grad_out), torch.empty_like(x)
+    size, channels, inner = view(x, axis)
+    grad_scale = torch.empty(channels, dtype=torch.float32, device=x.device)
+    grad_zero_point = torch.empty_like(grad_scale)
+    native().fake_quant_backward(
+        DTYPES[x.dtype], torch.get_num_threads(), size, channels, inner, grad_out.data_ptr(), x.data_ptr(),
+        scale_values.data_ptr(), zero_points.data_ptr(), quant_min, quant_max, grad_x.data_ptr(),
+        grad_scale.data_ptr(), grad_zero_point.data_ptr(),
+    )  # fmt: skip
+    return (
+        grad_x,
+        grad_scale.reshape(scale.shape).to(scale.dtype),
+        grad_zero_point.reshape(zero_point.shape).to(zero_point.dtype),
+    )

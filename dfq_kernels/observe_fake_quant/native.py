@@ -1,0 +1,46 @@
+"""`observe_fake_quant` in C++: csrc/cpu/observe_fake_quant.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dfq_kernels.extension import DTYPES, Updated, dense, mask_like, native, register
+from dfq_kernels.fake_quant import native as fake_quant
+
+
+def _fake(x: Tensor, *settings: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), mask_like(x)
+
+
+@register(
+    "observe_fake_quant(Tensor x, Tensor(a!) running_min, Tensor(b!) running_max, Tensor(c!) scale, "
+    "Tensor(d!) zero_point, float averaging_constant, int quant_min, int quant_max, bool symmetric) "
+    "-> (Tensor, Tensor)",
+    _fake,
+)
+def forward(
+    x: Tensor,
+    running_min: Tensor,
+    running_max: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    averaging_constant: float,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor]:
+    """Updates the range and its parameters in place; `(out, inside)` of `fake_quant` with the new ones."""
+    x = dense(x)
+    out, mask = torch.empty_like(x), mask_like(x)
+    updated = Updated((running_min, running_max, scale, zero_point))
+    native().observe_fake_quant_forward(
+        DTYPES[x.dtype], torch.get_num_threads(), x.numel(), x.data_ptr(),
+        *[value.data_ptr() for value in updated.values], averaging_constant, quant_min, quant_max, symmetric,
+        out.data_ptr(), mask.data_ptr(),
+    )  # fmt: skip
+    updated.done()
+    return out, mask
+
+
+backward = fake_quant.backward

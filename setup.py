@@ -1,0 +1,117 @@
+"""The native build: `dfq_kernels._native` from csrc/, with pybind11 and ninja and without torch.
+
+The CPU kernels are compiled once per instruction-set level; the module picks one when it is loaded. Without a compiler
+the install succeeds, and `python -m dfq_kernels` gives the reason why native kernels are absent. `DFQ_BUILD_NATIVE`:
+`auto` (the default), `0` (do not build), `1` (fail if it cannot be built).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+CPU = sorted(path for path in (ROOT / "csrc" / "cpu").glob("*.cpp") if path.stem != "select")
+# -ffp-contract=off: every operation rounds on its own; the other two let rounding and square roots be vectorised
+FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi"
+LEVELS = {"baseline": "", "v2": "-march=x86-64-v2", "v3": "-march=x86-64-v3", "v4": "-march=x86-64-v4"}
+
+
+class Unbuilt(Exception):
+    """Why there is no native module."""
+
+
+class NinjaBuild(build_ext):
+    """Compiles with ninja, as many jobs as there are cores."""
+
+    def build_extension(self, ext: Extension) -> None:
+        wanted = os.environ.get("DFQ_BUILD_NATIVE", "auto")
+        if wanted not in ("auto", "0", "1"):
+            raise SystemExit(f"dfq-kernels: DFQ_BUILD_NATIVE must be auto, 0 or 1, got {wanted!r}")
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        reason_file = target.parent / "_native.txt"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if wanted == "0":
+                raise Unbuilt("it was built with DFQ_BUILD_NATIVE=0")
+            levels = compile_with_ninja(target, Path(self.build_temp).resolve())
+        except Unbuilt as error:
+            if wanted == "1":
+                raise SystemExit(f"dfq-kernels: DFQ_BUILD_NATIVE=1, but {error}") from error
+            target.unlink(missing_ok=True)
+            reason_file.write_text(f"{error}\n")
+            print(f"dfq-kernels: no native kernels: {error}", file=sys.stderr)
+            return
+        reason_file.unlink(missing_ok=True)
+        print(
+            f"dfq-kernels: native CPU kernels for {', '.join(levels)}; no CUDA kernels in this version", file=sys.stderr
+        )
+
+
+def compile_with_ninja(target: Path, folder: Path) -> list[str]:
+    """Builds `target` in `folder`; the instruction-set levels that it holds."""
+    if sys.platform == "win32":
+        raise Unbuilt("the kernels need GCC or clang")
+    compiler = os.environ.get("CXX") or next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
+    if compiler is None or shutil.which(compiler.split()[0]) is None:
+        raise Unbuilt(f"no C++ compiler was found ({compiler or 'g++, clang++, c++'})")
+    try:
+        import ninja
+        import pybind11
+    except ImportError as error:
+        raise Unbuilt(f"{error.name} is not installed") from error
+    levels = list(LEVELS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
+    folder.mkdir(parents=True, exist_ok=True)
+    include = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
+    (folder / "build.ninja").write_text(ninja_file(compiler, include, levels, target))
+    done = subprocess.run(
+        [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode != 0:
+        print(done.stdout, file=sys.stderr)
+        first = next((line for line in done.stdout.splitlines() if "error" in line), "ninja failed")
+        raise Unbuilt(f"{compiler} could not compile it: {first.strip()}")
+    return levels
+
+
+def ninja_file(compiler: str, include: str, levels: list[str], target: Path) -> str:
+    """One edge per source and level, one link."""
+    link = "-shared" + (" -undefined dynamic_lookup" if sys.platform == "darwin" else "")
+    lines = [
+        f"flags = {FLAGS}",
+        f"rule cxx\n  command = {compiler} $flags $more -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc",
+        f"rule link\n  command = {compiler} {link} $in -o $out",
+    ]
+    objects = []
+
+    def add(source: Path, name: str, more: str) -> None:
+        objects.append(f"{name}.o")
+        lines.append(f"build {name}.o: cxx {escape(source)}\n  more = {more}")
+
+    add(ROOT / "csrc" / "bindings.cpp", "bindings", include)
+    add(ROOT / "csrc" / "cpu" / "select.cpp", "select", "")
+    for level in levels:
+        for source in CPU:
+            add(source, f"{source.stem}_{level}", f"{LEVELS[level]} -DDFQ_ISA={level}".strip())
+    lines.append(f"build {escape(target)}: link {' '.join(objects)}\ndefault {escape(target)}")
+    return "\n".join(lines) + "\n"
+
+
+def escape(path: Path) -> str:
+    """A path as ninja reads it."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+setup(ext_modules=[Extension("dfq_kernels._native", sources=[])], cmdclass={"build_ext": NinjaBuild})

@@ -1,0 +1,253 @@
+"""The native module is built where it can be, and its kernels are the reference: at any size, layout and type, with any
+number of threads, at every instruction-set level."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dfq_kernels as k
+from dfq_kernels import extension
+from dfq_kernels.specs import all_specs, batch_norm, fresh_range
+from tests.conftest import SEED
+from tests.test_conformance import run
+
+REASON = extension.missing("cpu")
+native_only = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def test_it_is_there_where_a_compiler_is() -> None:
+    if any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+        assert REASON is None
+
+
+def layouts(x: Tensor) -> dict[str, Tensor]:
+    """The same values in several memory orders."""
+    return {
+        "contiguous": x,
+        "channels_last": x.contiguous(memory_format=torch.channels_last),
+        "transposed": x.transpose(0, 3).contiguous().transpose(0, 3),
+        "gaps": torch.stack([x, -x], dim=-1).flatten(-2)[..., ::2],
+        "misaligned": torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    }
+
+
+shapes = st.tuples(st.integers(1, 5), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
+
+
+@native_only
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    shape=shapes,
+    layout=st.sampled_from(["contiguous", "channels_last", "transposed", "gaps", "misaligned"]),
+    dtype=st.sampled_from(DTYPES),
+    axis=st.sampled_from([None, 0, 1, 2, 3]),
+)
+def test_fake_quant_at_any_size(shape: Any, layout: str, dtype: torch.dtype, axis: int | None) -> None:
+    random = torch.Generator().manual_seed(sum(shape))
+    values = layouts(torch.randn(shape, generator=random).to(dtype))[layout]
+    channels = () if axis is None else (shape[axis],)
+    scale, zero_point = torch.rand(channels, generator=random) * 0.2 + 0.05, torch.full(channels, 3.0)
+    results = []
+    for backend in ("native", "reference"):
+        for learned in (False, True):
+            x = values.clone(memory_format=torch.preserve_format).requires_grad_()
+            step = scale.clone().requires_grad_(learned)
+            out = k.fake_quant(x, step, zero_point, 0, 15, axis=axis, backend=backend)
+            out.backward(torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype))
+            results.append((out.detach(), x.grad, step.grad))
+    for native, reference in zip(results[:2], results[2:], strict=True):
+        assert torch.equal(native[0], reference[0]) and torch.equal(native[1], reference[1])
+        if native[2] is not None:
+            torch.testing.assert_close(native[2], reference[2], rtol=1e-4, atol=1e-3)
+
+
+@native_only
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    shape=shapes,
+    layout=st.sampled_from(["contiguous", "channels_last", "transposed", "gaps", "misaligned"]),
+    dtype=st.sampled_from(DTYPES),
+    training=st.booleans(),
+    observe=st.booleans(),
+    activation=st.sampled_from([None, "relu", "relu6"]),
+)
+def test_norms_at_any_size(
+    shape: Any, layout: str, dtype: torch.dtype, training: bool, observe: bool, activation: str | None
+) -> None:
+    random = torch.Generator().manual_seed(sum(shape))
+    if training and shape[0] * shape[2] * shape[3] == 1:
+        return
+    values = layouts((torch.randn(shape, generator=random) * 3 + 1).to(dtype))[layout]
+    parameters, grad = batch_norm(random, shape[1]), torch.randn(shape, generator=random).to(dtype)
+    results: dict[str, list[Tensor]] = {}
+    for backend in ("native", "reference"):
+        x = values.clone(memory_format=torch.preserve_format).requires_grad_()
+        own = {name: value.clone() for name, value in parameters.items()}
+        own["weight"].requires_grad_()
+        ranges = fresh_range(0.0, 2.0, scale=0.15)
+        out = k.bn_act_fake_quant(
+            x, **own, **ranges, training=training, observe=observe, activation=activation, quant_max=15, backend=backend
+        )
+        out.backward(grad)
+        frozen = {name: value.detach() for name, value in own.items()}
+        y = values.clone(memory_format=torch.preserve_format).requires_grad_()
+        teacher_out, mean, var = k.bn_act_stats(y, **frozen, activation=activation, backend=backend)
+        (teacher_out.float().sum() + (mean * var).sum()).backward()
+        statistics = [mean, var, own["running_mean"], own["running_var"], *ranges.values()]
+        results[backend] = [*statistics, teacher_out.detach(), y.grad, own["weight"].grad, out.detach(), x.grad]
+    close = {"rtol": 2e-2 if dtype != torch.float32 else 1e-4, "atol": 2e-2 if dtype != torch.float32 else 1e-3}
+    for native, reference in zip(results["native"][:-2], results["reference"][:-2], strict=True):
+        torch.testing.assert_close(native, reference, **close)
+    for native, reference in zip(results["native"][-2:], results["reference"][-2:], strict=True):
+        # a statistic that differs in its last bit may round a value to the next step, or move it across a bound
+        other = ~torch.isclose(native, reference, **close)
+        assert int(other.sum()) <= (max(2, other.numel() // 100) if training or observe else 0)
+
+
+@native_only
+@pytest.mark.parametrize("op", all_specs())
+def test_the_number_of_threads_changes_no_bit(op: str) -> None:
+    """At a size where every kernel splits its work."""
+    generator, threads = torch.Generator().manual_seed(SEED), torch.get_num_threads()
+    x = torch.randn(16, 24, 33, 31, generator=generator)
+    found = []
+    for count in (1, 2, 3, 7):
+        torch.set_num_threads(count)
+        try:
+            found.append(_all_results(op, x))
+        finally:
+            torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
+def _all_results(op: str, values: Tensor) -> list[Tensor]:
+    """Outputs and gradients of a call on a large tensor, in both layouts."""
+    results = []
+    for layout in ("contiguous", "channels_last"):
+        x = layouts(values)[layout].clone(memory_format=torch.preserve_format).requires_grad_()
+        parameters = batch_norm(torch.Generator().manual_seed(1), x.shape[1])
+        scale = torch.full((x.shape[1],), 0.1, requires_grad=True)
+        if op == "fake_quant":
+            outs: Any = [k.fake_quant(x, scale, 0.0 * scale.detach(), -8, 7, axis=1, backend="native")]
+        elif op == "observe_fake_quant":
+            outs = [k.observe_fake_quant(x, **fresh_range(), backend="native")]
+        elif op == "fake_quant_weights":
+            outs = k.fake_quant_weights([x, x * 2], 4, backend="native")[0]
+        elif op == "bn_stats":
+            outs = k.bn_stats(x, backend="native")
+        elif op == "bn_act_stats":
+            outs = k.bn_act_stats(x, **parameters, backend="native")
+        elif op == "bn_act_fake_quant":
+            outs = [k.bn_act_fake_quant(x, **parameters, **fresh_range(), training=True, backend="native")]
+        else:
+            mean, var = k.bn_stats(x, backend="native")
+            stored = [parameters["running_mean"]], [parameters["running_var"]]
+            outs = [k.bn_stat_loss([mean], [var], *stored, backend="native")]
+        torch.stack([(out * out).sum() for out in outs]).sum().backward()
+        results += [*(out.detach() for out in outs), x.grad]
+    return results
+
+
+LEVELS = """
+import hashlib, torch
+from dfq_kernels import extension
+from dfq_kernels.specs import all_specs
+from tests.test_native import digest
+print(extension.native().isa, digest())
+"""
+
+
+def digest() -> str:
+    """Of every bit that every case of every operator gives."""
+    total = hashlib.sha256()
+    for spec in all_specs().values():
+        for case in spec.cases:
+            for name, value in sorted(run(spec, case, "native", "cpu").items()):
+                total.update(name.encode() + value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+@native_only
+def test_every_instruction_set_level_gives_the_same_bits() -> None:
+    here = extension.native().isa
+    levels = ["baseline", "v2", "v3", "v4"]
+    for level in levels[: levels.index(here)]:
+        done = subprocess.run(
+            [sys.executable, "-c", LEVELS], capture_output=True, text=True, env={**os.environ, "DFQ_CPU": level}
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == [level, digest()]
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps a call of every operator of this library that is made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[Any, tuple[Any, ...]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "dfq_kernels":
+            self.calls.setdefault(func, torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, args))
+        return func(*args, **(kwargs or {}))
+
+
+@native_only
+def test_registered_operators_pass_opcheck() -> None:
+    recorder = Recorder()
+    with recorder:
+        for spec in all_specs().values():
+            run(spec, next(case for case in spec.cases if case.gradients), "native", "cpu")
+        x = torch.randn(3, 4, requires_grad=True)
+        k.fake_quant(x, 0.1, 0, backend="native").sum().backward()  # a mask instead of a learned scale
+    assert len(recorder.calls) == 13  # seven operators, their backwards; the identity has none
+    for func, args in recorder.calls.items():
+        torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
+@native_only
+def test_parameters_of_other_types_are_updated_too() -> None:
+    x, ranges = torch.randn(4, 6), {name: value.double() for name, value in fresh_range().items()}
+    expected = {name: value.clone() for name, value in ranges.items()}
+    k.observe_fake_quant(x, **ranges, backend="native")
+    k.observe_fake_quant(x, **expected, backend="reference")
+    for name, value in ranges.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6)
+    assert ranges["running_max"] == x.max()
+
+
+@native_only
+def test_a_gradient_of_another_layout_meets_its_own_mask() -> None:
+    x = torch.randn(2, 3, 5, 7).contiguous(memory_format=torch.channels_last).requires_grad_()
+    grad = torch.randn(2, 3, 5, 7)
+    k.fake_quant(x, 0.1, 0, -4, 3, backend="native").backward(grad)
+    inside = (x.detach() / 0.1).round().abs() <= 3.5
+    inside |= (x.detach() / 0.1).round() == -4
+    assert torch.equal(x.grad, grad * inside)
+
+
+@native_only
+def test_not_a_number_in_one_channel_leaves_the_range_alone() -> None:
+    for layout in ("contiguous", "channels_last"):
+        x = layouts(torch.randn(2, 40, 9, 9))[layout]
+        x[1, 3, 4, 4] = float("nan")
+        found = {}
+        for backend in ("native", "reference"):
+            ranges = fresh_range(-1.0, 1.0, 0.5)
+            k.bn_act_fake_quant(x, None, None, torch.zeros(40), torch.ones(40), **ranges, backend=backend)
+            found[backend] = torch.stack(list(ranges.values()))
+        assert torch.equal(found["native"], found["reference"])
