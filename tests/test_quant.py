@@ -13,7 +13,7 @@ from dfq.config import LayerBits, QuantConfig, quant_config
 from dfq.models import ModelSpec, build_model
 from dfq.quant import PrepareError, freeze_ranges, learn_ranges, prepare, range_parameters, set_adapting
 from dfq.quant.exactness import layer_bounds
-from dfq.quant.modules import QuantBatchNorm, QuantLayer
+from dfq.quant.modules import QuantBatchNorm, QuantConv2d, QuantLayer
 from dfq.quant.quantizers import ActivationQuantizer, least_squares_scale, weight_layers
 from tests.conftest import small_net
 
@@ -158,6 +158,15 @@ def test_exact_forward_switches_to_float64_where_fp32_is_not_exact() -> None:
     assert module.used == [torch.float64]
     module.accumulate_integers(x[:, :100] * 0 + 1, layer.weight[:, :100])
     assert module.used == [torch.float64, torch.float32]
+
+
+def test_exact_forward_does_not_meet_winograd(random: torch.Generator) -> None:
+    x = torch.randint(-255, 256, (32, 16, 32, 32), generator=random).float()
+    weight = torch.randint(-127, 128, (16, 16, 3, 3), generator=random).float()
+    layer = QuantConv2d(nn.Conv2d(16, 16, 3, padding=1), None, None, None, train_batch_norm=False)
+    with torch.backends.mkldnn.flags(enabled=False):  # as on machines without oneDNN
+        found = layer.accumulate_integers(x, weight)
+    assert torch.equal(found.double(), F.conv2d(x.double(), weight.double(), padding=1))
 
 
 class QuantLayerProbe(QuantLayer):
@@ -316,6 +325,13 @@ def test_what_has_no_quantized_form_is_named(part: str, text: str) -> None:
     with pytest.raises(PrepareError, match=text):
         prepare(Odd(part), quant_config("W4A4"))
     prepare(Odd("nothing"), quant_config("W4A4"))
+
+
+def test_hooks_are_not_dropped_in_silence() -> None:
+    model = small_net()
+    model.conv2.register_forward_hook(lambda module, inputs, out: out * 2)
+    with pytest.raises(PrepareError, match=r"conv2 must have no forward hooks .*got Conv2d with hooks"):
+        prepare(model, quant_config("W4A4"))
 
 
 def test_overrides_must_name_a_layer() -> None:

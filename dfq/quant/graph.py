@@ -61,6 +61,12 @@ def trace(model: nn.Module) -> list[fx.Node]:
     Raises:
         PrepareError: the forward depends on values, or calls one layer or batch norm more than once.
     """
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise PrepareError(
+                f"prepare: {name or 'model'} must have no forward hooks (old weight_norm and pruning are hooks, remove "
+                f"them to keep their result), got {type(module).__name__} with hooks"
+            )
     was_training = model.training
     try:
         # in evaluation mode, where a dropout written as a function does nothing and may be dropped
