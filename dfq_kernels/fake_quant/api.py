@@ -72,7 +72,8 @@ def _parameter(x: Tensor, name: str, value: Tensor | float, axis: int | None) ->
     if not isinstance(value, Tensor):
         if not isfinite(value) or (name == "scale" and value <= 0):
             raise ValueError(f"{OP}: {name} must be finite{' and > 0' if name == 'scale' else ''}, got {value}")
-        return torch.full((), float(value), dtype=torch.float32, device=x.device)
+        shape = () if axis is None else (x.shape[axis],)
+        return torch.full(shape, float(value), dtype=torch.float32, device=x.device)
     if axis is None and value.numel() != 1:
         raise ValueError(f"{OP}: {name} must have one element when axis is None, got shape {tuple(value.shape)}")
     if axis is not None and value.shape not in ((x.shape[axis],), ()):
