@@ -25,7 +25,7 @@ from dfq.config import (
 )  # fmt: skip
 from dfq.data import Images
 from dfq.device import resolve_device, resolve_precision
-from dfq.evaluate import accuracy
+from dfq.evaluate import accuracy, check_test_images
 from dfq.loop import Observer, run_loop
 from dfq.models import ModelSpec, build_model
 from dfq.quant import freeze_ranges, layer_bounds, prepare
@@ -59,7 +59,7 @@ def quantize(
     *,
     input_shape: tuple[int, int, int],
     num_classes: int,
-    preset: str = "W4A4",
+    preset: str | None = None,
     recipe: str | Recipe = "default",
     steps: int = 200,
     seed: int = 0,
@@ -80,13 +80,13 @@ def quantize(
             is copied, not changed.
         input_shape: `(C, H, W)` of its images.
         num_classes: of its logits.
-        preset: bits, `W4A4` and so on (`dfq.config.quant_config`).
+        preset: bits, `W4A4` and so on (`dfq.config.quant_config`); `W4A4` if nothing is given.
         recipe: `default`, `paper`, or a `dfq.config.Recipe`.
         steps: student steps.
         seed: of everything random; the same seed and number of threads give the same bits.
         out: a new folder for config, metrics, pictures and checkpoints.
         overrides: bits by layer name.
-        config: a whole `QuantConfig` instead of `preset` and `overrides`.
+        config: a whole `QuantConfig` instead of `preset` and `overrides`; its `ranges` count, not the recipe's.
         test_images: real images to judge by; never trained on.
         resume: continue the run in `out`.
         device: `auto`, `cpu`, `cuda`, `cuda:N`.
@@ -104,7 +104,12 @@ def quantize(
         Interrupted: Ctrl-C or SIGTERM, after saving.
     """
     recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
-    config = config or quant_config(preset, ranges=recipe.ranges, overrides=overrides)
+    check_test_images(test_images, input_shape, num_classes, "quantize")
+    if config is None:
+        preset = preset or "W4A4"
+        config = quant_config(preset, ranges=recipe.ranges, overrides=overrides)
+    elif preset is not None or overrides is not None:
+        raise ValueError("quantize: config must be given without preset and overrides, got both")
     where = resolve_device(device)
     students = [prepare(copy.deepcopy(model), config) for _ in range(recipe.students)]
     task = DataFreeTraining(
@@ -117,16 +122,16 @@ def quantize(
         "preset": preset, "quant": to_json(config), "recipe": to_json(recipe), "steps": steps, "seed": seed,
         "device": where.type, "precision": task.precision,
     }  # fmt: skip
-    folder = RunFolder(Path(out), settings, resume=resume)
     started = time.monotonic()
-    run_loop(task, folder, resume=resume, observer=observer)
-    student = students[0]
-    freeze_ranges(student)
-    calibrated = prepare(copy.deepcopy(model), config).to(where)
-    calibrated.load_state_dict(task.calibrated)
-    freeze_ranges(calibrated)
-    models = {"teacher": task.teacher, "DF-Q": calibrated.eval(), "DF-QAT-KD": student.eval()}
-    return _finish(folder, models, student, calibrated, task, test_images, where, started)
+    with RunFolder(Path(out), settings, resume=resume) as folder:
+        run_loop(task, folder, resume=resume, observer=observer)
+        student = students[0]
+        freeze_ranges(student)
+        calibrated = prepare(copy.deepcopy(model), config).to(where)
+        calibrated.load_state_dict(task.calibrated)
+        freeze_ranges(calibrated)
+        models = {"teacher": task.teacher, "DF-Q": calibrated.eval(), "DF-QAT-KD": student.eval()}
+        return _finish(folder, models, student, calibrated, task, test_images, where, started)
 
 
 def distill(
@@ -165,6 +170,7 @@ def distill(
     recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
     if not students:
         raise ValueError("distill: students must hold at least one network, got none")
+    check_test_images(test_images, input_shape, num_classes, "distill")
     where = resolve_device(device)
     task = DataFreeTraining(
         copy.deepcopy(teacher), students, replace(recipe, students=len(students)), quant=None, input_shape=input_shape,
@@ -176,11 +182,11 @@ def distill(
         "quant": None, "input_shape": list(input_shape), "num_classes": num_classes, "recipe": to_json(recipe),
         "steps": steps, "seed": seed, "device": where.type, "precision": task.precision,
     }  # fmt: skip
-    folder = RunFolder(Path(out), settings, resume=resume)
     started = time.monotonic()
-    run_loop(task, folder, resume=resume, observer=observer)
-    models = {"teacher": task.teacher, "student": students[0].eval()}
-    return _finish(folder, models, students[0], None, task, test_images, where, started)
+    with RunFolder(Path(out), settings, resume=resume) as folder:
+        run_loop(task, folder, resume=resume, observer=observer)
+        models = {"teacher": task.teacher, "student": students[0].eval()}
+        return _finish(folder, models, students[0], None, task, test_images, where, started)
 
 
 def teach(
@@ -210,6 +216,7 @@ def teach(
     Raises:
         ValueError, NonFiniteError, Interrupted: as `quantize`.
     """
+    check_test_images(test_images, images.input_shape, images.num_classes, "teach")
     config = config or TeachConfig()
     where = resolve_device(device)
     with seeded_initialisation(seed, "model"):
@@ -222,10 +229,10 @@ def teach(
         "num_classes": images.num_classes, "teach": to_json(config), "seed": seed, "images": images.digest(),
         "device": where.type, "precision": task.precision,
     }  # fmt: skip
-    folder = RunFolder(Path(out), settings, resume=resume)
     started = time.monotonic()
-    run_loop(task, folder, resume=resume, observer=observer)
-    return _finish(folder, {"teacher": model.eval()}, model, None, None, test_images, where, started)
+    with RunFolder(Path(out), settings, resume=resume) as folder:
+        run_loop(task, folder, resume=resume, observer=observer)
+        return _finish(folder, {"teacher": model.eval()}, model, None, None, test_images, where, started)
 
 
 def seeded_model(spec: ModelSpec, seed: int, index: int) -> nn.Module:
@@ -246,12 +253,18 @@ def load_run(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Modul
     """
     folder = Path(path)
     config = read_config(folder)
+    if model is None and config["model"] is None:
+        raise CheckpointError(f"run: {folder} must be loaded with its float model, it was not built by name")
+    try:
+        spec = None if config["model"] is None else ModelSpec(**config["model"])
+        quant = None if config["quant"] is None else quant_config_from_json(config["quant"])
+    except (TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"run: {folder} must hold a run's config.json, got a damaged one: {error}") from error
     if model is None:
-        if config["model"] is None:
-            raise CheckpointError(f"run: {folder} must be loaded with its float model, it was not built by name")
-        model = build_model(ModelSpec(**config["model"]))
-    if config["quant"] is not None:
-        model = prepare(model, quant_config_from_json(config["quant"]))
+        assert spec is not None
+        model = build_model(spec)
+    if quant is not None:
+        model = prepare(model, quant)
         freeze_ranges(model)
     if not (folder / "model.safetensors").exists():
         raise CheckpointError(
@@ -290,5 +303,4 @@ def _finish(
     if calibrated is not None:
         facts["layers"] = to_json(layer_bounds(product))  # type: ignore[arg-type, assignment]
     folder.write_json("result.json", facts)
-    folder.close()
     return Result(product, folder.path, calibrated, accuracies, sizes, seconds)

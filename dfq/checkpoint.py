@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from dfq.errors import first_line
+
 
 class CheckpointError(ValueError):
     """A file that cannot be written, or cannot be read as what it should be."""
@@ -154,4 +156,4 @@ def save_weights(model: nn.Module, path: Path, metadata: dict[str, str] | None =
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return first_line(error)

@@ -8,14 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dfq.errors import check
+
 PRESETS = ("W8A8", "W4A8", "W4A4", "W3A3", "W2A4", "W2A2", "gdfq")
 """Named bit widths. Any `W<2-8>A<2-8>` works, and any of them behind `gdfq-`; `gdfq` alone is `gdfq-W4A4`."""
-
-
-def check(owner: str, name: str, value: Any, rule: str, ok: bool) -> None:
-    """Raises `<owner>: <name> must be <rule>, got <value>` unless `ok`."""
-    if not ok:
-        raise ValueError(f"{owner}: {name} must be {rule}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class QuantConfig:
         ranges: `minmax` (moving average) or `lsq` (learned step sizes, for fewer than 8 bits).
         weight_scheme: `symmetric` or `affine`, per output channel.
         activations: `all` (an integer network: image, every layer's input, every residual stream) or
-            `after_relu` (only inputs that come from a ReLU: not an integer network, but the literature's convention).
+            `after_relu` (the output of every ReLU, once: not an integer network, but the literature's convention).
         residual_bits: of residual streams and of pooled maps.
         averaging_constant: weight of a batch in a moving range.
         batch_norm: `frozen` (the teacher's statistics) or `train`.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from dfq.classifier import evaluation
 from dfq.data import Images
+from dfq.errors import first_line
 
 
 @torch.no_grad()
@@ -18,23 +20,46 @@ def accuracy(model: nn.Module, images: Images, *, device: torch.device, batch_si
     Raises:
         ValueError: images of another channel count than the model takes, or other classes.
     """
-    was_training = model.training
-    model.eval()
+    if len(images) == 0:
+        raise ValueError("evaluate: images must hold at least one, got none")
     correct = 0
-    for start in range(0, len(images), batch_size):
-        pixels = images.pixels[start : start + batch_size].to(device)
-        labels = images.labels[start : start + batch_size].to(device)
-        try:
-            logits = model(images.normalize(pixels).contiguous(memory_format=torch.channels_last))
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"evaluate: images must be what the model takes, got {images.input_shape}: {reason}"
-            ) from error
-        if logits.shape[1] < images.num_classes:
-            raise ValueError(f"evaluate: model must have {images.num_classes} classes or more, got {logits.shape[1]}")
-        correct += int((logits.argmax(1) == labels).sum())
-    model.train(was_training)
+    with evaluation(model):
+        for start in range(0, len(images), batch_size):
+            pixels = images.pixels[start : start + batch_size].to(device)
+            labels = images.labels[start : start + batch_size].to(device)
+            try:
+                logits = model(images.normalize(pixels).contiguous(memory_format=torch.channels_last))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise ValueError(
+                    f"evaluate: images must be what the model takes, got {images.input_shape}: {first_line(error)}"
+                ) from error
+            if logits.shape[1] < images.num_classes:
+                raise ValueError(
+                    f"evaluate: model must have {images.num_classes} classes or more, got {logits.shape[1]}"
+                )
+            correct += int((logits.argmax(1) == labels).sum())
     return 100.0 * correct / len(images)
+
+
+def check_test_images(images: Images | None, input_shape: tuple[int, int, int], num_classes: int, owner: str) -> None:
+    """What `accuracy` would find after hours of training, before it.
+
+    Raises:
+        ValueError: not `Images`, none of them, another shape than the model's, or more classes.
+    """
+    if images is None:
+        return
+    if not isinstance(images, Images):
+        raise ValueError(f"{owner}: test_images must be dfq.data.Images, got {type(images).__name__}")
+    if len(images) == 0:
+        raise ValueError(f"{owner}: test_images must hold at least one image, got none")
+    if images.input_shape != tuple(input_shape):
+        raise ValueError(
+            f"{owner}: test_images must have the model's image shape {tuple(input_shape)}, got {images.input_shape}"
+        )
+    if images.num_classes > num_classes:
+        raise ValueError(
+            f"{owner}: test_images must have at most the model's {num_classes} classes, got {images.num_classes}"
+        )

@@ -12,13 +12,15 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dfq.checkpoint import load_tree, save_tree
+from dfq.checkpoint import CheckpointError, load_tree, save_tree
+from dfq.errors import first_line
 from dfq.run_folder import RunFolder
 
 
@@ -68,9 +70,7 @@ def run_loop(
     """
     start = 0
     if resume and folder.checkpoint.exists():
-        state = load_tree(folder.checkpoint)
-        task.load_state_dict(state["task"])
-        start = state["next_step"]
+        start = _restore(task, folder.checkpoint)
     folder.rewind(start)
     saved_at = time.monotonic()
     with _signals() as received:
@@ -82,11 +82,27 @@ def run_loop(
                 observer.on_step(task.phase(index), index, task.total_steps, metrics)
             due = time.monotonic() - saved_at >= save_seconds
             if due or received or index + 1 == task.total_steps:
-                save_tree(folder.checkpoint, {"next_step": index + 1, "task": task.state_dict()})
+                state = {"next_step": index + 1, "task": task.state_dict()}
+                _refuse_non_finite_state(state, index, folder)
+                save_tree(folder.checkpoint, state)
                 saved_at = time.monotonic()
             if received and index + 1 < task.total_steps:
                 message = f"interrupted after step {index + 1} of {task.total_steps}; continue with --resume"
                 raise Interrupted(message, received[0])
+
+
+def _restore(task: Trainable, path: Path) -> int:
+    """Loads the checkpoint into `task`; the step that comes next."""
+    state = load_tree(path)
+    try:
+        start = state["next_step"]
+        if type(start) is not int or not 0 <= start <= task.total_steps:
+            raise ValueError(f"next_step must be in [0, {task.total_steps}], got {start!r}")
+        task.load_state_dict(state["task"])
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(f"checkpoint: {path} must be of this run, got a damaged one ({reason})") from error
+    return start
 
 
 def _refuse_non_finite(metrics: Mapping[str, float], index: int, phase: str, folder: RunFolder) -> None:
@@ -94,8 +110,32 @@ def _refuse_non_finite(metrics: Mapping[str, float], index: int, phase: str, fol
         if not math.isfinite(value):
             raise NonFiniteError(
                 f"train: {name} must be finite, got {value} at step {index + 1} ({phase}); "
-                f"lower the learning rate or the weight of this term; the last checkpoint is in {folder.path}"
+                "lower the learning rate or the weight of this term; "
+                f"{'the last checkpoint is' if folder.checkpoint.exists() else 'nothing is saved'} in {folder.path}"
             )
+
+
+def _refuse_non_finite_state(state: Any, index: int, folder: RunFolder) -> None:
+    """An update can ruin weights whose loss was finite: such a state must not replace the last good checkpoint.
+
+    A moving range that has seen nothing is infinite by definition.
+    """
+    stack = [("", state)]
+    while stack:
+        name, value = stack.pop()
+        if isinstance(value, Tensor) and value.is_floating_point():
+            ranges = name.endswith(("running_min", "running_max"))
+            if not bool((value.isnan() if ranges else ~value.isfinite()).any()):
+                continue
+            where = "the checkpoint before it is" if folder.checkpoint.exists() else "nothing is saved"
+            raise NonFiniteError(
+                f"train: {name} must be finite, got NaN or infinity after step {index + 1}; "
+                f"lower the learning rate; {where} in {folder.path}"
+            )
+        if isinstance(value, dict):
+            stack += [(str(key), item) for key, item in value.items()]
+        elif isinstance(value, (list, tuple)):
+            stack += [(name, item) for item in value]
 
 
 @contextmanager

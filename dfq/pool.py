@@ -28,7 +28,7 @@ class ImagePool:
         self.batch_size, self.seed, self.device, self.precision = batch_size, seed, device, precision
         self.frozen: list[Generator] = []
         self.live: list[Generator] = []
-        self._round: tuple[str, int, Tensor] | None = None
+        self._rounds: dict[str, tuple[int, Tensor]] = {}  # the current one of each purpose
 
     def draw(self, generator: Generator, purpose: str, member: int, step: int) -> tuple[Tensor, Tensor | None]:
         """One batch of one generator, and the labels that it was asked for, if it is conditional."""
@@ -47,9 +47,9 @@ class ImagePool:
         if position >= len(self.frozen):
             member = position - len(self.frozen)
             return self.draw(self.live[member], f"{purpose}/live", member, step)[0]
-        if self._round is None or self._round[:2] != (purpose, turn):
-            self._round = purpose, turn, self._mixed(purpose, turn)
-        return self._round[2][position * self.batch_size : (position + 1) * self.batch_size]
+        if purpose not in self._rounds or self._rounds[purpose][0] != turn:
+            self._rounds[purpose] = turn, self._mixed(purpose, turn)
+        return self._rounds[purpose][1][position * self.batch_size : (position + 1) * self.batch_size]
 
     @torch.no_grad()
     def sample(self, count: int) -> Tensor:

@@ -8,6 +8,7 @@ import platform
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dfq.checkpoint import CheckpointError, write_atomic
 from dfq_kernels import __version__
+
+COMMON_KEYS = {"command", "model", "quant", "input_shape", "num_classes", "seed"}
+"""What the config of every command has."""
 
 
 class RunFolder:
@@ -91,9 +95,13 @@ class RunFolder:
         """All rows logged so far."""
         return [json.loads(line) for line in self._metrics.read_text().splitlines()]
 
-    def close(self) -> None:
-        """Flushes TensorBoard's events."""
-        if self._writer is not None:
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writer is not None:  # flushes TensorBoard's events, of a failed run too
             self._writer.close()
 
 
@@ -101,7 +109,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The resolved config of the run in `folder`, or a `CheckpointError`."""
     data = read_json(folder / "config.json")
     config = data.get("config") if isinstance(data, dict) else None
-    if not isinstance(config, dict) or "command" not in config:
+    if not isinstance(config, dict) or not config.keys() >= COMMON_KEYS:
         raise CheckpointError(f"run: {folder} must hold a run, its config.json is of something else")
     return config
 

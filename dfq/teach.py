@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dfq.classifier import check_classifier
 from dfq.config import TeachConfig
 from dfq.data import Batches, Images
 from dfq.device import autocast
@@ -23,6 +24,7 @@ class TeacherTraining:
         self, model: nn.Module, images: Images, config: TeachConfig, *, seed: int, device: torch.device, precision: str
     ) -> None:
         self.model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        check_classifier(self.model, images.input_shape, images.num_classes, device=device, owner="teach", name="model")
         self.batches = Batches(images, config.batch_size, seed, augmented=True)
         self.total_steps = config.epochs * self.batches.steps_per_epoch
         self.config, self.seed, self.device, self.precision = config, seed, device, precision

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dfq.bn_stats import BnStatistics, freeze
+from dfq.classifier import check_classifier
 from dfq.config import GeneratorConfig, QuantConfig, Recipe
 from dfq.device import autocast
 from dfq.generator import Generator
@@ -74,10 +75,10 @@ class DataFreeTraining:
         self.bn_statistics = BnStatistics(self.teacher)
         self.recipe, self.quant, self.steps, self.seed = recipe, quant, steps, seed
         self.input_shape, self.num_classes, self.device, self.precision = input_shape, num_classes, device, precision
-        self._check_teacher()
         self.students = [student.requires_grad_(True).to(device) for student in students]
         for student in self.students:
             student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._check_models()
         self.sources = [self._source(index, config) for index, config in enumerate(recipe.generators)]
         self.pool = ImagePool(batch_size=recipe.batch_size, seed=seed, device=device, precision=precision)
         self.pool.live = [source.generator for source in self.sources if source.config.live]
@@ -210,6 +211,17 @@ class DataFreeTraining:
         groups = [{"params": list(generator.parameters()), "peak": rate}]
         return Source(config, generator, torch.optim.Adam(groups, lr=rate, betas=(0.5, 0.999)), index)
 
+    def _check_models(self) -> None:
+        owner = "quantize" if self.quant else "distill"
+        names = {"model" if self.quant else "teacher": self.teacher}
+        names |= {f"students[{index}]": student for index, student in enumerate(self.students)}
+        for name, model in names.items():
+            logits = check_classifier(
+                model, self.input_shape, self.num_classes, device=self.device, owner=owner, name=name
+            )
+            if model is self.teacher and not bool(torch.isfinite(logits).all()):
+                raise ValueError(f"{owner}: {name} must have finite weights, got NaN or infinite logits")
+
     def _student_optimizers(self) -> list[tuple[torch.optim.Optimizer, ...]]:
         recipe = self.recipe
         optimizers = []
@@ -224,21 +236,6 @@ class DataFreeTraining:
             adam = [torch.optim.Adam([{"params": ranges, "peak": recipe.range_learning_rate}])] if ranges else []
             optimizers.append((sgd, *adam))
         return optimizers
-
-    def _check_teacher(self) -> None:
-        with torch.no_grad():
-            try:
-                logits = self.teacher(torch.zeros(2, *self.input_shape, device=self.device))
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                raise ValueError(f"quantize: model must accept images of {self.input_shape}: {reason}") from error
-        if not isinstance(logits, Tensor) or logits.shape != (2, self.num_classes):
-            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"quantize: model must give logits [N, num_classes={self.num_classes}], got {shape}")
-        if not bool(torch.isfinite(logits).all()):
-            raise ValueError("quantize: model must have finite weights, got NaN or infinite logits")
 
     # --- resume -------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,8 @@ from dfq_kernels.dispatch import TABLE
 ROOT = Path(__file__).parent.parent
 # rooms of dfq, lowest first; a module imports from its own floor or below
 FLOORS = [
-    {"config", "seeds", "matlab", "device"},
+    {"errors"},
+    {"config", "seeds", "matlab", "device", "classifier"},
     {"data", "checkpoint", "models"},
     {"run_folder"},
     {"bn_stats", "losses", "generator", "pool", "quant", "loop", "embedded"},

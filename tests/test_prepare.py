@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import dfq
 from dfq.config import quant_config
 from dfq.quant import PrepareError, freeze_ranges, prepare
 from dfq.quant.pooling import QuantAveragePool
+from tests.conftest import small_net
 from tests.test_quant import calibrated
 
 
@@ -120,3 +124,102 @@ def test_average_pools_sum_integers_exactly(random: torch.Generator) -> None:
         assert torch.equal(found, window.sum((-1, -2)).float() * (scale / count))
     uneven = QuantAveragePool(output_size=(3, 5)).eval()(q * scale, scale)
     torch.testing.assert_close(uneven, F.adaptive_avg_pool2d(q * scale, (3, 5)))
+
+
+class Reads(Unusual):
+    """`change` writes into x; x is read again afterwards."""
+
+    def __init__(self, change) -> None:
+        super().__init__("view")
+        self.change = change
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.bn(self.conv(x))
+        y = self.change(self, x)
+        return self.head((x + self.other(y)).mean([2, 3], keepdim=True)).flatten(1)
+
+
+def accumulate(net: Unusual, x: torch.Tensor) -> torch.Tensor:
+    out = x
+    out += net.grouped(x)
+    return out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [accumulate, lambda net, x: net.relu(x), lambda net, x: F.relu(x, inplace=True), lambda net, x: x.relu_(),
+     lambda net, x: x.add_(net.grouped(x)), lambda net, x: x.view(x.shape).relu_()],
+)  # fmt: skip
+def test_a_value_that_is_read_after_its_change_in_place_is_refused(change) -> None:
+    """Traced as it stands, the network would read the old value: another function."""
+    with pytest.raises(PrepareError, match="add must read the result of .* changed in place"):
+        prepare(Reads(change), quant_config("W4A4"))
+
+
+def test_what_is_in_place_in_the_model_is_not_in_the_student() -> None:
+    student = prepare(Unusual("in-place sum"), quant_config("W4A4"))
+    targets = [node.target for node in student.graph.nodes if node.op == "call_function"]
+    assert operator.add in targets and operator.iadd not in targets
+    assert not any(getattr(module, "inplace", False) for module in student.modules())
+
+
+def test_what_no_output_depends_on_is_left_out() -> None:
+    class Branch(Unusual):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.bn4(self.other(self.bn(self.conv(x)))).flatten(1)  # an auxiliary head that is not used
+            return super().forward(x)
+
+    student = prepare(Branch("view"), quant_config("W4A4"))
+    assert "other" not in dict(student.named_modules()) and "grouped" in dict(student.named_modules())
+
+
+def test_names_of_the_new_graph_are_refused() -> None:
+    for name in ("quantizers", "weight_quantizers", "pools", "graph"):
+        model = nn.Sequential()
+        model.add_module(name, nn.Conv2d(1, 4, 3))
+        with pytest.raises(PrepareError, match=f"a submodule must not have a name .* got '{name}'"):
+            prepare(model, quant_config("W4A4"))
+
+
+def test_a_weight_that_no_optimizer_can_train_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3))
+    weight = model[0].weight.detach()
+    del model[0].weight
+    model[0].weight = weight
+    with pytest.raises(PrepareError, match=r"weight of 0 must be an nn\.Parameter, got Tensor"):
+        prepare(model, quant_config("W4A4"))
+
+
+def test_batch_norms_over_tokens_are_refused_before_training(tmp_path) -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(1, 9, 4, 4), nn.BatchNorm2d(9)
+            self.token, self.bn2, self.fc = nn.Linear(9, 9), nn.BatchNorm1d(9), nn.Linear(81, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.bn(self.conv(x)).flatten(2)
+            return self.fc(self.bn2(self.token(x)).flatten(1))
+
+    with pytest.raises(ValueError, match=r"must see \[N, features\], got \(2, 9, 9\)"):
+        dfq.quantize(Tokens(), input_shape=(1, 12, 12), num_classes=4, steps=1, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_modes_are_as_they_were() -> None:
+    model = small_net().train()
+    model.bn1.eval()
+    prepare(model, quant_config("W4A4"))
+    assert model.training and model.conv1.training and not model.bn1.training
+    for forward in (lambda net, x: x if x.sum() > 0 else -x, lambda net, x: net.conv(x[range(x)])):
+        broken = type("Broken", (Unusual,), {"forward": forward})("view").train()
+        with pytest.raises(PrepareError, match="traceable"):
+            prepare(broken, quant_config("W4A4"))
+        assert broken.training
+
+
+def test_a_forward_that_is_not_the_class_s_is_refused() -> None:
+    model = small_net()
+    model.relu.forward = lambda x: x
+    with pytest.raises(PrepareError, match="relu must have its class.s forward"):
+        prepare(model, quant_config("W4A4"))

@@ -91,7 +91,10 @@ def test_gdfq_convention() -> None:
     assert {quantizer.bits for _, quantizer, _ in weight_layers(student)} == {3}
     assert {quantizer.scheme for _, quantizer, _ in weight_layers(student)} == {"affine"}
     names = [name for name, module in student.named_modules() if isinstance(module, ActivationQuantizer)]
-    assert names == ["conv1.tail.quantizer", "conv2.tail.quantizer", "quantizers.pool_3"]
+    assert names == ["conv1.tail.quantizer", "conv2.tail.quantizer", "quantizers.relu_2_3"]  # every ReLU, once
+    identities = prepare(build_model(ModelSpec("resnet20", 3, 7)), quant_config("gdfq"))  # read by a layer and a sum
+    bits = [module.bits for module in identities.modules() if isinstance(module, ActivationQuantizer)]
+    assert bits == [4] * 19
 
 
 def double_forward(student: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,9 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from dfq.classifier import evaluation
+from dfq.errors import first_line
+
 
 class PrepareError(ValueError):
     """The model has a part without a quantized form."""
@@ -55,33 +58,41 @@ METHODS = {
 PADDING_MODES = ("zeros",)
 
 
+RESERVED = ("weight_quantizers", "quantizers", "pools")
+"""Submodules of the new graph that are not the model's."""
+
+
+class _Proxy(fx.Proxy):
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
+class _Tracer(fx.Tracer):
+    """fx's own proxies let `x += y` fall back to `x + y`, and nothing would show that x has changed."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+
 def trace(model: nn.Module) -> list[fx.Node]:
-    """The nodes of the model's forward, in order.
+    """The nodes of the model's forward that its output depends on, in order.
 
     Raises:
-        PrepareError: the forward depends on values, or calls one layer or batch norm more than once.
+        PrepareError: the forward depends on values, calls one layer or batch norm more than once, or reads a value
+            that was changed in place.
     """
-    for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise PrepareError(
-                f"prepare: {name or 'model'} must have no forward hooks (old weight_norm and pruning are hooks, remove "
-                f"them to keep their result), got {type(module).__name__} with hooks"
-            )
-    was_training = model.training
+    _check_modules(model)
     try:
-        # in evaluation mode, where a dropout written as a function does nothing and may be dropped
-        traced = fx.Tracer().trace(model.eval())
+        with evaluation(model):  # where a dropout written as a function does nothing and may be dropped
+            traced = _Tracer().trace(model)
     except Exception as error:  # fx raises whatever the model's own code raises on its proxies
         raise PrepareError(
-            f"prepare: model must be traceable by torch.fx, got {type(error).__name__}: {str(error).splitlines()[0]}; "
+            f"prepare: model must be traceable by torch.fx, got {type(error).__name__}: {first_line(error)}; "
             "move control flow that depends on tensors out of forward()"
         ) from error
-    finally:
-        model.train(was_training)
-    for node in traced.nodes:
-        if not node.users and _changes_its_input(node, model):
-            raise PrepareError(f"prepare: the result of {node.name} must be used (x = relu(x)), got an in-place call")
-    nodes = [node for node in traced.nodes if node.users or node.op in ("output", "placeholder")]
+    _check_changes_in_place(list(traced.nodes), model)
+    _drop_unread(traced)
+    nodes = list(traced.nodes)
     if sum(node.op == "placeholder" for node in nodes) != 1:
         raise PrepareError("prepare: model must take one tensor, the images")
     calls = Counter(str(node.target) for node in nodes if node.op == "call_module")
@@ -94,12 +105,65 @@ def trace(model: nn.Module) -> list[fx.Node]:
     return nodes
 
 
+def _check_modules(model: nn.Module) -> None:
+    for name, _ in model.named_children():
+        if name in RESERVED or hasattr(fx.GraphModule, name):
+            raise PrepareError(f"prepare: a submodule must not have a name of the quantized graph's own, got {name!r}")
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise PrepareError(
+                f"prepare: {name or 'model'} must have no forward hooks (old weight_norm and pruning are hooks, remove "
+                f"them to keep their result), got {type(module).__name__} with hooks"
+            )
+        if "forward" in vars(module):  # fx reads the class's
+            raise PrepareError(
+                f"prepare: {name or 'model'} must have its class's forward, got a {type(module).__name__} with another"
+            )
+
+
+def _drop_unread(traced: fx.Graph) -> None:
+    """Removes what nothing reads, and then what only that read."""
+    for node in reversed(traced.nodes):
+        if not node.users and node.op not in ("output", "placeholder"):
+            traced.erase_node(node)
+
+
+def _check_changes_in_place(nodes: list[fx.Node], model: nn.Module) -> None:
+    """A change in place is traced as a new value: whoever reads the old one afterwards would not see the change."""
+    position = {node: index for index, node in enumerate(nodes)}
+    memory: dict[fx.Node, fx.Node] = {}  # the node whose memory a node's result may lie in
+    for node in nodes:
+        changes = _changes_its_input(node, model)
+        shares = changes or kind_or_none(node, model) is Kind.MOVE
+        memory[node] = memory[node.all_input_nodes[0]] if shares and node.all_input_nodes else node
+        if changes and not node.users:
+            raise PrepareError(f"prepare: the result of {node.name} must be used (x = relu(x)), got an in-place call")
+        if not changes:
+            continue
+        for reader in nodes[position[node] + 1 :]:
+            for value in reader.all_input_nodes:
+                if position[value] < position[node] and memory[value] is memory[node]:
+                    raise PrepareError(
+                        f"prepare: {reader.name} must read the result of {node.name}, got a read of the value that "
+                        f"{node.name} has changed in place"
+                    )
+
+
 def _changes_its_input(node: fx.Node, model: nn.Module) -> bool:
     if node.op == "call_module":
         return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
     name = getattr(node.target, "__name__", str(node.target))
     in_place = (name.endswith("_") and not name.endswith("__")) or name == "iadd"
     return node.op in ("call_function", "call_method") and (in_place or bool(node.kwargs.get("inplace", False)))
+
+
+def kind_or_none(node: fx.Node, model: nn.Module) -> Kind | None:
+    """The kind of a call by what it calls, without a look at its arguments; None if it has no quantized form."""
+    if node.op == "call_module":
+        return MODULES.get(type(model.get_submodule(str(node.target))))
+    if node.op == "call_function":
+        return FUNCTIONS.get(node.target)
+    return METHODS.get(str(node.target)) if node.op == "call_method" else None
 
 
 def kind_of(node: fx.Node, model: nn.Module) -> Kind:
@@ -114,9 +178,7 @@ def kind_of(node: fx.Node, model: nn.Module) -> Kind:
         return Kind.OUTPUT
     if node.op == "call_module":
         return _module_kind(str(node.target), model.get_submodule(str(node.target)))
-    kind = FUNCTIONS.get(node.target) if node.op == "call_function" else None
-    if node.op == "call_method":
-        kind = METHODS.get(str(node.target))
+    kind = kind_or_none(node, model)
     if kind is None:
         what = f"method .{node.target}()" if node.op == "call_method" else f"{node.op} {node.target}"
         raise _unsupported(f"{what} (node {node.name})")
@@ -141,6 +203,8 @@ def _module_kind(name: str, module: nn.Module) -> Kind:
     kind = MODULES.get(type(module))
     if kind is None:
         raise _unsupported(f"{name} ({type(module).__name__})")
+    if kind in LAYERS and not isinstance(module.weight, nn.Parameter):
+        raise PrepareError(f"prepare: weight of {name} must be an nn.Parameter, got {type(module.weight).__name__}")
     if kind is Kind.CONV and module.padding_mode not in PADDING_MODES:
         raise PrepareError(f"prepare: padding_mode of {name} must be zeros, got {module.padding_mode}")
     if kind is Kind.BATCH_NORM and not module.track_running_stats:

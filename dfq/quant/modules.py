@@ -50,6 +50,11 @@ class QuantLayer(nn.Module):
 
     def exact(self, x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor) -> Tensor:
         """`float(acc) * mult + bias`, with the batch norm in both constants."""
+        axis = self.channel_axis % x.dim()
+        if self.tail.bn is not None and axis != 1:
+            raise ValueError(
+                f"prepare: a linear layer before a batch norm must see [N, features], got {tuple(x.shape)}"
+            )
         mult, bias = self.tail.constants(self.bias, weight_scale)
         integer_weight = torch.round(weight / per_channel(weight_scale, weight, 0))
         if x_scale is None:  # an input that is not quantized: nothing to be exact about
@@ -58,11 +63,6 @@ class QuantLayer(nn.Module):
             integer_x = torch.round(x * (1 / x_scale))
             acc = self.accumulate_integers(integer_x, integer_weight)
             mult = x_scale * mult
-        axis = self.channel_axis % acc.dim()
-        if self.tail.bn is not None and axis != 1:
-            raise ValueError(
-                f"prepare: a linear layer before a batch norm must see [N, features], got {tuple(x.shape)}"
-            )
         return acc * per_channel(mult, acc, axis) + per_channel(bias, acc, axis)
 
     def accumulate_integers(self, x: Tensor, weight: Tensor) -> Tensor:

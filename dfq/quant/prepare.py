@@ -12,6 +12,7 @@ import operator
 from dataclasses import dataclass
 
 from torch import fx, nn
+from torch.nn import functional as F
 
 from dfq.config import LayerBits, QuantConfig
 from dfq.quant.graph import LAYERS, Kind, PrepareError, kind_of, trace
@@ -116,8 +117,8 @@ class _Builder:
             node = node.all_input_nodes[0]
         return node
 
-    def _demands(self) -> tuple[set[fx.Node], dict[fx.Node, set[int]]]:
-        """Values that are streams, and the bits that layers want a value's quantized form in."""
+    def _demands(self) -> tuple[dict[fx.Node, int], dict[fx.Node, set[int]]]:
+        """Bits of the values that are streams, and the bits that layers want a value's quantized form in."""
         streams: set[fx.Node] = set()
         inputs: dict[fx.Node, set[int]] = {}
         for node in self.nodes:
@@ -130,8 +131,13 @@ class _Builder:
             elif kind is Kind.AVG_POOL or (kind is Kind.BATCH_NORM and node in self.heads):
                 streams.add(self._origin(operands[0]))
         if self.config.activations == "after_relu":
-            return set(), {node: bits for node, bits in inputs.items() if self._never_negative(node)}
-        return streams, inputs
+            rectified = [node for node in self.nodes if self.kinds[node] is Kind.ACTIVATION]
+            return {node: self._bits_after_relu(inputs.get(node, set())) for node in rectified}, {}
+        return dict.fromkeys(streams, self.config.residual_bits), inputs
+
+    def _bits_after_relu(self, wanted: set[int]) -> int:
+        """Every reader reads the same quantized value: the bits that the layers among them agree on."""
+        return next(iter(wanted)) if len(wanted) == 1 else self.config.bits.activations
 
     def _never_negative(self, node: fx.Node) -> bool:
         while self.kinds[node] in (Kind.MOVE, Kind.MAX_POOL, Kind.AVG_POOL):
@@ -204,7 +210,7 @@ class _Builder:
     def _fused_bits(self, end: fx.Node) -> int | None:
         """Bits of the one quantizer that every reader of `end` reads through, if there is one."""
         if end in self.streams:
-            return self.config.residual_bits
+            return self.streams[end]
         bits = self.inputs.get(end, set())
         readers_are_layers = all(self.kinds[reader] in LAYERS for reader in self._readers(end))
         return next(iter(bits)) if len(bits) == 1 and readers_are_layers else None
@@ -227,8 +233,7 @@ class _Builder:
     def _input(self, source: fx.Node, bits: int) -> _Value:
         """`source` with the bits that a layer wants."""
         value = self.new[source]
-        wanted = self.config.activations == "all" or self._never_negative(source)
-        if not wanted or self._fused_bits(self._origin(source)) == bits:
+        if self.config.activations == "after_relu" or self._fused_bits(self._origin(source)) == bits:
             return value
         if (source, bits) not in self.requantized:
             self.requantized[source, bits] = self._quantize(value.node, source, bits)
@@ -255,15 +260,24 @@ class _Builder:
             value = self.new[operands[0]]
             self._settle(node, self.graph.call_module(name, (value.node, value.scale)))
             return
-        if node.op == "call_module":
-            self._add_module(str(node.target), self._module(node))
-        copied = self.graph.node_copy(node, lambda old: self.new[old].node)
+        copied = self._copy(node)
         if self.kinds[node] is Kind.SIZE:
             self.new[node] = _Value(copied)
         elif self.kinds[node] in (Kind.MOVE, Kind.MAX_POOL):
             self.new[node] = _Value(copied, self.new[operands[0]].scale)
         else:
             self._settle(node, copied)
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        """The same call on the new values; never in place, because a new value may have more readers than the old."""
+        if self.kinds[node] is Kind.ACTIVATION:
+            function = F.relu6 if self._activation(node) == "relu6" else F.relu
+            return self.graph.call_function(function, (self.new[node.all_input_nodes[0]].node,))
+        if self.kinds[node] is Kind.ADD:
+            return self.graph.call_function(operator.add, tuple(self.new[item].node for item in node.all_input_nodes))
+        if node.op == "call_module":
+            self._add_module(str(node.target), self._module(node))
+        return self.graph.node_copy(node, lambda old: self.new[old].node)
 
     def _is_dropout(self, node: fx.Node) -> bool:
         if node.op == "call_module":

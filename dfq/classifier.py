@@ -1,0 +1,59 @@
+"""What a classifier must be: fp32, images in, logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dfq.errors import first_line
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[nn.Module]:
+    """`model` in evaluation mode; every module gets its own mode back, whatever happens."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@torch.no_grad()
+def check_classifier(
+    model: nn.Module,
+    input_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    device: torch.device,
+    owner: str,
+    name: str,
+) -> Tensor:
+    """Runs `model` on two empty images, in evaluation mode.
+
+    Returns:
+        Its logits `[2, num_classes]`.
+
+    Raises:
+        ValueError: it is not fp32, fails on images of `input_shape`, or gives something else than logits.
+    """
+    for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise ValueError(f"{owner}: {name} must hold its weights, got {key} on the meta device")
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise ValueError(f"{owner}: {name} must be float32 (model.float()), got {key} of {tensor.dtype}")
+    try:
+        with evaluation(model):
+            logits = model(torch.zeros(2, *input_shape, device=device))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the model's own code raises
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{owner}: {name} must accept images of {tuple(input_shape)}, got {reason}") from error
+    if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"{owner}: {name} must give logits [N, num_classes={num_classes}], got {shape}")
+    return logits

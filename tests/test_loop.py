@@ -1,0 +1,70 @@
+"""What the loop saves and what it goes on from: never a ruined state, never somebody else's."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from dfq.checkpoint import CheckpointError, load_tree, save_tree
+from dfq.loop import NonFiniteError, run_loop
+from dfq.run_folder import RunFolder
+
+
+class Ruined:
+    """Its losses are finite; the update of step `at` is not."""
+
+    total_steps = 3
+
+    def __init__(self, at: int) -> None:
+        self.at, self.weight = at, torch.zeros(2)
+
+    def phase(self, index: int) -> str:
+        return "phase"
+
+    def step(self, index: int) -> dict[str, torch.Tensor]:
+        self.weight = torch.full((2,), math.inf if index == self.at else float(index))
+        return {"loss": torch.tensor(1.0)}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"weight": self.weight, "running_min": torch.tensor(math.inf)}  # a range that has seen nothing
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.weight = state["weight"]
+
+
+@pytest.mark.parametrize(("at", "what"), [(0, "nothing is saved"), (2, "the checkpoint before it is")])
+def test_a_ruined_state_is_never_saved(tmp_path: Path, at: int, what: str) -> None:
+    with RunFolder(tmp_path / "run", {"command": "test"}, resume=False) as folder:
+        with pytest.raises(NonFiniteError, match=rf"weight must be finite, got .* after step {at + 1}; .*{what} in"):
+            run_loop(Ruined(at), folder, resume=False, save_seconds=0.0)
+        assert folder.checkpoint.exists() == (at > 0)
+        if at:
+            assert load_tree(folder.checkpoint)["task"]["weight"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda tree: tree.pop("next_step"), "KeyError"),
+        (lambda tree: tree.update(next_step="7"), "next_step must be in"),
+        (lambda tree: tree.update(next_step=10**6), "next_step must be in"),
+        (lambda tree: tree["task"].pop("students"), "KeyError"),
+        (lambda tree: tree["task"]["generators"].pop(), "ValueError"),
+        (lambda tree: tree["task"]["students"][0].popitem(), "RuntimeError"),
+        (lambda tree: tree["task"].update(calibrated=[]), "AttributeError"),
+    ],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_one_line_and_stays_as_it_was(run_small, tmp_path: Path, change, text: str) -> None:
+    run_small()
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    tree = load_tree(path)
+    change(tree)
+    save_tree(path, tree)
+    before = path.read_bytes(), (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match=f"must be of this run, got a damaged one .*{text}") as caught:
+        run_small(resume=True)
+    assert "\n" not in str(caught.value)
+    assert before == (path.read_bytes(), (tmp_path / "run" / "metrics.jsonl").read_bytes())
