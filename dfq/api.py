@@ -35,6 +35,8 @@ from dfq.seeds import seeded_initialisation
 from dfq.teach import TeacherTraining
 from dfq.trainer import DataFreeTraining
 
+SHOWN = 10  # images of each member of the pool in a run's picture
+
 
 @dataclass(frozen=True)
 class Result:
@@ -286,14 +288,13 @@ def _finish(
 ) -> Result:
     """Writes weights, pictures and result.json, and judges every model by its exact forward."""
     save_weights(product, folder.model)
-    rows = folder.metrics()
-    try:
-        save_curves(rows, folder.path / "curves.png")
-        if task is not None:
-            images = task.pool.sample(min(10, task.recipe.batch_size))
-            save_image_grid(images, folder.path / "images.png", [f"pool {index}" for index in range(len(images))])
-    except OSError as error:
-        raise CheckpointError(f"run: pictures in {folder.path} cannot be written: {error.strerror}") from error
+    save_curves(folder.metrics(), folder.path / "curves.png")
+    if task is not None:
+        drawn = zip(task.pool_names(), task.pool.sample(), strict=True)
+        pictures = [
+            (name, images[:SHOWN], None if labels is None else labels[:SHOWN]) for name, (images, labels) in drawn
+        ]
+        save_image_grid(pictures, folder.path / "images.png")
     sizes = {name: model_bytes(model) for name, model in models.items()}
     accuracies = {}
     if test_images is not None:

@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -118,21 +120,40 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(state, strict=False)
 
 
+# what torch's reader raises on bytes that are not its own
+_TORN = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, LookupError)
+
+
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 state: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what it would say is said below
+                state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint: {path} cannot be read: {_reason(error)}") from error
+    except _TORN as error:
+        reason = _refusal(error)
+        raise CheckpointError(f"checkpoint: {path} cannot be read: it must be a torch.save file, {reason}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"checkpoint: {path} must hold a state dict of tensors, got {type(state).__name__}")
     return state
+
+
+def _refusal(error: Exception) -> str:
+    """What a file is that the weights_only reader refuses; its own text advises to unpickle, which runs any code."""
+    text = str(error)
+    if found := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"got one with {found[1]} in it, which is no tensor; save model.state_dict() where the model is"
+    if "TorchScript" in text:
+        return "got a TorchScript archive; save its state_dict() where the model is"
+    return "got a file of another kind, an empty or a truncated one"
 
 
 def weights_digest(model: nn.Module) -> str:

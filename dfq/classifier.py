@@ -22,6 +22,16 @@ def evaluation(model: nn.Module) -> Iterator[nn.Module]:
             module.training = mode
 
 
+def check_weights(model: nn.Module, *, owner: str, name: str) -> nn.Module:
+    """`model`, if its parameters and buffers are there and fp32; else a `ValueError`."""
+    for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise ValueError(f"{owner}: {name} must hold its weights, got {key} on the meta device")
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise ValueError(f"{owner}: {name} must be float32 (model.float()), got {key} of {tensor.dtype}")
+    return model
+
+
 @torch.no_grad()
 def check_classifier(
     model: nn.Module,
@@ -38,13 +48,8 @@ def check_classifier(
         Its logits `[2, num_classes]`.
 
     Raises:
-        ValueError: it is not fp32, fails on images of `input_shape`, or gives something else than logits.
+        ValueError: it fails on images of `input_shape`, or gives something else than logits.
     """
-    for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta:
-            raise ValueError(f"{owner}: {name} must hold its weights, got {key} on the meta device")
-        if tensor.is_floating_point() and tensor.dtype != torch.float32:
-            raise ValueError(f"{owner}: {name} must be float32 (model.float()), got {key} of {tensor.dtype}")
     try:
         with evaluation(model):
             logits = model(torch.zeros(2, *input_shape, device=device))

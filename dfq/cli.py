@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,22 +19,38 @@ from torch import nn
 from dfq import api, embedded
 from dfq.checkpoint import load_weights
 from dfq.config import PRESETS, RECIPES, LayerBits, TeachConfig, to_json
-from dfq.data import DATASETS, DataError, Images, load_images
+from dfq.data import DATASETS, Images, load_images
 from dfq.device import resolve_device, resolve_precision
-from dfq.evaluate import accuracy
+from dfq.evaluate import accuracy, check_test_images
 from dfq.loop import Interrupted, NonFiniteError
 from dfq.models import MODEL_NAMES, ModelSpec, build_model
 from dfq.progress import ProgressBar, Silent
 from dfq.quant import layer_bounds
 from dfq.report import accuracy_table, bounds_table, model_bytes
 from dfq.run_folder import versions
-from dfq_kernels import BackendError
-from dfq_kernels.dispatch import TABLE, missing
+from dfq_kernels import BackendError, __version__
+from dfq_kernels.dispatch import TABLE, chosen
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-    help="Data-free quantization: few-bit integer networks from a trained one, without its data.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
 )  # fmt: skip
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Data-free quantization: few-bit integer networks from a trained one, without its data."""
+
+
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 Model = Annotated[
@@ -48,8 +65,11 @@ Weights = Annotated[
         help="The model's weights: .safetensors, or a torch.save state dict (read with weights_only). Needed with a named --model."
     ),
 ]
-ModelKwargs = Annotated[str, typer.Option(help="Keyword arguments of a factory, as a JSON object.")]
-Stem = Annotated[str, typer.Option(help="First layers of a named model: cifar (stride 1) or imagenet (stride 4).")]
+ModelKwargs = Annotated[str | None, typer.Option(help="Keyword arguments of a factory, as a JSON object.")]
+Stem = Annotated[
+    str | None,
+    typer.Option(help="First layers of named models: cifar (stride 1) or imagenet (stride 4). Default: cifar."),
+]
 InputShape = Annotated[str | None, typer.Option(help="Images of the model as C,H,W. Default: those of --data.")]
 NumClasses = Annotated[int | None, typer.Option(help="Classes of the model. Default: those of --data.")]
 Data = Annotated[
@@ -79,7 +99,7 @@ def teach(
     model: Annotated[str, typer.Option(help="Name of the network.")] = "wrn-16-1",
     data: Annotated[str, typer.Option(help=f"Images to train on: {', '.join(DATASETS)}.")] = "fashion-mnist",
     data_root: DataRoot = None,
-    stem: Stem = "cifar",
+    stem: Stem = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = TeachConfig.epochs,
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = TeachConfig.batch_size,
     learning_rate: Annotated[float, typer.Option(help="Peak of the one-cycle schedule.")] = TeachConfig.learning_rate,
@@ -94,7 +114,7 @@ def teach(
     """Train a float classifier on real images."""
     config = TeachConfig(epochs, batch_size, learning_rate, weight_decay)
     images = load_images(data, "train", data_root)
-    spec = ModelSpec(model, images.input_shape[0], images.num_classes, stem)
+    (spec,) = _specs([model], images.input_shape[0], images.num_classes, stem)
     with _observer(json_output) as observer:
         result = api.teach(
             spec, images, config=config, seed=seed, out=out, test_images=load_images(data, "test", data_root),
@@ -107,14 +127,14 @@ def teach(
 def quantize(
     model: Model = None,
     weights: Weights = None,
-    model_kwargs: ModelKwargs = "{}",
-    stem: Stem = "cifar",
+    model_kwargs: ModelKwargs = None,
+    stem: Stem = None,
     input_shape: InputShape = None,
     num_classes: NumClasses = None,
     preset: Annotated[
         str,
         typer.Option(
-            help=f"Bits of weights and activations: {', '.join(PRESETS)}, or any [gdfq-]W<2-8>A<2-8>. Edge layers have 8 bits, but in gdfq."
+            help=f"Bits of weights and activations: {', '.join(PRESETS)}, or any \\[gdfq-]W<2-8>A<2-8>. Edge layers have 8 bits, but in gdfq."
         ),
     ] = "W4A4",
     layer_bits: Annotated[
@@ -149,8 +169,8 @@ def distill(
     ],
     model: Model = None,
     weights: Weights = None,
-    model_kwargs: ModelKwargs = "{}",
-    stem: Stem = "cifar",
+    model_kwargs: ModelKwargs = None,
+    stem: Stem = None,
     input_shape: InputShape = None,
     num_classes: NumClasses = None,
     recipe: RecipeName = "paper",
@@ -165,8 +185,11 @@ def distill(
     json_output: Json = False,
 ) -> None:
     """Train a smaller float student on a teacher's knowledge without any data."""
-    network, spec, shape, test = _network(model, weights, model_kwargs, stem, input_shape, num_classes, data, data_root)
-    specs = [ModelSpec(name, shape[0], spec.num_classes, stem) for name in student]
+    network, spec, shape, test = _network(
+        model, weights, model_kwargs, None if model is None or ":" in model else stem, input_shape, num_classes,
+        data, data_root,
+    )  # fmt: skip
+    specs = _specs(student, shape[0], spec.num_classes, stem)
     students = [api.seeded_model(item, seed, index) for index, item in enumerate(specs)]
     with _observer(json_output) as observer:
         result = api.distill(
@@ -190,7 +213,8 @@ def evaluate(
     """Judge a run's network on real test images, by the exact forward."""
     where = resolve_device(device)
     model, config = api.load_run(run)
-    images = _test_images(data or embedded.DATASET, data_root, tuple(config["input_shape"]), config["num_classes"])
+    images = load_images(data or embedded.DATASET, "test", data_root)
+    check_test_images(images, config["input_shape"], config["num_classes"], "evaluate")
     value = accuracy(model.to(where), images, device=where)
     size = model_bytes(model)
     bounds = layer_bounds(model) if config["quant"] is not None else []  # type: ignore[arg-type]
@@ -211,10 +235,7 @@ def info(json_output: Json = False) -> None:
         "versions": versions(), "device": str(device), "precision": resolve_precision("auto", device),
         "models": MODEL_NAMES, "presets": PRESETS, "recipes": to_json(RECIPES), "data": list(DATASETS),
         "embedded teacher": embedded.teacher_facts(),
-        "operators": {
-            op: next(name for name in rows[device.type] if missing(op, name, device.type) is None)
-            for op, rows in TABLE.items()
-        },
+        "operators": {op: chosen(op, device.type) for op in TABLE},
     }  # fmt: skip
     if json_output:
         print(json.dumps(facts))
@@ -234,8 +255,8 @@ def info(json_output: Json = False) -> None:
 def _network(
     model: str | None,
     weights: Path | None,
-    model_kwargs: str,
-    stem: str,
+    model_kwargs: str | None,
+    stem: str | None,
     input_shape: str | None,
     num_classes: int | None,
     data: str | None,
@@ -243,38 +264,42 @@ def _network(
 ) -> tuple[nn.Module, ModelSpec, tuple[int, int, int], Images | None]:
     """The trained network, how it is built, its image shape, and the test images if any."""
     if model is None:
-        if weights is not None:
-            raise ValueError("quantize: model must be given with --weights, got none")
-        images = _test_images(data or embedded.DATASET, data_root, embedded.INPUT_SHAPE, embedded.SPEC.num_classes)
+        options = {"weights": weights, "model_kwargs": model_kwargs, "stem": stem, "input_shape": input_shape,
+                   "num_classes": num_classes}  # fmt: skip
+        if given := [name for name, value in options.items() if value is not None]:
+            raise ValueError(f"quantize: model must be given with {given[0]}, got none")
+        images = load_images(data or embedded.DATASET, "test", data_root)
         return embedded.load_teacher(), embedded.SPEC, embedded.INPUT_SHAPE, images
     test = None if data is None else load_images(data, "test", data_root)
     shape = test.input_shape if input_shape is None and test is not None else _shape(input_shape)
     classes = num_classes if num_classes is not None else test.num_classes if test is not None else None
     if classes is None:
         raise ValueError("quantize: num_classes must be given, or --data to take it from, got neither")
-    if test is not None and test.input_shape != shape:
-        raise DataError(f"quantize: data must have the model's image shape {shape}, got {test.input_shape}")
     if weights is None and ":" not in model:
         raise ValueError(f"quantize: weights must be given for the named model {model}, got none")
-    spec = ModelSpec(model, shape[0], classes, stem, _json_object(model_kwargs))
+    (spec,) = _specs([model], shape[0], classes, stem, model_kwargs)
     network = build_model(spec)
     if weights is not None:
         load_weights(network, weights)
     return network.eval(), spec, shape, test
 
 
-def _test_images(name: str, root: Path | None, shape: tuple[int, ...], classes: int) -> Images:
-    images = load_images(name, "test", root)
-    if images.input_shape != tuple(shape):
-        raise DataError(f"evaluate: data must have the model's image shape {tuple(shape)}, got {images.input_shape}")
-    if images.num_classes > classes:
-        raise DataError(f"evaluate: data must have at most the model's {classes} classes, got {images.num_classes}")
-    return images
+def _specs(
+    names: list[str], channels: int, classes: int, stem: str | None, model_kwargs: str | None = None
+) -> list[ModelSpec]:
+    """The networks that were named; `stem` is for those of `dfq.models`, `model_kwargs` for factories."""
+    factories = [name for name in names if ":" in name]
+    if stem is not None and len(factories) == len(names):
+        raise ValueError(f"quantize: stem must be given with a named model, got {stem!r} with {names[0]}")
+    if model_kwargs is not None and not factories:
+        raise ValueError(f"quantize: model_kwargs must be given with package.module:factory, got them with {names[0]}")
+    kwargs = _json_object(model_kwargs or "{}")
+    return [ModelSpec(name, channels, classes, stem or "cifar", kwargs) for name in names]
 
 
 def _shape(text: str | None) -> tuple[int, int, int]:
     parts = [part.strip() for part in (text or "").split(",")]
-    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
+    if len(parts) != 3 or not all(re.fullmatch("[1-9][0-9]*", part) for part in parts):
         raise ValueError(f"quantize: input_shape must be C,H,W (or --data given), got {text!r}")
     return int(parts[0]), int(parts[1]), int(parts[2])
 
@@ -282,11 +307,10 @@ def _shape(text: str | None) -> tuple[int, int, int]:
 def _layer_bits(items: list[str]) -> dict[str, LayerBits]:
     overrides = {}
     for item in items:
-        name, _, bits = item.partition("=")
-        weights, _, activations = bits.upper().removeprefix("W").partition("A")
-        if not (name and weights.isdigit() and activations.isdigit()):
+        match = re.fullmatch("(.+)=W([0-9]+)A([0-9]+)", item)
+        if match is None:
             raise ValueError(f"quantize: layer_bits must be LAYER=W<bits>A<bits>, got {item!r}")
-        overrides[name] = LayerBits(int(weights), int(activations))
+        overrides[match[1]] = LayerBits(int(match[2]), int(match[3]))
     return overrides
 
 
@@ -314,7 +338,7 @@ def _show(result: api.Result, json_output: bool) -> None:
         return
     rows = [(name, result.accuracies.get(name), size) for name, size in result.sizes.items()]
     Console().print(accuracy_table(rows, f"{result.seconds:.0f} s, exact forward"))
-    Console(soft_wrap=True, highlight=False).print(f"everything is in {result.folder}")
+    Console(soft_wrap=True, highlight=False).print(f"everything is in {result.folder}", markup=False)
 
 
 def keep_freed_memory() -> None:

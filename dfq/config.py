@@ -108,8 +108,9 @@ class TeachConfig:
     weight_decay: float = 5e-4
 
     def __post_init__(self) -> None:
-        check("teach", "epochs", self.epochs, "at least 1", self.epochs >= 1)
-        check("teach", "batch_size", self.batch_size, "at least 2", self.batch_size >= 2)
+        for name, least in (("epochs", 1), ("batch_size", 2)):
+            value = getattr(self, name)
+            check("teach", name, value, f"an integer of at least {least}", type(value) is int and value >= least)
         check("teach", "learning_rate", self.learning_rate, "> 0", self.learning_rate > 0)
         check("teach", "weight_decay", self.weight_decay, ">= 0", self.weight_decay >= 0)
 
@@ -132,6 +133,8 @@ class GeneratorConfig:
     def __post_init__(self) -> None:
         in_range = all(0 < part <= 1 for part in self.snapshots)
         check("GeneratorConfig", "snapshots", self.snapshots, "fractions in (0, 1]", in_range)
+        once = len(set(self.snapshots)) == len(self.snapshots)
+        check("GeneratorConfig", "snapshots", self.snapshots, "different from each other", once)
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,10 @@ class Recipe:
                     "generator_learning_rate", "student_learning_rate", "range_learning_rate")  # fmt: skip
         for name in positive:
             check("Recipe", name, getattr(self, name), "> 0", getattr(self, name) > 0)
+        counts = ("warm_up", "student_steps_per_generator_step", "students", "calibration_batches", "batch_size",
+                  "noise", "width")  # fmt: skip
+        for name in counts:
+            check("Recipe", name, getattr(self, name), "an integer", type(getattr(self, name)) is int)
         for name in ("bn", "instance", "batch", "label", "adversary", "weight_decay"):
             check("Recipe", name, getattr(self, name), ">= 0", getattr(self, name) >= 0)
         check("Recipe", "batch_size", self.batch_size, "at least 2", self.batch_size >= 2)

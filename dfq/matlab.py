@@ -27,7 +27,7 @@ def read_mat(data: bytes) -> dict[str, np.ndarray]:
     arrays = {}
     for kind, body in _elements(data[128:]):
         if kind == _COMPRESSED:
-            kind, body = next(_elements(zlib.decompress(body)))
+            kind, body = next(_elements(zlib.decompress(body)), (0, b""))
         if kind == _MATRIX:
             name, array = _matrix(body)
             arrays[name] = array

@@ -52,10 +52,9 @@ class ImagePool:
         return self._rounds[purpose][1][position * self.batch_size : (position + 1) * self.batch_size]
 
     @torch.no_grad()
-    def sample(self, count: int) -> Tensor:
-        """`count` images of each member, `[members, count, C, H, W]`, the same at every call."""
-        rows = [self.draw(item, "sample", index, 0)[0][:count] for index, item in enumerate(self.frozen + self.live)]
-        return torch.stack(rows)
+    def sample(self) -> list[tuple[Tensor, Tensor | None]]:
+        """A batch of each member, frozen ones first, and its labels; the same at every call."""
+        return [self.draw(item, "sample", index, 0) for index, item in enumerate(self.frozen + self.live)]
 
     def _mixed(self, purpose: str, turn: int) -> Tensor:
         images = torch.cat([self.draw(item, purpose, index, turn)[0] for index, item in enumerate(self.frozen)])

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("agg")
 import numpy as np
-from matplotlib import pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
+from dfq.checkpoint import write_atomic
 from dfq.quant.exactness import LayerBound
 from dfq.quant.modules import QuantBatchNorm
 from dfq.quant.quantizers import ActivationQuantizer, WeightQuantizers, weight_layers
@@ -49,39 +50,47 @@ def bounds_table(bounds: Sequence[LayerBound]) -> Table:
         known = item.bound is not None
         sums = ("fp32" if item.exact_in_fp32 else "fp32 or float64, by batch") if known else "fp32, not exact"
         largest = f"{item.bound:,.0f}" if known else ""
-        table.add_row(item.layer, str(item.weight_bits), str(item.activation_bits or "float"), largest, sums)
+        table.add_row(escape(item.layer), str(item.weight_bits), str(item.activation_bits or "float"), largest, sums)
     return table
 
 
 def accuracy_table(rows: Sequence[tuple[str, float | None, int]], title: str) -> Table:
-    """Model, accuracy in percent, size in kB."""
+    """Model, accuracy in percent, below the first row by, size in kB of what inference needs (`model_bytes`)."""
+    compared = len(rows) > 1
     table = Table(title=title)
     table.add_column("model")
-    table.add_column("accuracy %", justify="right")
-    table.add_column("below teacher", justify="right")
-    table.add_column("size kB", justify="right")
+    for heading in ("accuracy %", *(["below teacher"] if compared else []), "packed size kB"):
+        table.add_column(heading, justify="right")
     reference = rows[0][1]
-    for name, accuracy, size in rows:
+    for index, (name, accuracy, size) in enumerate(rows):
         known = accuracy is not None and reference is not None
-        below = f"{reference - accuracy:.2f}" if known and name != rows[0][0] else ""  # type: ignore[operator]
-        table.add_row(name, "" if accuracy is None else f"{accuracy:.2f}", below, f"{size / 1000:.1f}")
+        below = f"{reference - accuracy:.2f}" if known and index else ""  # type: ignore[operator]
+        cells = ["" if accuracy is None else f"{accuracy:.2f}", *([below] if compared else []), f"{size / 1000:.1f}"]
+        table.add_row(escape(name), *cells)
     return table
 
 
-def save_image_grid(images: Tensor, path: Path, titles: list[str]) -> None:
-    """A row of images per pool member; `[members, count, C, H, W]`, each image stretched to its own range."""
-    members, count = images.shape[:2]
-    figure, axes = plt.subplots(members, count, figsize=(count * 0.8, members * 0.9), squeeze=False)
-    for row in range(members):
-        for column in range(count):
-            image = images[row, column].float().cpu().numpy()
+def save_image_grid(rows: Sequence[tuple[str, Tensor, Tensor | None]], path: Path) -> None:
+    """A titled row of images `[count, C, H, W]` per pool member, above each image the label that it was made for.
+
+    Each image is stretched to its own range: these are not pictures of anything, but their structure shows.
+    """
+    count = max(len(images) for _, images, _ in rows)
+    figure = Figure(figsize=(count * 0.8, len(rows) * 1.1))
+    axes = figure.subplots(len(rows), count, squeeze=False)
+    for (title, images, labels), line in zip(rows, axes, strict=True):
+        for index, axis in enumerate(line):
+            axis.axis("off")
+            if index >= len(images):
+                continue
+            image = images[index].float().cpu().numpy()
             low, high = image.min(), image.max()
             image = np.moveaxis((image - low) / max(high - low, 1e-12), 0, -1)
-            axes[row][column].imshow(image[..., 0] if image.shape[-1] not in (3, 4) else image, cmap="gray")
-            axes[row][column].axis("off")
-        axes[row][0].set_title(titles[row], fontsize=7, loc="left")
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
+            axis.imshow(image[..., 0] if image.shape[-1] not in (3, 4) else image, cmap="gray")
+            if labels is not None:
+                axis.text(0.98, 1.02, str(int(labels[index])), fontsize=6, ha="right", transform=axis.transAxes)
+        line[0].set_title(title, fontsize=7, loc="left")
+    _save(figure, path)
 
 
 def save_curves(rows: list[dict[str, Any]], path: Path) -> None:
@@ -94,12 +103,22 @@ def save_curves(rows: list[dict[str, Any]], path: Path) -> None:
                 series[owner][term].append((row["step"], value))
     if not series:
         return
-    figure, axes = plt.subplots(1, len(series), figsize=(4 * len(series), 3), squeeze=False)
+    figure = Figure(figsize=(4 * len(series), 3))
+    axes = figure.subplots(1, len(series), squeeze=False)
     for axis, (owner, terms) in zip(axes[0], series.items(), strict=True):
         for term, points in terms.items():
             axis.plot(*zip(*points, strict=True), label=term, linewidth=1)
-        axis.set_title(owner or "loss", fontsize=9)
+        axis.set_title(owner, fontsize=9)
         axis.set_xlabel("step")
+        axis.set_ylabel("loss term, weighted")
         axis.legend(fontsize=7)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Drawn by Agg in memory: the caller's matplotlib keeps its backend, and no half picture stays on a full disk."""
+    FigureCanvasAgg(figure)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=110, bbox_inches="tight")
+    write_atomic(path, data.getvalue())

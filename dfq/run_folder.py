@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dfq.checkpoint import CheckpointError, write_atomic
 from dfq_kernels import __version__
+from dfq_kernels.dispatch import chosen
 
 COMMON_KEYS = {"command", "model", "quant", "input_shape", "num_classes", "seed"}
 """What the config of every command has."""
@@ -50,7 +52,8 @@ class RunFolder:
                     f"run: out must be a new folder or resume must be set, got {path} with a run in it"
                 )
             self._compare(read_config(path), wanted)
-        elif path.is_dir() and any(path.iterdir()):
+            self._warn_of_other_bits()
+        elif path.is_dir() and any(not item.name.startswith(".config.json.") for item in path.iterdir()):
             raise CheckpointError(
                 f"run: out must be a new or empty folder, or one with a run, got {path} with other files"
             )
@@ -59,12 +62,22 @@ class RunFolder:
         self._metrics = path / "metrics.jsonl"
         self._writer: SummaryWriter | None = None
 
-    def _compare(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-        for key in sorted(found.keys() | wanted.keys()):
-            if found.get(key) != wanted.get(key):
-                raise CheckpointError(
-                    f"run: {key} must be {found.get(key)!r} to resume {self.path}, got {wanted.get(key)!r}"
-                )
+    def _compare(self, found: Any, wanted: Any, name: str = "") -> None:
+        """Equal, or an error that names the innermost setting that differs."""
+        if isinstance(found, dict) and isinstance(wanted, dict):
+            for key in sorted(found.keys() | wanted.keys()):
+                self._compare(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+        elif found != wanted:
+            raise CheckpointError(f"run: {name} must be {found!r} to resume {self.path}, got {wanted!r}")
+
+    def _warn_of_other_bits(self) -> None:
+        before, now = read_json(self.path / "config.json").get("versions", {}), versions()
+        for key in ("torch", "threads", "kernels"):
+            if before.get(key) != now[key]:
+                warnings.warn(
+                    f"run: {key} was {before.get(key)} when {self.path} began and is {now[key]} now; the result will "
+                    "not have the bits of an uninterrupted run", stacklevel=2,
+                )  # fmt: skip
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a file of the folder, whole or not at all."""
@@ -140,4 +153,5 @@ def versions() -> dict[str, str]:
         "platform": platform.platform(),
         "threads": str(torch.get_num_threads()),
         "cpus": str(os.cpu_count()),
+        "kernels": str(chosen("fake_quant", "cpu")),
     }

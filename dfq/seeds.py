@@ -16,7 +16,7 @@ def random_source(seed: int, *path: str | int, device: torch.device | str = "cpu
 
 
 class seeded_initialisation:
-    """Context in which torch's default CPU generator is seeded for `path`, and restored afterwards."""
+    """Context in which torch's default generators (CPU, current GPU) are seeded for `path`, and restored afterwards."""
 
     def __init__(self, seed: int, *path: str | int) -> None:
         source = random_source(seed, *path)
@@ -25,8 +25,11 @@ class seeded_initialisation:
     def __enter__(self) -> None:
         self.saved = torch.get_rng_state()
         torch.set_rng_state(self.state)
-        if torch.cuda.is_initialized():
+        self.saved_cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        if self.saved_cuda is not None:
             torch.cuda.manual_seed(self.cuda_seed)
 
     def __exit__(self, *exc: object) -> None:
         torch.set_rng_state(self.saved)
+        if self.saved_cuda is not None:
+            torch.cuda.set_rng_state(self.saved_cuda)

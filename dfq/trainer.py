@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from dfq.bn_stats import BnStatistics, freeze
-from dfq.classifier import check_classifier
+from dfq.classifier import check_classifier, check_weights
 from dfq.config import GeneratorConfig, QuantConfig, Recipe
 from dfq.device import autocast
+from dfq.errors import check
 from dfq.generator import Generator
 from dfq.loop import cosine, set_learning_rate
 from dfq.losses import batch_negentropy, distillation, instance_entropy, label_cross_entropy
@@ -69,8 +70,9 @@ class DataFreeTraining:
         device: torch.device,
         precision: str,
     ) -> None:
-        if steps < 1:
-            raise ValueError(f"quantize: steps must be at least 1, got {steps}")
+        owner, name = ("quantize", "model") if quant else ("distill", "teacher")
+        check(owner, "steps", steps, "an integer of at least 1", type(steps) is int and steps >= 1)
+        check_weights(teacher, owner=owner, name=name)
         self.teacher = freeze(teacher.to(device))
         self.bn_statistics = BnStatistics(self.teacher)
         self.recipe, self.quant, self.steps, self.seed = recipe, quant, steps, seed
@@ -78,7 +80,7 @@ class DataFreeTraining:
         self.students = [student.requires_grad_(True).to(device) for student in students]
         for student in self.students:
             student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._check_models()
+        self._check_models(owner, name)
         self.sources = [self._source(index, config) for index, config in enumerate(recipe.generators)]
         self.pool = ImagePool(batch_size=recipe.batch_size, seed=seed, device=device, precision=precision)
         self.pool.live = [source.generator for source in self.sources if source.config.live]
@@ -105,7 +107,7 @@ class DataFreeTraining:
 
     def warm_up_step(self, source: Source, step: int) -> Mapping[str, Tensor]:
         metrics = self.generator_step(source, "warm-up", step, students=[])
-        if step + 1 in [max(1, round(part * self.recipe.warm_up)) for part in source.config.snapshots]:
+        if step + 1 in self._snapshot_steps(source):
             self.add_snapshot(source)
         return metrics
 
@@ -189,6 +191,17 @@ class DataFreeTraining:
             return f"generator {index // self.recipe.warm_up + 1} of {len(self.sources)}"
         return "calibrate" if index < self.warm_up_steps + self.calibration_steps else "student"
 
+    def _snapshot_steps(self, source: Source) -> list[int]:
+        return sorted({max(1, round(part * self.recipe.warm_up)) for part in source.config.snapshots})
+
+    def pool_names(self) -> list[str]:
+        """Which generator each member of the pool is, after which step of its warm-up it was frozen."""
+        names = []
+        for position, owner in enumerate(self.snapshot_owners):
+            step = self._snapshot_steps(self.sources[owner])[self.snapshot_owners[:position].count(owner)]
+            names.append(f"generator {owner + 1}, step {step}")
+        return names + [f"generator {source.index + 1}, live" for source in self.sources if source.config.live]
+
     def add_snapshot(self, source: Source) -> None:
         self.pool.frozen.append(copy.deepcopy(source.generator).requires_grad_(False))
         self.snapshot_owners.append(source.index)
@@ -211,16 +224,13 @@ class DataFreeTraining:
         groups = [{"params": list(generator.parameters()), "peak": rate}]
         return Source(config, generator, torch.optim.Adam(groups, lr=rate, betas=(0.5, 0.999)), index)
 
-    def _check_models(self) -> None:
-        owner = "quantize" if self.quant else "distill"
-        names = {"model" if self.quant else "teacher": self.teacher}
-        names |= {f"students[{index}]": student for index, student in enumerate(self.students)}
-        for name, model in names.items():
-            logits = check_classifier(
-                model, self.input_shape, self.num_classes, device=self.device, owner=owner, name=name
-            )
-            if model is self.teacher and not bool(torch.isfinite(logits).all()):
-                raise ValueError(f"{owner}: {name} must have finite weights, got NaN or infinite logits")
+    def _check_models(self, owner: str, name: str) -> None:
+        sizes = {"input_shape": self.input_shape, "num_classes": self.num_classes, "device": self.device}
+        logits = check_classifier(self.teacher, **sizes, owner=owner, name=name)  # type: ignore[arg-type]
+        if not bool(torch.isfinite(logits).all()):
+            raise ValueError(f"{owner}: {name} must have finite weights, got NaN or infinite logits")
+        for index, student in enumerate(self.students):
+            check_classifier(student, **sizes, owner=owner, name=f"students[{index}]")  # type: ignore[arg-type]
 
     def _student_optimizers(self) -> list[tuple[torch.optim.Optimizer, ...]]:
         recipe = self.recipe

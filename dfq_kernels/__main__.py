@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from dfq_kernels.dispatch import TABLE, missing
+from dfq_kernels.dispatch import TABLE, chosen, missing
 from dfq_kernels.version import __version__
 
 
 def main() -> None:
-    """Prints the support matrix; `*` marks what `backend=None` takes."""
+    """Prints the support matrix; `*` marks what `backend=None` takes, `DFQ_BACKEND` considered."""
     print(f"dfq-kernels {__version__}, torch {torch.__version__}, CUDA device: {torch.cuda.is_available()}")
     for op, devices in TABLE.items():
         for device, backends in devices.items():
-            chosen = False
             for backend in backends:
                 reason = missing(op, backend, device)
-                mark = " " if reason or chosen else "*"
-                chosen = chosen or reason is None
+                mark = "*" if backend == chosen(op, device) else " "
                 print(f"{op:20} {device:5} {backend:10} {mark} {'yes' if reason is None else f'no: {reason}'}")
 
 

@@ -59,6 +59,13 @@ def check_scalar(op: str, x: Tensor, **tensors: Tensor) -> None:
         check_device(op, name, tensor, x)
 
 
+def check_written(op: str, **tensors: Tensor | None) -> None:
+    """Each tensor, which the operator writes to, is no part of a graph."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{op}: {name} must not require a gradient where it is written to, got one that does")
+
+
 def check_quant_range(op: str, quant_min: int, quant_max: int) -> None:
     for name, value in (("quant_min", quant_min), ("quant_max", quant_max)):
         if isinstance(value, bool) or not isinstance(value, int) or abs(value) > QUANT_LIMIT:

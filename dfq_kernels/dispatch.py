@@ -78,6 +78,14 @@ def _name(op: str, backend: str | None, device_type: str, dtype: torch.dtype) ->
     return _choose(op, backend or os.environ.get("DFQ_BACKEND") or "auto", device_type, dtype)
 
 
+def chosen(op: str, device_type: str) -> str | None:
+    """The backend that `backend=None` takes for fp32 values; None where `DFQ_BACKEND` names one that is not there."""
+    try:
+        return _name(op, None, device_type, torch.float32)
+    except BackendError:
+        return None
+
+
 def resolve(op: str, backend: str | None, x: torch.Tensor) -> ModuleType:
     """The module that runs `op` on `x`: `forward`, `backward` and what else `dfq_kernels/<op>/reference.py` has.
 

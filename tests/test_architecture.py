@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"errors"},
     {"config", "seeds", "matlab", "device", "classifier"},
+    {"readers"},
     {"data", "checkpoint", "models"},
     {"run_folder"},
     {"bn_stats", "losses", "generator", "pool", "quant", "loop", "embedded"},

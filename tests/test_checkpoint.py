@@ -151,3 +151,18 @@ def test_truncated_and_missing_weights(tmp_path: Path, suffix: str) -> None:
     with pytest.raises(CheckpointError, match="cannot be read") as error:
         load_weights(small_net(), path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("write", "text"),
+    [(lambda path: torch.save(small_net(), path), r"got one with tests\.conftest\.SmallNet in it"),
+     (lambda path: path.write_bytes(b""), "an empty or a truncated one"),
+     (lambda path: path.write_text("hello"), "a file of another kind"),
+     (lambda path: torch.jit.save(torch.jit.script(small_net()), str(path)), "got a TorchScript archive")],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_is_no_state_dict_is_named_without_advice_to_unpickle(tmp_path: Path, write, text: str) -> None:
+    write(tmp_path / "net.pth")
+    with pytest.raises(CheckpointError, match=text) as error:
+        load_weights(small_net(), tmp_path / "net.pth")
+    assert not any(word in str(error.value) for word in ("weights_only", "\n", "\x1b"))

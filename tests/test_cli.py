@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import dfq_kernels
 from dfq.checkpoint import save_weights
 from tests.conftest import small_net
 
@@ -148,6 +149,21 @@ WRONG = {
     "error: quantize: model_kwargs must be a JSON object": [*QUANTIZE, "--model-kwargs", "[1"],
     "error: load_images: cifar10 (test) needs": [*QUANTIZE, "--data", "cifar10", "--data-root", "nowhere"],
     "error: device must be one that this machine has": [*QUANTIZE, "--device", "cuda:7"],
+    "error: quantize: model must be given with stem, got none": ["quantize", "--stem", "imagenet"],
+    "error: quantize: model must be given with input_shape, got none": ["quantize", "--input-shape", "1,28,28"],
+    "error: quantize: stem must be given with a named model": [*QUANTIZE, "--stem", "imagenet"],
+    "error: quantize: model_kwargs must be given with package.module:factory": [
+        "quantize",
+        "--model",
+        "resnet20",
+        "--weights",
+        "x",
+        *FACTORY[2:],
+        "--model-kwargs",
+        '{"a": 1}',
+    ],
+    "error: quantize: layer_bits must be LAYER=W<bits>A<bits>, got 'fc=2A4'": [*QUANTIZE, "--layer-bits", "fc=2A4"],
+    "error: quantize: input_shape must be C,H,W (or --data given), got '1,²,9'": [*QUANTIZE, "--input-shape", "1,²,9"],
     "error: run: nowhere/config.json cannot be read: No such file": ["evaluate", "nowhere"],
 }
 
@@ -187,6 +203,32 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path: Path) -
     assert not (out / "checkpoint.safetensors").exists() and not list(out.glob(".checkpoint*"))
     resumed = dfq_command(*QUANTIZE, "--out", str(out), "--resume")
     assert resumed.returncode == 0, resumed.stderr
+
+
+def test_brackets_are_text(tmp_path: Path) -> None:
+    out = tmp_path / "[bold]run"
+    done = dfq_command(*QUANTIZE, "--out", str(out))
+    assert f"everything is in {out}" in done.stdout, done.stderr
+    assert "any [gdfq-]W<2-8>A<2-8>" in " ".join(dfq_command("quantize", "--help").stdout.split())
+
+
+def test_images_of_more_classes_than_the_model_are_refused_before_training(tmp_path: Path) -> None:
+    write_images(tmp_path / "images")
+    (tmp_path / "images" / "train" / "fifth").mkdir()
+    done = dfq_command(
+        "quantize", "--model", "tests.conftest:small_net", "--model-kwargs", '{"in_channels": 3}', "--num-classes", "4",
+        "--data", "image-folder", "--data-root", str(tmp_path / "images"), "--out", str(tmp_path / "run"),
+    )  # fmt: skip
+    assert done.returncode == 1 and "test_images must have at most the model's 4 classes, got 5" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_version_and_the_backend_in_force() -> None:
+    assert dfq_command("--version").stdout.strip() == dfq_kernels.__version__
+    environment = {**os.environ, "DFQ_BACKEND": "reference"}
+    command = [str(Path(sys.executable).parent / "dfq"), "info", "--json"]
+    facts = json.loads(subprocess.run(command, capture_output=True, text=True, env=environment).stdout)
+    assert set(facts["operators"].values()) == {"reference"}
 
 
 @pytest.mark.parametrize("command", ["teach", "quantize", "distill", "evaluate", "info"])

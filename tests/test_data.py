@@ -152,6 +152,49 @@ def test_labels_out_of_range_and_mixed_sizes(tmp_path: Path, pixels: np.ndarray)
         load_images("image-folder", "test", tmp_path / "f")
 
 
+def test_files_of_another_shape_than_the_data_set_s(tmp_path: Path, pixels: np.ndarray) -> None:
+    def refused(name: str, text: str) -> None:
+        with pytest.raises(DataError, match=f"cannot be read: {text}"):
+            load_images(name, "test", tmp_path / name)
+
+    write_fashion_mnist(tmp_path / "fashion-mnist", pixels)
+    labels = tmp_path / "fashion-mnist" / "t10k-labels-idx1-ubyte"
+    labels.write_bytes(idx(np.zeros((COUNT, 1, 1), np.uint8)))
+    refused("fashion-mnist", "t10k-labels-idx1-ubyte must have 1 axes, got 3")
+    (tmp_path / "fashion-mnist" / "t10k-images-idx3-ubyte").write_bytes(idx(pixels[:, 0]))
+    refused("fashion-mnist", "images must be 28x28, got 32x32")
+
+    write_svhn(tmp_path / "svhn", pixels)
+    test = tmp_path / "svhn" / "test_32x32.mat"
+    test.write_bytes(mat({"X": pixels[0].copy(), "y": np.ones((COUNT, 1), np.uint8)}, compressed=False))
+    refused("svhn", "X must be bytes with 4 axes, got uint8 with 3")
+    test.write_bytes(test.read_bytes()[:128] + struct.pack("<II", 15, len(zlib.compress(b""))) + zlib.compress(b""))
+    refused("svhn", "'X'")
+
+
+def test_image_folders_have_the_classes_of_both_splits_and_no_hidden_ones(tmp_path: Path, pixels: np.ndarray) -> None:
+    write_image_folder(tmp_path, pixels)
+    save_png(tmp_path / "train" / "zebra" / "image.png", pixels[0])
+    save_png(tmp_path / "test" / ".ipynb_checkpoints" / "image.png", pixels[0])
+    save_png(tmp_path / "test" / "class0" / "._image.png", pixels[0])
+    images = load_images("image-folder", "test", tmp_path)
+    assert (images.num_classes, len(images)) == (COUNT + 1, COUNT)
+
+
+def test_damaged_images_are_named(tmp_path: Path, pixels: np.ndarray) -> None:
+    write_image_folder(tmp_path, pixels)
+    bomb = bytearray(70)
+    bomb[:2], bomb[10:14], bomb[14:18] = b"BM", struct.pack("<I", 54), struct.pack("<I", 40)
+    bomb[18:26], bomb[26:30] = struct.pack("<ii", 30_000, 30_000), struct.pack("<HH", 1, 24)
+    broken = tmp_path / "test" / "class0" / "a.bmp"
+    whole = (tmp_path / "test" / "class1" / "image.png").read_bytes()
+    for data in (bytes(bomb), b"", b"BM", whole[:60], whole[:40] + b"\xff" * 20 + whole[60:]):
+        broken.write_bytes(data)
+        with pytest.raises(DataError, match=r"a\.bmp must be an image: .") as error:
+            load_images("image-folder", "test", tmp_path)
+        assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("name", "split", "text"), [("mnist", "test", "name must be one of"), ("svhn", "extra", "split must be")]
 )

@@ -62,8 +62,8 @@ def test_the_support_matrix_gives_a_reason_for_every_hole() -> None:
 WRONG_CALLS = {
     "fake_quant: x must be a torch.Tensor": lambda x: k.fake_quant([1.0], 1.0, 0),
     "fake_quant: x must be float32": lambda x: k.fake_quant(x.long(), 1.0, 0),
-    "fake_quant: scale must be finite and > 0, got 0": lambda x: k.fake_quant(x, 0.0, 0),
-    "fake_quant: scale must be finite and > 0, got nan": lambda x: k.fake_quant(x, float("nan"), 0),
+    "fake_quant: scale must be finite and at least 2\^-126, got 0": lambda x: k.fake_quant(x, 0.0, 0),
+    "fake_quant: scale must be finite and at least 2\^-126, got nan": lambda x: k.fake_quant(x, float("nan"), 0),
     "fake_quant: quant_max must be greater than quant_min 3, got 3": lambda x: k.fake_quant(x, 1.0, 0, 3, 3),
     "fake_quant: quant_min must be an integer": lambda x: k.fake_quant(x, 1.0, 0, -0.5, 3),
     "fake_quant: axis must be None or in": lambda x: k.fake_quant(x, torch.ones(4), 0.0, axis=7),
@@ -104,3 +104,26 @@ def test_bn_act_fake_quant_refuses_a_learned_scale_that_is_observed() -> None:
         k.bn_act_fake_quant(
             torch.ones(2, 3), None, None, torch.zeros(3), torch.ones(3), one, one, one.clone().requires_grad_(), one
         )
+
+
+def test_what_is_written_to_is_no_part_of_a_graph() -> None:
+    x = torch.ones(2, 3)
+    state = {name: torch.ones(()) for name in ("running_min", "running_max", "scale", "zero_point")}
+    for name in state:
+        learned = {**state, name: torch.ones((), requires_grad=True)}
+        with pytest.raises(ValueError, match=f"observe_fake_quant: {name} must not require a gradient"):
+            k.observe_fake_quant(x, **learned)
+    stored = {name: torch.ones(3) for name in ("weight", "bias", "running_mean", "running_var")}
+    for name in ("running_mean", "running_var"):
+        learned = {**stored, name: torch.ones(3, requires_grad=True)}
+        with pytest.raises(ValueError, match=f"bn_act_fake_quant: {name} must not require a gradient"):
+            k.bn_act_fake_quant(x, **learned, **state, training=True)
+    with pytest.raises(ValueError, match="bn_act_fake_quant: running_max must not require a gradient"):
+        k.bn_act_fake_quant(x, **stored, **{**state, "running_max": torch.ones((), requires_grad=True)}, observe=True)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, 2.0**-127, float("inf"), float("nan")])
+def test_a_scale_without_a_finite_reciprocal_is_refused(scale: float) -> None:
+    with pytest.raises(ValueError, match=r"fake_quant: scale must be finite and at least 2\^-126, got"):
+        k.fake_quant(torch.ones(1), scale, 0)
+    assert k.fake_quant(torch.ones(1), 2.0**-126, 0).isfinite()

@@ -17,20 +17,22 @@ import torch
 
 import dfq
 from dfq.checkpoint import CheckpointError, load_tree
-from dfq.config import RECIPES, GeneratorConfig, quant_config
+from dfq.config import RECIPES, GeneratorConfig, LayerBits, quant_config
+from dfq.data import Images
 from dfq.loop import Interrupted, NonFiniteError, cosine, one_cycle
 from dfq.models import ModelSpec
 from dfq.quant import prepare
+from dfq.quant.quantizers import weight_layers
 from dfq.trainer import DataFreeTraining
 from tests.conftest import SMALL_RECIPE, small_net
 
 
-def task(recipe=SMALL_RECIPE, quant=None, steps=4, seed=0) -> DataFreeTraining:
+def task(recipe=SMALL_RECIPE, quant=None, steps=4, seed=0, device="cpu") -> DataFreeTraining:
     quant = quant or quant_config("W3A3", ranges=recipe.ranges)
     students = [prepare(small_net(), quant) for _ in range(recipe.students)]
     return DataFreeTraining(
         small_net(), students, recipe, quant=quant, input_shape=(1, 12, 12), num_classes=4, steps=steps, seed=seed,
-        device=torch.device("cpu"), precision="fp32",
+        device=torch.device(device), precision="fp32",
     )  # fmt: skip
 
 
@@ -112,23 +114,6 @@ def test_a_folder_with_other_files_is_left_alone(run_small, tmp_path: Path) -> N
 def test_recipes_with_an_empty_pool_are_refused(snapshots: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="snapshots must be fractions|generators must be at least one that is live"):
         replace(SMALL_RECIPE, generators=(GeneratorConfig(snapshots=snapshots),))
-
-
-@pytest.mark.gpu
-def test_a_step_never_waits_for_the_gpu() -> None:
-    device = torch.device("cuda")
-    quant = quant_config("W4A4", ranges="lsq")
-    work = DataFreeTraining(
-        small_net(), [prepare(small_net(), quant)], replace(SMALL_RECIPE, students=1), quant=quant, steps=4, seed=0,
-        input_shape=(1, 12, 12), num_classes=4, device=device, precision="fp32",
-    )  # fmt: skip
-    first = to_live_step(work)
-    work.step(first)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        work.step(first + 1)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_warm_up_uses_the_teacher_alone_and_fills_the_pool() -> None:
@@ -283,6 +268,11 @@ def test_weights_that_are_not_finite_are_refused_before_anything_is_written(tmp_
     assert not (tmp_path / "run").exists()
 
 
+def images(count: int, channels: int = 1, classes: int = 4) -> Images:
+    pixels, labels = torch.zeros(count, channels, 12, 12, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64)
+    return Images(pixels, labels, (0.5,) * channels, (0.5,) * channels, classes)
+
+
 @pytest.mark.parametrize(
     ("keywords", "text"),
     [
@@ -290,7 +280,15 @@ def test_weights_that_are_not_finite_are_refused_before_anything_is_written(tmp_
         ({"preset": "W4A1"}, r"activations must be in \[2, 8\], got 1"),
         ({"preset": "int4"}, "preset must be one of W8A8.*got 'int4'"),
         ({"recipe": "best"}, "recipe must be one of paper, default, got 'best'"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
+        ({"steps": 2.5}, "steps must be an integer of at least 1, got 2.5"),
+        ({"config": quant_config("W4A4")}, "config must be given without preset and overrides, got both"),
+        ({"model": small_net().half()}, r"model must be float32 .*, got conv1.weight of torch.float16"),
+        ({"model": small_net().to("meta")}, "model must hold its weights, got conv1.weight on the meta device"),
+        ({"test_images": "images"}, r"test_images must be dfq.data.Images, got str"),
+        ({"test_images": images(0)}, "test_images must hold at least one image, got none"),
+        ({"test_images": images(2, channels=3)}, r"model's image shape \(1, 12, 12\), got \(3, 12, 12\)"),
+        ({"test_images": images(2, classes=5)}, "at most the model's 4 classes, got 5"),
         ({"input_shape": (3, 12, 12)}, r"model must accept images of \(3, 12, 12\)"),
         ({"num_classes": 5}, r"model must give logits \[N, num_classes=5\], got \(2, 4\)"),
         ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
@@ -301,6 +299,27 @@ def test_wrong_arguments(run_small, tmp_path: Path, keywords: dict, text: str) -
     with pytest.raises(ValueError, match=text) as error:
         run_small(**keywords)
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_students_and_teachers_that_do_not_fit_are_refused_before_training(tmp_path: Path) -> None:
+    wrong = dfq.build_model(ModelSpec("wrn-10-1", 1, 5))
+    common = {"input_shape": (1, 12, 12), "recipe": SMALL_RECIPE, "steps": 2, "out": tmp_path / "run"}
+    with pytest.raises(ValueError, match=r"distill: students\[0\] must give logits .*4\], got \(2, 5\)"):
+        dfq.distill(small_net(), [wrong], num_classes=4, **common)
+    with pytest.raises(ValueError, match=r"distill: teacher must give logits .*5\], got \(2, 4\)"):
+        dfq.distill(small_net(), [wrong], num_classes=5, **common)
+    with pytest.raises(ValueError, match=r"teach: model must give logits \[N, num_classes=3\], got \(2, 4\)"):
+        dfq.teach(ModelSpec("tests.conftest:small_net", 1, 3), images(8, classes=3), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_of_one_s_own(run_small) -> None:
+    config = replace(quant_config("W4A4", ranges="minmax"), last=LayerBits(6, 7))
+    result = run_small(preset=None, config=config)
+    bits = {name: quantizer.bits for name, quantizer, _ in weight_layers(result.model)}
+    assert bits == {"conv1": 8, "conv2": 4, "conv3": 4, "shortcut": 4, "fc": 6}
+    saved = json.loads((result.folder / "config.json").read_text())["config"]
+    assert saved["preset"] is None and saved["quant"]["ranges"] == "minmax" != saved["recipe"]["ranges"]
 
 
 def test_the_model_that_is_passed_in_is_not_changed(run_small) -> None:

@@ -18,6 +18,7 @@ from dfq_kernels._checks import (
     check_per_channel,
     check_quant_range,
     check_scalar,
+    check_written,
 )
 from dfq_kernels.dispatch import resolve
 
@@ -95,6 +96,10 @@ def bn_act_fake_quant(
         raise ValueError(f"{OP}: x must have two values per channel in training, got shape {tuple(x.shape)}")
     if observe and scale.requires_grad:
         raise ValueError(f"{OP}: observe must be False for a scale that requires a gradient, got True")
+    if training:
+        check_written(OP, running_mean=running_mean, running_var=running_var)
+    if observe:
+        check_written(OP, running_min=running_min, running_max=running_max, zero_point=zero_point)
     settings = (
         training, momentum, eps, activation, observe, averaging_constant, quant_min, quant_max, symmetric,
     )  # fmt: skip

@@ -39,7 +39,8 @@ def fake_quant(
 
     Args:
         x: any shape; float32, bfloat16, float16 (float64: arithmetic in float64).
-        scale: one number, or `[x.shape[axis]]`; finite and > 0 (a tensor's values are not read: no host sync).
+        scale: one number, or `[x.shape[axis]]`; finite and at least 2^-126, so that 1 / scale is finite (a
+            tensor's values are not read: no host sync).
         zero_point: as `scale`; integer-valued.
         quant_min, quant_max: the integers' bounds, `quant_min < quant_max`, at most 2^23 in magnitude.
         axis: the axis that `scale` runs along; None: one scale for the tensor.
@@ -70,8 +71,9 @@ def fake_quant(
 
 def _parameter(x: Tensor, name: str, value: Tensor | float, axis: int | None) -> Tensor:
     if not isinstance(value, Tensor):
-        if not isfinite(value) or (name == "scale" and value <= 0):
-            raise ValueError(f"{OP}: {name} must be finite{' and > 0' if name == 'scale' else ''}, got {value}")
+        if not isfinite(value) or (name == "scale" and value < 2.0**-126):
+            rule = "finite and at least 2^-126" if name == "scale" else "finite"
+            raise ValueError(f"{OP}: {name} must be {rule}, got {value}")
         shape = () if axis is None else (x.shape[axis],)
         return torch.full(shape, float(value), dtype=torch.float32, device=x.device)
     if axis is None and value.numel() != 1:

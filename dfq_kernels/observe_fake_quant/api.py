@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dfq_kernels._checks import check_float, check_fraction, check_quant_range, check_scalar
+from dfq_kernels._checks import check_float, check_fraction, check_quant_range, check_scalar, check_written
 from dfq_kernels.dispatch import resolve
 
 OP = "observe_fake_quant"
@@ -61,6 +61,7 @@ def observe_fake_quant(
     if x.numel() == 0:
         raise ValueError(f"{OP}: x must have at least one element, got shape {tuple(x.shape)}")
     check_scalar(OP, x, running_min=running_min, running_max=running_max, scale=scale, zero_point=zero_point)
+    check_written(OP, running_min=running_min, running_max=running_max, scale=scale, zero_point=zero_point)
     check_fraction(OP, "averaging_constant", averaging_constant)
     check_quant_range(OP, quant_min, quant_max)
     if symmetric and quant_max <= 0:

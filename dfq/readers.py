@@ -1,0 +1,155 @@
+"""Files of public data sets to tensors. Every reader: `(folder, split)` -> uint8 `[N, C, H, W]`, int64 `[N]`.
+
+Nothing is unpickled; a file that is not what it should be is a `ValueError`, a missing one a `FileNotFoundError`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from dfq.errors import first_line
+from dfq.matlab import read_mat
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp")
+
+
+def _read_bytes(path: Path) -> bytes:
+    """The file, or the file with `.gz` behind its name, unpacked."""
+    packed = path.with_name(path.name + ".gz")
+    if not path.exists() and packed.exists():
+        return gzip.decompress(packed.read_bytes())
+    return path.read_bytes()
+
+
+def read_idx(path: Path, ndim: int) -> np.ndarray:
+    """An IDX file of unsigned bytes with `ndim` axes: `0, 0, 8, ndim`, ndim big-endian int32 sizes, the bytes."""
+    data = _read_bytes(path)
+    if len(data) < 4 or data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * data[3]:
+        raise ValueError(f"{path.name} must be an IDX file of unsigned bytes, got header {data[:4]!r}")
+    if data[3] != ndim:
+        raise ValueError(f"{path.name} must have {ndim} axes, got {data[3]}")
+    shape = np.frombuffer(data, ">u4", count=data[3], offset=4).astype(np.int64)
+    body = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
+    if body.size != shape.prod():
+        raise ValueError(f"{path.name} must hold {shape.prod()} bytes after its header, got {body.size} (truncated?)")
+    return body.reshape(shape)
+
+
+def fashion_mnist(folder: Path, split: str) -> tuple[Tensor, Tensor]:
+    prefix = "train" if split == "train" else "t10k"
+    pixels = torch.from_numpy(read_idx(folder / f"{prefix}-images-idx3-ubyte", 3).copy())
+    if pixels.shape[1:] != (28, 28):
+        raise ValueError(f"images must be 28x28, got {pixels.shape[1]}x{pixels.shape[2]}")
+    labels = torch.from_numpy(read_idx(folder / f"{prefix}-labels-idx1-ubyte", 1).astype(np.int64))
+    return F.pad(pixels[:, None], (2, 2, 2, 2)), labels
+
+
+def cifar(archive: str, label_bytes: int) -> Callable[[Path, str], tuple[Tensor, Tensor]]:
+    files = {
+        ("cifar-10-batches-bin", "train"): [f"data_batch_{i}.bin" for i in range(1, 6)],
+        ("cifar-10-batches-bin", "test"): ["test_batch.bin"],
+        ("cifar-100-binary", "train"): ["train.bin"],
+        ("cifar-100-binary", "test"): ["test.bin"],
+    }
+
+    def read(folder: Path, split: str) -> tuple[Tensor, Tensor]:
+        inner = folder / archive if (folder / archive).is_dir() else folder
+        record = label_bytes + 3072
+        rows = []
+        for name in files[archive, split]:
+            data = np.frombuffer(_read_bytes(inner / name), np.uint8)
+            if data.size == 0 or data.size % record:
+                raise ValueError(f"{name} must hold records of {record} bytes, got {data.size} bytes (truncated?)")
+            rows.append(data.reshape(-1, record))
+        table = np.concatenate(rows)
+        pixels = torch.from_numpy(table[:, label_bytes:].reshape(-1, 3, 32, 32).copy())
+        return pixels, torch.from_numpy(table[:, label_bytes - 1].astype(np.int64))
+
+    return read
+
+
+def svhn(folder: Path, split: str) -> tuple[Tensor, Tensor]:
+    arrays = read_mat((folder / f"{split}_32x32.mat").read_bytes())
+    if arrays["X"].dtype != np.uint8 or arrays["X"].ndim != 4:
+        raise ValueError(f"X must be bytes with 4 axes, got {arrays['X'].dtype} with {arrays['X'].ndim}")
+    pixels = torch.from_numpy(np.ascontiguousarray(arrays["X"].transpose(3, 2, 0, 1)))
+    labels = torch.from_numpy(arrays["y"].astype(np.int64).reshape(-1) % 10)
+    return pixels, labels
+
+
+def tiny_imagenet(folder: Path, split: str) -> tuple[Tensor, Tensor]:
+    inner = folder / "tiny-imagenet-200" if (folder / "tiny-imagenet-200").is_dir() else folder
+    classes = {name: label for label, name in enumerate((inner / "wnids.txt").read_text().split())}
+    if split == "train":
+        rows = [
+            (path, label) for name, label in classes.items() for path in _image_files(inner / "train" / name / "images")
+        ]
+    else:
+        lines = (inner / "val" / "val_annotations.txt").read_text().splitlines()
+        fields = [line.split("\t") for line in lines if line]
+        rows = [(inner / "val" / "images" / field[0], classes[field[1]]) for field in fields]
+    return _decode(rows)
+
+
+def image_folder(folder: Path, split: str) -> tuple[Tensor, Tensor]:
+    """`<split>/<class>/<image>`; the classes of both splits together are numbered in alphabetical order."""
+    inner = folder / split
+    if not inner.is_dir():
+        raise FileNotFoundError(2, "missing", str(inner))
+    rows = [
+        (path, label)
+        for label, name in enumerate(class_names(folder))
+        if (inner / name).is_dir()
+        for path in _image_files(inner / name)
+    ]
+    pixels, labels = _decode(rows)
+    return pixels, labels
+
+
+def class_names(folder: Path) -> list[str]:
+    """The class folders of both splits of an image folder, in alphabetical order; hidden ones are somebody else's."""
+    splits = [item for item in (folder / "train", folder / "test") if item.is_dir()]
+    names = {path.name for item in splits for path in item.iterdir() if path.is_dir()}
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def _image_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise FileNotFoundError(2, "missing", str(folder))
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
+
+
+def _decode(rows: list[tuple[Path, int]]) -> tuple[Tensor, Tensor]:
+    """Images as RGB; all must be of one size, which the first image gives."""
+    if not rows:
+        raise ValueError("no images found")
+    pixels: np.ndarray = np.empty(0, np.uint8)
+    for index, (path, _) in enumerate(rows):
+        data = io.BytesIO(path.read_bytes())
+        try:
+            with (
+                warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
+                Image.open(data) as image,
+            ):
+                array = np.asarray(image.convert("RGB"))
+        except Exception as error:  # a damaged file makes Pillow raise whatever its decoder does
+            raise ValueError(f"{path} must be an image: {first_line(error)}") from error
+        if index == 0:
+            pixels = np.empty((len(rows), *array.shape), np.uint8)
+        if pixels.shape[1:] != array.shape:
+            raise ValueError(
+                f"{path} must be {pixels.shape[2]}x{pixels.shape[1]}, got {array.shape[1]}x{array.shape[0]}"
+            )
+        pixels[index] = array
+    labels = torch.tensor([label for _, label in rows])
+    return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()), labels
