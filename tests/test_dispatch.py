@@ -62,8 +62,8 @@ def test_the_support_matrix_gives_a_reason_for_every_hole() -> None:
 WRONG_CALLS = {
     "fake_quant: x must be a torch.Tensor": lambda x: k.fake_quant([1.0], 1.0, 0),
     "fake_quant: x must be float32": lambda x: k.fake_quant(x.long(), 1.0, 0),
-    "fake_quant: scale must be finite and at least 2\^-126, got 0": lambda x: k.fake_quant(x, 0.0, 0),
-    "fake_quant: scale must be finite and at least 2\^-126, got nan": lambda x: k.fake_quant(x, float("nan"), 0),
+    r"fake_quant: scale must be finite and at least 2\^-126, got 0": lambda x: k.fake_quant(x, 0.0, 0),
+    r"fake_quant: scale must be finite and at least 2\^-126, got nan": lambda x: k.fake_quant(x, float("nan"), 0),
     "fake_quant: quant_max must be greater than quant_min 3, got 3": lambda x: k.fake_quant(x, 1.0, 0, 3, 3),
     "fake_quant: quant_min must be an integer": lambda x: k.fake_quant(x, 1.0, 0, -0.5, 3),
     "fake_quant: axis must be None or in": lambda x: k.fake_quant(x, torch.ones(4), 0.0, axis=7),
