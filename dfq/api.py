@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dfq.checkpoint import CheckpointError, load_weights, save_weights, weights_digest
+from dfq.classifier import check_weights
 from dfq.config import (
     LayerBits,
     QuantConfig,
@@ -25,6 +26,7 @@ from dfq.config import (
 )  # fmt: skip
 from dfq.data import Images
 from dfq.device import resolve_device, resolve_precision
+from dfq.errors import check, first_line, integer
 from dfq.evaluate import accuracy, check_test_images
 from dfq.loop import Observer, run_loop
 from dfq.models import ModelSpec, build_model
@@ -105,7 +107,10 @@ def quantize(
         NonFiniteError: training diverged; names the term.
         Interrupted: Ctrl-C or SIGTERM, after saving.
     """
-    recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
+    input_shape, num_classes = _sizes("quantize", input_shape, num_classes)
+    steps, seed = integer("quantize", "steps", steps, 1), integer("quantize", "seed", seed, 0)
+    recipe = _recipe("quantize", recipe)
+    check("quantize", "config", config, "a QuantConfig", config is None or isinstance(config, QuantConfig))
     check_test_images(test_images, input_shape, num_classes, "quantize")
     if config is None:
         preset = preset or "W4A4"
@@ -113,10 +118,10 @@ def quantize(
     elif preset is not None or overrides is not None:
         raise ValueError("quantize: config must be given without preset and overrides, got both")
     where = resolve_device(device)
-    students = [prepare(copy.deepcopy(model), config) for _ in range(recipe.students)]
+    students = [prepare(_copy("quantize", model), config) for _ in range(recipe.students)]
     task = DataFreeTraining(
-        copy.deepcopy(model), list(students), recipe, quant=config, input_shape=input_shape, num_classes=num_classes,
-        steps=steps, seed=seed, device=where, precision=resolve_precision(precision, where),
+        _copy("quantize", model), list(students), recipe, quant=config, input_shape=input_shape,
+        num_classes=num_classes, steps=steps, seed=seed, device=where, precision=resolve_precision(precision, where),
     )  # fmt: skip
     settings = {
         "command": "quantize", "weights": weights_digest(model), "model": to_json(spec),
@@ -129,7 +134,7 @@ def quantize(
         run_loop(task, folder, resume=resume, observer=observer)
         student = students[0]
         freeze_ranges(student)
-        calibrated = prepare(copy.deepcopy(model), config).to(where)
+        calibrated = prepare(_copy("quantize", model), config).to(where)
         calibrated.load_state_dict(task.calibrated)
         freeze_ranges(calibrated)
         models = {"teacher": task.teacher, "DF-Q": calibrated.eval(), "DF-QAT-KD": student.eval()}
@@ -169,14 +174,19 @@ def distill(
     Raises:
         ValueError, NonFiniteError, Interrupted: as `quantize`.
     """
-    recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
-    if not students:
-        raise ValueError("distill: students must hold at least one network, got none")
+    input_shape, num_classes = _sizes("distill", input_shape, num_classes)
+    steps, seed = integer("distill", "steps", steps, 1), integer("distill", "seed", seed, 0)
+    recipe = _recipe("distill", recipe)
+    networks = isinstance(students, list) and all(isinstance(student, nn.Module) for student in students)
+    different = networks and len({id(student) for student in students}) == len(students)
+    check("distill", "students", students, "a list of different networks, at least one", different and bool(students))
+    check("distill", "specs", specs, "of teacher and students", not specs or len(specs) == len(students) + 1)
     check_test_images(test_images, input_shape, num_classes, "distill")
     where = resolve_device(device)
     task = DataFreeTraining(
-        copy.deepcopy(teacher), students, replace(recipe, students=len(students)), quant=None, input_shape=input_shape,
-        num_classes=num_classes, steps=steps, seed=seed, device=where, precision=resolve_precision(precision, where),
+        _copy("distill", teacher), students, replace(recipe, students=len(students)), quant=None,
+        input_shape=input_shape, num_classes=num_classes, steps=steps, seed=seed, device=where,
+        precision=resolve_precision(precision, where),
     )  # fmt: skip
     settings = {
         "command": "distill", "weights": weights_digest(teacher), "model": to_json(specs[1]) if specs else None,
@@ -218,6 +228,9 @@ def teach(
     Raises:
         ValueError, NonFiniteError, Interrupted: as `quantize`.
     """
+    check("teach", "spec", spec, "a ModelSpec", isinstance(spec, ModelSpec))
+    check("teach", "images", type(images).__name__, "dfq.data.Images", isinstance(images, Images))
+    seed = integer("teach", "seed", seed, 0)
     check_test_images(test_images, images.input_shape, images.num_classes, "teach")
     config = config or TeachConfig()
     where = resolve_device(device)
@@ -260,13 +273,13 @@ def load_run(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Modul
     try:
         spec = None if config["model"] is None else ModelSpec(**config["model"])
         quant = None if config["quant"] is None else quant_config_from_json(config["quant"])
+        named = None if spec is None or model is not None else build_model(spec)
     except (TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"run: {folder} must hold a run's config.json, got a damaged one: {error}") from error
-    if model is None:
-        assert spec is not None
-        model = build_model(spec)
+    model = named if model is None else _copy("load_run", model)
+    assert model is not None
     if quant is not None:
-        model = prepare(model, quant)
+        model = prepare(check_weights(model, owner="load_run", name="model"), quant)
         freeze_ranges(model)
     if not (folder / "model.safetensors").exists():
         raise CheckpointError(
@@ -274,6 +287,28 @@ def load_run(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Modul
         )
     load_weights(model, folder / "model.safetensors")
     return model.eval(), config
+
+
+def _sizes(owner: str, input_shape: Any, num_classes: Any) -> tuple[tuple[int, int, int], int]:
+    three = isinstance(input_shape, (tuple, list, torch.Size)) and len(input_shape) == 3
+    check(owner, "input_shape", input_shape, "(C, H, W)", three)
+    channels, height, width = (integer(owner, "input_shape", size, 1) for size in input_shape)
+    return (channels, height, width), integer(owner, "num_classes", num_classes, 2)
+
+
+def _recipe(owner: str, recipe: Any) -> Recipe:
+    check(owner, "recipe", recipe, "a name or a Recipe", isinstance(recipe, (str, Recipe)))
+    return recipe_named(recipe) if isinstance(recipe, str) else recipe
+
+
+def _copy(owner: str, model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{owner}: model must be a torch.nn.Module, got {type(model).__name__}")
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # weights that a hook computes (old weight_norm, pruning) cannot be copied
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{owner}: model must be copyable (remove weight_norm and pruning), got {reason}") from error
 
 
 def _finish(

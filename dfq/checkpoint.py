@@ -115,10 +115,25 @@ def load_weights(model: nn.Module, path: Path) -> None:
             raise CheckpointError(
                 f"checkpoint: {name} in {path} must have shape {tuple(expected[name].shape)}, got {tuple(tensor.shape)}"
             )
+        if tensor.is_floating_point() != expected[name].is_floating_point() or tensor.dtype not in _LOADABLE:
+            raise CheckpointError(f"checkpoint: {name} in {path} must be of {expected[name].dtype}, got {tensor.dtype}")
+        if tensor.is_meta or tensor.layout != torch.strided:
+            raise CheckpointError(f"checkpoint: {name} in {path} must hold its values, got a meta or sparse tensor")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"checkpoint: {name} in {path} must be finite, got NaN or infinity")
     model.load_state_dict(state, strict=False)
 
+
+_LOADABLE = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+)
 
 # what torch's reader raises on bytes that are not its own
 _TORN = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, LookupError)
@@ -141,7 +156,8 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not named or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"checkpoint: {path} must hold a state dict of tensors, got {type(state).__name__}")
     return state
 

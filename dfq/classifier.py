@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dfq.errors import first_line
+from dfq_kernels import BackendError
 
 
 @contextmanager
@@ -50,10 +52,31 @@ def check_classifier(
     Raises:
         ValueError: it fails on images of `input_shape`, or gives something else than logits.
     """
+    with evaluation(model):
+        return _logits(model, input_shape, num_classes, device, owner, name)
+
+
+def check_learns(
+    model: nn.Module,
+    input_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    device: torch.device,
+    owner: str,
+    name: str,
+) -> None:
+    """Runs a copy of `model` in training mode: as `check_classifier`, and the logits must have a gradient."""
+    logits = _logits(copy.deepcopy(model).train(), input_shape, num_classes, device, owner, name)
+    if not logits.requires_grad:
+        raise ValueError(f"{owner}: {name} must give logits with a gradient in training, got some without")
+
+
+def _logits(
+    model: nn.Module, input_shape: tuple[int, int, int], num_classes: int, device: torch.device, owner: str, name: str
+) -> Tensor:
     try:
-        with evaluation(model):
-            logits = model(torch.zeros(2, *input_shape, device=device))
-    except torch.OutOfMemoryError:
+        logits = model(torch.zeros(2, *input_shape, device=device))
+    except (torch.OutOfMemoryError, BackendError):
         raise
     except Exception as error:  # whatever the model's own code raises
         reason = f"{type(error).__name__}: {first_line(error)}"

@@ -310,6 +310,8 @@ def _layer_bits(items: list[str]) -> dict[str, LayerBits]:
         match = re.fullmatch("(.+)=W([0-9]+)A([0-9]+)", item)
         if match is None:
             raise ValueError(f"quantize: layer_bits must be LAYER=W<bits>A<bits>, got {item!r}")
+        if match[1] in overrides:
+            raise ValueError(f"quantize: layer_bits must name a layer once, got {match[1]} again")
         overrides[match[1]] = LayerBits(int(match[2]), int(match[3]))
     return overrides
 

@@ -63,6 +63,10 @@ class QuantConfig:
         ):
             value = getattr(self, name)
             check("QuantConfig", name, value, f"one of {', '.join(allowed)}", value in allowed)
+        layers = all(
+            isinstance(item, LayerBits) for item in (self.bits, self.first, self.last, *self.overrides.values())
+        )
+        check("QuantConfig", "overrides", self.overrides, "LayerBits, as bits, first and last", layers)
         check("QuantConfig", "residual_bits", self.residual_bits, "in [2, 8]", 2 <= self.residual_bits <= 8)
         check(
             "QuantConfig", "averaging_constant", self.averaging_constant, "in (0, 1]", 0 < self.averaging_constant <= 1

@@ -42,6 +42,23 @@ class Images:
     std: tuple[float, ...]
     num_classes: int
 
+    def __post_init__(self) -> None:
+        pixels, labels, classes = self.pixels, self.labels, self.num_classes
+        rules = {
+            "pixels must be uint8 [N, C, H, W]": pixels.dtype == torch.uint8 and pixels.dim() == 4,
+            "labels must be int64 [N]": labels.dtype == torch.int64 and labels.shape == pixels.shape[:1],
+            "mean must be one number per channel": len(self.mean) == pixels.shape[1:2].numel(),
+            "std must be one number > 0 per channel": len(self.std) == len(self.mean) and all(v > 0 for v in self.std),
+            f"labels must be in [0, {classes})": not len(labels)
+            or 0 <= int(labels.min()) <= int(labels.max()) < classes,
+        }
+        for rule, holds in rules.items():
+            if not holds:
+                name = rule.split()[0]
+                value = getattr(self, name)
+                got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else value
+                raise DataError(f"Images: {rule}, got {got}")
+
     def __len__(self) -> int:
         return self.pixels.shape[0]
 
@@ -122,8 +139,8 @@ def augment(pixels: Tensor, generator: torch.Generator, *, shift: int = 2, flip:
     if flip:
         mirrored = torch.rand(count, generator=generator) < 0.5
         columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    index = torch.arange(count)[:, None, None, None], torch.arange(channels)[None, :, None, None]
-    return padded[(*index, rows[:, None, :, None], columns[:, None, None, :])]
+    image, channel = torch.arange(count)[:, None, None, None], torch.arange(channels)[None, :, None, None]
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
 class Batches:

@@ -71,6 +71,7 @@ def run_loop(
     start = 0
     if resume and folder.checkpoint.exists():
         start = _restore(task, folder.checkpoint)
+    infinite = set(_not_finite(task.state_dict()))  # by intention: a mask, a range that has seen nothing
     folder.rewind(start)
     saved_at = time.monotonic()
     with _signals() as received:
@@ -83,7 +84,7 @@ def run_loop(
             due = time.monotonic() - saved_at >= save_seconds
             if due or received or index + 1 == task.total_steps:
                 state = {"next_step": index + 1, "task": task.state_dict()}
-                _refuse_non_finite_state(state, index, folder)
+                _refuse_non_finite_state(state["task"], infinite, index, folder)
                 save_tree(folder.checkpoint, state)
                 saved_at = time.monotonic()
             if received and index + 1 < task.total_steps:
@@ -98,6 +99,8 @@ def _restore(task: Trainable, path: Path) -> int:
         start = state["next_step"]
         if type(start) is not int or not 0 <= start <= task.total_steps:
             raise ValueError(f"next_step must be in [0, {task.total_steps}], got {start!r}")
+        if nan := [name for name, has_nan in _not_finite(state["task"]).items() if has_nan]:
+            raise ValueError(f"{nan[0]} has NaN in it")
         task.load_state_dict(state["task"])
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
@@ -110,32 +113,38 @@ def _refuse_non_finite(metrics: Mapping[str, float], index: int, phase: str, fol
         if not math.isfinite(value):
             raise NonFiniteError(
                 f"train: {name} must be finite, got {value} at step {index + 1} ({phase}); "
-                "lower the learning rate or the weight of this term; "
-                f"{'the last checkpoint is' if folder.checkpoint.exists() else 'nothing is saved'} in {folder.path}"
+                f"lower the learning rate or the weight of this term; {_what_is_left(folder)}"
             )
 
 
-def _refuse_non_finite_state(state: Any, index: int, folder: RunFolder) -> None:
-    """An update can ruin weights whose loss was finite: such a state must not replace the last good checkpoint.
-
-    A moving range that has seen nothing is infinite by definition.
-    """
-    stack = [("", state)]
-    while stack:
-        name, value = stack.pop()
-        if isinstance(value, Tensor) and value.is_floating_point():
-            ranges = name.endswith(("running_min", "running_max"))
-            if not bool((value.isnan() if ranges else ~value.isfinite()).any()):
-                continue
-            where = "the checkpoint before it is" if folder.checkpoint.exists() else "nothing is saved"
+def _refuse_non_finite_state(state: Any, infinite: set[str], index: int, folder: RunFolder) -> None:
+    """An update can ruin weights whose loss was finite: such a state must not replace the last good checkpoint."""
+    for name, has_nan in _not_finite(state).items():
+        if has_nan or name not in infinite:
             raise NonFiniteError(
-                f"train: {name} must be finite, got NaN or infinity after step {index + 1}; "
-                f"lower the learning rate; {where} in {folder.path}"
+                f"train: {name} must be finite, got {'NaN' if has_nan else 'infinity'} after step {index + 1}; "
+                f"lower the learning rate; {_what_is_left(folder)}"
             )
-        if isinstance(value, dict):
-            stack += [(str(key), item) for key, item in value.items()]
-        elif isinstance(value, (list, tuple)):
-            stack += [(name, item) for item in value]
+
+
+def _what_is_left(folder: RunFolder) -> str:
+    if folder.checkpoint.exists():
+        return f"the last checkpoint is in {folder.path}"
+    return f"nothing is saved, begin again in another folder than {folder.path}"
+
+
+def _not_finite(state: Any, name: str = "") -> dict[str, bool]:
+    """Tensors of a tree that hold NaN or infinities, by their place in it, and whether there is a NaN."""
+    if isinstance(state, Tensor):
+        if not state.is_floating_point() or bool(state.isfinite().all()):
+            return {}
+        return {name: bool(state.isnan().any())}
+    if not isinstance(state, (dict, list, tuple)):
+        return {}
+    found: dict[str, bool] = {}
+    for place, item in state.items() if isinstance(state, dict) else enumerate(state):
+        found |= _not_finite(item, f"{name}/{place}" if name else str(place))
+    return found
 
 
 @contextmanager

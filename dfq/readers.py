@@ -137,11 +137,10 @@ def _decode(rows: list[tuple[Path, int]]) -> tuple[Tensor, Tensor]:
     for index, (path, _) in enumerate(rows):
         data = io.BytesIO(path.read_bytes())
         try:
-            with (
-                warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
-                Image.open(data) as image,
-            ):
-                array = np.asarray(image.convert("RGB"))
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(data) as image:
+                    array = np.asarray(image.convert("RGB"))
         except Exception as error:  # a damaged file makes Pillow raise whatever its decoder does
             raise ValueError(f"{path} must be an image: {first_line(error)}") from error
         if index == 0:

@@ -71,7 +71,8 @@ class RunFolder:
             raise CheckpointError(f"run: {name} must be {found!r} to resume {self.path}, got {wanted!r}")
 
     def _warn_of_other_bits(self) -> None:
-        before, now = read_json(self.path / "config.json").get("versions", {}), versions()
+        before, now = read_json(self.path / "config.json").get("versions"), versions()
+        before = before if isinstance(before, dict) else {}
         for key in ("torch", "threads", "kernels"):
             if before.get(key) != now[key]:
                 warnings.warn(
@@ -86,7 +87,7 @@ class RunFolder:
     def rewind(self, step: int) -> None:
         """Drops metrics of `step` and later: they were logged after the checkpoint that a resume starts from."""
         if self._metrics.exists():
-            kept = [line for line in self._metrics.read_text().splitlines() if _step_of(line) < step]
+            kept = [line for line in self._metrics.read_text(errors="replace").splitlines() if _step_of(line) < step]
             write_atomic(self._metrics, "".join(line + "\n" for line in kept).encode())
         if step == 0:
             shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
@@ -106,7 +107,7 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows logged so far."""
-        return [json.loads(line) for line in self._metrics.read_text().splitlines()]
+        return [json.loads(line) for line in self._metrics.read_text().splitlines()] if self._metrics.exists() else []
 
     def __enter__(self) -> RunFolder:
         return self

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from dfq.bn_stats import BnStatistics, freeze
-from dfq.classifier import check_classifier, check_weights
+from dfq.classifier import check_classifier, check_learns, check_weights
 from dfq.config import GeneratorConfig, QuantConfig, Recipe
 from dfq.device import autocast
-from dfq.errors import check
 from dfq.generator import Generator
 from dfq.loop import cosine, set_learning_rate
 from dfq.losses import batch_negentropy, distillation, instance_entropy, label_cross_entropy
@@ -71,7 +70,6 @@ class DataFreeTraining:
         precision: str,
     ) -> None:
         owner, name = ("quantize", "model") if quant else ("distill", "teacher")
-        check(owner, "steps", steps, "an integer of at least 1", type(steps) is int and steps >= 1)
         check_weights(teacher, owner=owner, name=name)
         self.teacher = freeze(teacher.to(device))
         self.bn_statistics = BnStatistics(self.teacher)
@@ -229,8 +227,13 @@ class DataFreeTraining:
         logits = check_classifier(self.teacher, **sizes, owner=owner, name=name)  # type: ignore[arg-type]
         if not bool(torch.isfinite(logits).all()):
             raise ValueError(f"{owner}: {name} must have finite weights, got NaN or infinite logits")
+        with torch.no_grad(), self.bn_statistics as statistics:
+            self.teacher(torch.zeros(2, *self.input_shape, device=self.device))
+            statistics.loss()  # its kernels are there
         for index, student in enumerate(self.students):
             check_classifier(student, **sizes, owner=owner, name=f"students[{index}]")  # type: ignore[arg-type]
+            if not self.quant:
+                check_learns(student, **sizes, owner=owner, name=f"students[{index}]")  # type: ignore[arg-type]
 
     def _student_optimizers(self) -> list[tuple[torch.optim.Optimizer, ...]]:
         recipe = self.recipe
@@ -271,6 +274,8 @@ class DataFreeTraining:
             self.add_snapshot(self.sources[owner])
             self.pool.frozen[-1].load_state_dict(weights)
         self.calibrated = {name: value.to(self.device) for name, value in state["calibrated"].items()}
+        if self.calibrated:
+            self.students[0].load_state_dict(self.calibrated)  # it fits, or the checkpoint is refused now
         if self.quant and state["optimizers"]:
             for student in self.students:
                 learn_ranges(student, self.quant)

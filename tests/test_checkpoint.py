@@ -166,3 +166,20 @@ def test_what_is_no_state_dict_is_named_without_advice_to_unpickle(tmp_path: Pat
     with pytest.raises(CheckpointError, match=text) as error:
         load_weights(small_net(), tmp_path / "net.pth")
     assert not any(word in str(error.value) for word in ("weights_only", "\n", "\x1b"))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [(lambda state: state.update({0: torch.zeros(1)}), "must hold a state dict of tensors"),
+     (lambda state: state.update({"fc.bias": torch.zeros(4, dtype=torch.int8)}), "must be of torch.float32, got torch.int8"),
+     (lambda state: state.update({"fc.bias": torch.zeros(4, dtype=torch.cfloat)}), "got torch.complex64"),
+     (lambda state: state.update({"fc.bias": torch.zeros(4, dtype=torch.float8_e4m3fn)}), "got torch.float8"),
+     (lambda state: state.update({"fc.bias": torch.zeros(4, device="meta")}), "must hold its values"),
+     (lambda state: state.update({"fc.bias": torch.zeros(4).to_sparse()}), "must hold its values")],
+)  # fmt: skip
+def test_tensors_that_are_no_weights_are_refused(tmp_path: Path, change, text: str) -> None:
+    state = dict(small_net().state_dict())
+    change(state)
+    torch.save(state, tmp_path / "net.pth")
+    with pytest.raises(CheckpointError, match=text):
+        load_weights(small_net(), tmp_path / "net.pth")

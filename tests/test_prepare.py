@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dfq
-from dfq.config import quant_config
+from dfq.config import LayerBits, quant_config
 from dfq.quant import PrepareError, freeze_ranges, prepare
 from dfq.quant.pooling import QuantAveragePool
 from tests.conftest import small_net
@@ -174,7 +174,7 @@ def test_what_no_output_depends_on_is_left_out() -> None:
 
 
 def test_names_of_the_new_graph_are_refused() -> None:
-    for name in ("quantizers", "weight_quantizers", "pools", "graph"):
+    for name in ("quantizers", "weight_quantizers", "pools", "graph", "meta", "_graph"):
         model = nn.Sequential()
         model.add_module(name, nn.Conv2d(1, 4, 3))
         with pytest.raises(PrepareError, match=f"a submodule must not have a name .* got '{name}'"):
@@ -223,3 +223,49 @@ def test_a_forward_that_is_not_the_class_s_is_refused() -> None:
     model.relu.forward = lambda x: x
     with pytest.raises(PrepareError, match="relu must have its class.s forward"):
         prepare(model, quant_config("W4A4"))
+
+
+@pytest.mark.parametrize(
+    ("read", "text"),
+    [(lambda net, x, f: torch.add(f, x, out=f), "a call with out="),
+     (lambda net, x, f: torch.add(f, x, alpha=2), "an addition with alpha 2"),
+     (lambda net, x, f: F.avg_pool2d(f, f.size(2)), "a pool must have constant windows"),
+     (lambda net, x, f: F.dropout(f, 0.5), "a dropout that is on in evaluation"),
+     (lambda net, x, f: f + net.relu(x), "relu must not change the images")],
+)  # fmt: skip
+def test_calls_that_would_be_traced_as_something_else_are_refused(read, text: str) -> None:
+    class Reading(Unusual):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(read(self, x, self.bn(self.conv(x))))
+
+    with pytest.raises(PrepareError, match=text):
+        prepare(Reading("view"), quant_config("W4A4"))
+
+
+@pytest.mark.parametrize("size", [lambda f: f.size(0), lambda f: f.shape[0]])
+def test_a_changed_value_may_be_asked_for_its_shape(random: torch.Generator, size) -> None:
+    class Shape(Unusual):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            f = self.bn(self.conv(x))
+            out = F.relu(f, inplace=True)
+            return self.head(out).mean([2, 3]).view(size(f), -1)
+
+    model, x = Shape("view").eval(), torch.randn(8, 1, 12, 12, generator=random)
+    student = calibrated(model, quant_config("W8A8"), x)
+    freeze_ranges(student)
+    assert float((student.eval()(x) - model(x)).detach().abs().max()) < 0.06 * float(model(x).detach().abs().max())
+
+
+def test_a_model_in_training_is_traced_as_in_evaluation() -> None:
+    class Mode(Unusual):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = F.dropout(self.bn(self.conv(x)), 0.5, self.training)
+            return self.head(self.other(x) if self.training else x)
+
+    assert "other" not in dict(prepare(Mode("view").train(), quant_config("W4A4")).named_modules())
+
+
+def test_gdfq_gives_a_relu_the_bits_that_its_layers_agree_on() -> None:
+    config = quant_config("gdfq-W4A4", overrides={"conv3": LayerBits(4, 7)})
+    modules = dict(prepare(small_net(), config).named_modules())
+    assert modules["conv2.tail.quantizer"].bits == 7 and modules["conv1.tail.quantizer"].bits == 4

@@ -23,15 +23,18 @@ def test_the_setting_that_differs_is_named_alone(tmp_path: Path) -> None:
         RunFolder(tmp_path, other, resume=True)
 
 
-def test_a_resume_that_cannot_repeat_the_bits_says_so(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+@pytest.mark.parametrize("key", ["torch", "threads", "kernels"])
+def test_a_resume_that_cannot_repeat_the_bits_says_so(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, key: str
+) -> None:
     RunFolder(tmp_path, SETTINGS, resume=False)
     RunFolder(tmp_path, SETTINGS, resume=True)
     assert not recwarn.list
     path = tmp_path / "config.json"
     saved = json.loads(path.read_text())
-    saved["versions"]["threads"] = "64"
+    saved["versions"][key] = "64"
     path.write_text(json.dumps(saved))
-    with pytest.warns(UserWarning, match="threads was 64 when .* began and is"):
+    with pytest.warns(UserWarning, match=f"{key} was 64 when .* began and is"):
         RunFolder(tmp_path, SETTINGS, resume=True)
 
 
@@ -51,3 +54,14 @@ def test_a_config_without_what_every_run_has_is_refused(tmp_path: Path, key: str
 def test_importing_dfq_leaves_matplotlib_alone() -> None:
     code = "import matplotlib; matplotlib.use('svg'); import dfq; print(matplotlib.get_backend())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "svg"
+
+
+def test_damaged_versions_and_metrics_do_not_stop_a_resume(tmp_path: Path) -> None:
+    RunFolder(tmp_path, SETTINGS, resume=False)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**saved, "versions": None}))
+    with pytest.warns(UserWarning, match="was None when"), RunFolder(tmp_path, SETTINGS, resume=True) as folder:
+        assert folder.metrics() == []
+        (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0, "loss": 1.0}\n{"step": \xff')
+        folder.rewind(1)
+        assert folder.metrics() == [{"step": 0, "loss": 1.0}]

@@ -62,6 +62,9 @@ RESERVED = ("weight_quantizers", "quantizers", "pools")
 """Submodules of the new graph that are not the model's."""
 
 
+_EMPTY = fx.GraphModule(nn.Module(), fx.Graph())
+
+
 class _Proxy(fx.Proxy):
     def __iadd__(self, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
@@ -107,7 +110,7 @@ def trace(model: nn.Module) -> list[fx.Node]:
 
 def _check_modules(model: nn.Module) -> None:
     for name, _ in model.named_children():
-        if name in RESERVED or hasattr(fx.GraphModule, name):
+        if name in RESERVED or hasattr(_EMPTY, name):
             raise PrepareError(f"prepare: a submodule must not have a name of the quantized graph's own, got {name!r}")
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
@@ -140,8 +143,10 @@ def _check_changes_in_place(nodes: list[fx.Node], model: nn.Module) -> None:
             raise PrepareError(f"prepare: the result of {node.name} must be used (x = relu(x)), got an in-place call")
         if not changes:
             continue
+        if memory[node].op == "placeholder":
+            raise PrepareError(f"prepare: {node.name} must not change the images, got a change in place")
         for reader in nodes[position[node] + 1 :]:
-            for value in reader.all_input_nodes:
+            for value in [] if kind_or_none(reader, model) is Kind.SIZE else reader.all_input_nodes:
                 if position[value] < position[node] and memory[value] is memory[node]:
                     raise PrepareError(
                         f"prepare: {reader.name} must read the result of {node.name}, got a read of the value that "
@@ -150,8 +155,11 @@ def _check_changes_in_place(nodes: list[fx.Node], model: nn.Module) -> None:
 
 
 def _changes_its_input(node: fx.Node, model: nn.Module) -> bool:
-    if node.op == "call_module":
-        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_module":  # a dropout changes nothing in evaluation
+        module = model.get_submodule(str(node.target))
+        return MODULES.get(type(module)) is Kind.ACTIVATION and bool(getattr(module, "inplace", False))
+    if node.target is F.dropout:
+        return False
     name = getattr(node.target, "__name__", str(node.target))
     in_place = (name.endswith("_") and not name.endswith("__")) or name == "iadd"
     return node.op in ("call_function", "call_method") and (in_place or bool(node.kwargs.get("inplace", False)))
@@ -182,6 +190,10 @@ def kind_of(node: fx.Node, model: nn.Module) -> Kind:
     if kind is None:
         what = f"method .{node.target}()" if node.op == "call_method" else f"{node.op} {node.target}"
         raise _unsupported(f"{what} (node {node.name})")
+    if "out" in node.kwargs:
+        raise _unsupported(f"a call with out= (node {node.name})")
+    if node.target is F.dropout and (list(node.args[2:3]) or [node.kwargs.get("training", True)])[0]:
+        raise _unsupported(f"a dropout that is on in evaluation (node {node.name}; training=self.training is missing)")
     if kind is Kind.SIZE and node.op == "call_function" and not _reads_a_size(node):
         raise _unsupported(f"{node.name}, an access to something else than a shape")
     if kind is Kind.ADD and node.kwargs.get("alpha", 1) != 1:

@@ -62,6 +62,9 @@ class QuantAveragePool(nn.Module):
         return (sizes[0][:, None] * sizes[1][None, :]).double()
 
 
+_WINDOW = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+
+
 def average_pool(node: fx.Node, model: nn.Module) -> QuantAveragePool:
     """The pooling module of a node that calls one as a module, a function or a method.
 
@@ -72,8 +75,12 @@ def average_pool(node: fx.Node, model: nn.Module) -> QuantAveragePool:
         module = model.get_submodule(str(node.target))
         if isinstance(module, nn.AdaptiveAvgPool2d):
             return QuantAveragePool(output_size=module.output_size)
-        names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-        return _plain(str(node.target), {name: getattr(module, name) for name in names})
+        return _plain(str(node.target), {name: getattr(module, name) for name in _WINDOW})
+    if len(node.all_input_nodes) != 1:
+        raise PrepareError(
+            f"prepare: a pool must have constant windows (adaptive_avg_pool2d(x, 1) for a whole map), got sizes of a "
+            f"tensor (node {node.name})"
+        )
     name = getattr(node.target, "__name__", str(node.target))
     if "mean" in name:
         arguments = _named(node, ("dim", "keepdim"))
@@ -83,8 +90,7 @@ def average_pool(node: fx.Node, model: nn.Module) -> QuantAveragePool:
         return QuantAveragePool(output_size=1, flat=not arguments.get("keepdim", False))
     if "adaptive" in name:
         return QuantAveragePool(output_size=_named(node, ("output_size",))["output_size"])
-    names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-    return _plain(node.name, _named(node, names))
+    return _plain(node.name, _named(node, _WINDOW))
 
 
 def _named(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
