@@ -30,25 +30,26 @@ def native() -> ModuleType:
 @cache
 def missing(device_type: str) -> str | None:
     """Why native kernels cannot run on this device; None if they can."""
-    if device_type != "cpu":
-        return "this version has no CUDA kernels"
     try:
-        native()
+        module = native()
     except ImportError as error:
         note = Path(__file__).parent / "_native.txt"
         if note.exists():
             return f"the native module was not built: {note.read_text().strip()}"
         return f"the native module cannot be loaded: {str(error).splitlines()[0]}"
+    if device_type == "cuda" and not module.cuda:
+        return "the native module was built without CUDA kernels (nvcc was not found, or failed)"
     return None
 
 
 def register(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Defines `dfq_kernels::<schema>`, with what it does on a CPU and, for tracing, on tensors without values."""
+    """Defines `dfq_kernels::<schema>`, with what it does on CPU and GPU and, for tracing, on tensors without values."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         name = schema.partition("(")[0]
         _LIBRARY.define(schema)
-        _LIBRARY.impl(name, function, "CPU")
+        for device in ("CPU", "CUDA"):
+            _LIBRARY.impl(name, function, device)
         torch.library.register_fake(f"dfq_kernels::{name}", fake, lib=_LIBRARY)
         return getattr(torch.ops.dfq_kernels, name).default
 
@@ -103,6 +104,25 @@ class Updated:
         for tensor, value in zip(self.tensors, self.values, strict=True):
             if value.data_ptr() != tensor.data_ptr():
                 tensor.copy_(value)
+
+
+def workspace(x: Tensor, view: tuple[int, int, int]) -> Tensor | None:
+    """Room for the sums of a GPU's blocks; None on the CPU, whose kernels have their own."""
+    if not (x.is_cuda or native().emulated):
+        return None
+    return torch.empty(native().workspace_bytes(*view), dtype=torch.uint8, device=x.device)
+
+
+def where(x: Tensor, room: Tensor | None = None) -> tuple[int, int, int, int]:
+    """Where a kernel on `x` runs: device (-1: CPU), threads, stream, workspace. Kernels are queued, not waited for."""
+    if x.is_cuda:
+        return x.device.index, 0, torch.cuda.current_stream(x.device).cuda_stream, address(room)
+    return (0 if native().emulated else -1), torch.get_num_threads(), 0, address(room)
+
+
+def optional(values: Tensor | None) -> Tensor | None:
+    """`fp32` of what may be None."""
+    return None if values is None else fp32(values)
 
 
 def mask_like(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ extern const CpuKernels table;
 const CpuKernels table = {
     DFQ_TEXT(DFQ_ISA),
 #define DFQ_ENTRY(name, arguments) name,
-    DFQ_CPU_KERNELS(DFQ_ENTRY)
+    DFQ_KERNELS(DFQ_ENTRY)
 #undef DFQ_ENTRY
 };
 

@@ -14,13 +14,12 @@ from dfq_kernels.extension import (
     fp32,
     in_order_of,
     native,
+    optional,
     register,
     view,
+    where,
+    workspace,
 )
-
-
-def _optional(values: Tensor | None) -> Tensor | None:
-    return None if values is None else fp32(values)
 
 
 def _fake_forward(x: Tensor, *settings: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,15 +55,17 @@ def forward(
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(out, mean, var)`, the statistics that normalised; stored statistics and range are updated in place."""
-    x, weight, bias = dense(x), _optional(weight), _optional(bias)
+    x, weight, bias = dense(x), optional(weight), optional(bias)
     out, mean, var = _fake_forward(x)
     updated = Updated((running_mean, running_var, running_min, running_max, scale, zero_point))
     if not training:
         mean.copy_(running_mean)
         var.copy_(running_var)
     stored_mean, stored_var, *parameters = [value.data_ptr() for value in updated.values]
+    shape = view(x, 1)
+    room = workspace(x, shape)
     native().bn_act_fake_quant_forward(
-        DTYPES[x.dtype], torch.get_num_threads(), *view(x, 1), x.data_ptr(), address(weight), address(bias),
+        DTYPES[x.dtype], where(x, room), *shape, x.data_ptr(), address(weight), address(bias),
         stored_mean, stored_var, training, observe, momentum, eps, ACTIVATIONS[activation], *parameters,
         averaging_constant, quant_min, quant_max, symmetric, out.data_ptr(), mean.data_ptr(), var.data_ptr(),
     )  # fmt: skip
@@ -98,12 +99,14 @@ def _backward(
     quant_min: int,
     quant_max: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, weight, bias, mean, var = dense(x), _optional(weight), _optional(bias), fp32(mean), fp32(var)
+    x, weight, bias, mean, var = dense(x), optional(weight), optional(bias), fp32(mean), fp32(var)
     scale, zero_point, grad_out = fp32(scale), fp32(zero_point), in_order_of(x, grad_out)
     grads = _fake_backward(grad_out, x)
     grad_x, grad_weight, grad_bias, grad_scale, grad_zero_point = [grad.data_ptr() for grad in grads]
+    shape = view(x, 1)
+    room = workspace(x, shape)
     native().bn_act_fake_quant_backward(
-        DTYPES[x.dtype], torch.get_num_threads(), *view(x, 1), grad_out.data_ptr(), x.data_ptr(), address(weight),
+        DTYPES[x.dtype], where(x, room), *shape, grad_out.data_ptr(), x.data_ptr(), address(weight),
         address(bias), mean.data_ptr(), var.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), training, eps,
         ACTIVATIONS[activation], quant_min, quant_max, grad_x, grad_weight, grad_bias, grad_scale, grad_zero_point,
     )  # fmt: skip

@@ -5,11 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dfq_kernels.extension import ACTIVATIONS, DTYPES, address, dense, fp32, in_order_of, native, register, view
-
-
-def _optional(values: Tensor | None) -> Tensor | None:
-    return None if values is None else fp32(values)
+from dfq_kernels.extension import (
+    ACTIVATIONS,
+    DTYPES,
+    address,
+    dense,
+    fp32,
+    in_order_of,
+    native,
+    optional,
+    register,
+    view,
+    where,
+    workspace,
+)
 
 
 def _fake_forward(x: Tensor, *parameters: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,10 +35,12 @@ def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float, activation: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(out, batch_mean, batch_var)`."""
-    x, weight, bias, mean, var = dense(x), _optional(weight), _optional(bias), fp32(mean), fp32(var)
+    x, weight, bias, mean, var = dense(x), optional(weight), optional(bias), fp32(mean), fp32(var)
     out, batch_mean, batch_var = _fake_forward(x)
+    shape = view(x, 1)
+    room = workspace(x, shape)
     native().bn_act_stats_forward(
-        DTYPES[x.dtype], torch.get_num_threads(), *view(x, 1), x.data_ptr(), address(weight), address(bias),
+        DTYPES[x.dtype], where(x, room), *shape, x.data_ptr(), address(weight), address(bias),
         mean.data_ptr(), var.data_ptr(), eps, ACTIVATIONS[activation], out.data_ptr(), batch_mean.data_ptr(),
         batch_var.data_ptr(),
     )  # fmt: skip
@@ -59,11 +70,11 @@ def backward(
     activation: str | None,
 ) -> Tensor:
     """Both gradients of x joined: through the batch norm, and through the statistics."""
-    x, weight, bias, mean, var = dense(x), _optional(weight), _optional(bias), fp32(mean), fp32(var)
+    x, weight, bias, mean, var = dense(x), optional(weight), optional(bias), fp32(mean), fp32(var)
     grad_out, grad_mean, grad_var = in_order_of(x, grad_out), fp32(grad_mean), fp32(grad_var)
     grad_x = torch.empty_like(x)
     native().bn_act_stats_backward(
-        DTYPES[x.dtype], torch.get_num_threads(), *view(x, 1), grad_out.data_ptr(), grad_mean.data_ptr(),
+        DTYPES[x.dtype], where(x), *view(x, 1), grad_out.data_ptr(), grad_mean.data_ptr(),
         grad_var.data_ptr(), x.data_ptr(), batch_mean.data_ptr(), address(weight), address(bias), mean.data_ptr(),
         var.data_ptr(), eps, ACTIVATIONS[activation], grad_x.data_ptr(),
     )  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dfq_kernels.extension import fp32, native, register
+from dfq_kernels.extension import fp32, native, register, where
 
 _LISTS = "Tensor[] means, Tensor[] variances, Tensor[] running_means, Tensor[] running_vars, float[] eps"
 
@@ -32,7 +32,9 @@ def forward(
     lists = [[fp32(tensor) for tensor in tensors] for tensors in (means, variances, running_means, running_vars)]
     loss = _fake_forward(means)
     channels = [mean.numel() for mean in means]
-    native().bn_stat_loss_forward(*[_addresses(tensors) for tensors in lists], channels, list(eps), loss.data_ptr())
+    native().bn_stat_loss_forward(
+        where(loss), *[_addresses(tensors) for tensors in lists], channels, list(eps), loss.data_ptr()
+    )
     return loss
 
 
@@ -55,7 +57,7 @@ def backward(
     grad_out = fp32(grad_out)
     grad_means, grad_vars = _fake_backward(grad_out, lists[0])
     native().bn_stat_loss_backward(
-        *[_addresses(tensors) for tensors in lists], [mean.numel() for mean in means], list(eps), grad_out.data_ptr(),
+        where(grad_out), *[_addresses(tensors) for tensors in lists], [mean.numel() for mean in means], list(eps), grad_out.data_ptr(),
         _addresses(grad_means), _addresses(grad_vars),
     )  # fmt: skip
     return grad_means, grad_vars

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dfq_kernels.extension import DTYPES, dense, fp32, native, register, view
+from dfq_kernels.extension import DTYPES, dense, fp32, native, register, view, where, workspace
 
 
 def _fake_forward(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,9 +18,9 @@ def forward(x: Tensor) -> tuple[Tensor, Tensor]:
     """`(mean, var)`."""
     x = dense(x)
     mean, var = _fake_forward(x)
-    native().bn_stats_forward(
-        DTYPES[x.dtype], torch.get_num_threads(), *view(x, 1), x.data_ptr(), mean.data_ptr(), var.data_ptr()
-    )
+    shape = view(x, 1)
+    room = workspace(x, shape)
+    native().bn_stats_forward(DTYPES[x.dtype], where(x, room), *shape, x.data_ptr(), mean.data_ptr(), var.data_ptr())
     return mean, var
 
 
@@ -34,7 +34,7 @@ def backward(grad_mean: Tensor, grad_var: Tensor, x: Tensor, mean: Tensor) -> Te
     x, grad_mean, grad_var = dense(x), fp32(grad_mean), fp32(grad_var)
     grad_x = torch.empty_like(x)
     native().bn_stats_backward(
-        DTYPES[x.dtype], torch.get_num_threads(), *view(x, 1), grad_mean.data_ptr(), grad_var.data_ptr(), x.data_ptr(),
+        DTYPES[x.dtype], where(x), *view(x, 1), grad_mean.data_ptr(), grad_var.data_ptr(), x.data_ptr(),
         mean.data_ptr(), grad_x.data_ptr(),
     )  # fmt: skip
     return grad_x

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dfq_kernels.extension import DTYPES, dense, fp32, in_order_of, mask_like, native, register, view
+from dfq_kernels.extension import DTYPES, dense, fp32, in_order_of, mask_like, native, register, view, where, workspace
 
 
 def _fake_forward(
@@ -26,7 +26,7 @@ def forward(
     x, scale, zero_point = dense(x), fp32(scale), fp32(zero_point)
     out, mask = torch.empty_like(x), mask_like(x)
     native().fake_quant_forward(
-        DTYPES[x.dtype], torch.get_num_threads(), *view(x, axis), x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(),
+        DTYPES[x.dtype], where(x), *view(x, axis), x.data_ptr(), scale.data_ptr(), zero_point.data_ptr(),
         quant_min, quant_max, out.data_ptr(), mask.data_ptr(),
     )  # fmt: skip
     return out, mask
@@ -41,7 +41,7 @@ def _mask_backward(grad_out: Tensor, inside: Tensor, size: list[int], stride: li
     grad_x = torch.empty_strided(size, stride, dtype=grad_out.dtype, device=grad_out.device)
     grad_out = in_order_of(grad_x, grad_out)
     native().mask_backward(
-        DTYPES[grad_x.dtype], torch.get_num_threads(), grad_x.numel(), grad_out.data_ptr(), inside.data_ptr(),
+        DTYPES[grad_x.dtype], where(grad_x), grad_x.numel(), grad_out.data_ptr(), inside.data_ptr(),
         grad_x.data_ptr(),
     )  # fmt: skip
     return grad_x
@@ -69,11 +69,12 @@ def backward_learned(
     """Gradients of x, scale and zero_point."""
     x, scale_values, zero_points = dense(x), fp32(scale), fp32(zero_point)
     grad_out, grad_x = in_order_of(x, grad_out), torch.empty_like(x)
-    size, channels, inner = view(x, axis)
-    grad_scale = torch.empty(channels, dtype=torch.float32, device=x.device)
+    shape = view(x, axis)
+    room = workspace(x, shape)
+    grad_scale = torch.empty(shape[1], dtype=torch.float32, device=x.device)
     grad_zero_point = torch.empty_like(grad_scale)
     native().fake_quant_backward(
-        DTYPES[x.dtype], torch.get_num_threads(), size, channels, inner, grad_out.data_ptr(), x.data_ptr(),
+        DTYPES[x.dtype], where(x, room), *shape, grad_out.data_ptr(), x.data_ptr(),
         scale_values.data_ptr(), zero_points.data_ptr(), quant_min, quant_max, grad_x.data_ptr(),
         grad_scale.data_ptr(), grad_zero_point.data_ptr(),
     )  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dfq_kernels.extension import DTYPES, native, register
+from dfq_kernels.extension import DTYPES, native, register, where
 
 
 def _rows(weight: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def forward(weights: Sequence[Tensor], bits: Sequence[int]) -> tuple[list[Tensor
     for dtype in {weight.dtype for weight in weights}:
         chosen = [index for index, weight in enumerate(weights) if weight.dtype == dtype]
         native().fake_quant_weights(
-            DTYPES[dtype], torch.get_num_threads(), [weights[index].data_ptr() for index in chosen],
+            DTYPES[dtype], where(weights[0]), [weights[index].data_ptr() for index in chosen],
             [weights[index].shape[0] for index in chosen],
             [weights[index].numel() // weights[index].shape[0] for index in chosen],
             [bits[index] for index in chosen], [outs[index].data_ptr() for index in chosen],

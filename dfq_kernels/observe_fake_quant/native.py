@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dfq_kernels.extension import DTYPES, Updated, dense, mask_like, native, register
+from dfq_kernels.extension import DTYPES, Updated, dense, mask_like, native, register, where, workspace
 from dfq_kernels.fake_quant import native as fake_quant
 
 
@@ -33,9 +33,10 @@ def forward(
     """Updates the range and its parameters in place; `(out, inside)` of `fake_quant` with the new ones."""
     x = dense(x)
     out, mask = torch.empty_like(x), mask_like(x)
+    room = workspace(x, (x.numel(), 1, x.numel()))
     updated = Updated((running_min, running_max, scale, zero_point))
     native().observe_fake_quant_forward(
-        DTYPES[x.dtype], torch.get_num_threads(), x.numel(), x.data_ptr(),
+        DTYPES[x.dtype], where(x, room), x.numel(), x.data_ptr(),
         *[value.data_ptr() for value in updated.values], averaging_constant, quant_min, quant_max, symmetric,
         out.data_ptr(), mask.data_ptr(),
     )  # fmt: skip

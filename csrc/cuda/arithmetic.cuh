@@ -1,0 +1,194 @@
+// The arithmetic that several operators share, one element at a time. Compiled with -fmad=false: every operation is
+// rounded on its own, as on the CPU.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "../common/arguments.h"
+
+namespace dfq {
+namespace cuda {
+
+constexpr float kScaleFloor = 0x1p-23f;  // of a range that is a single point
+constexpr float kScaledLimit = 0x1p24f;  // beyond every integer that can be asked for
+constexpr float kInfinity = __builtin_huge_valf();
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float widen(__half x) { return __half2float(x); }
+template <class T>
+__device__ inline T narrow(float x);
+template <>
+__device__ inline float narrow<float>(float x) { return x; }
+template <>
+__device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+template <>
+__device__ inline __half narrow<__half>(float x) { return __float2half_rn(x); }
+
+// NaN stays NaN, as fmaxf and fminf would not have it.
+__device__ inline float clamp(float x, float low, float high) {
+  x = x < low ? low : x;
+  return x > high ? high : x;
+}
+
+__device__ inline float activate(float y, int activation) {
+  if (activation == kIdentity) return y;
+  return activation == kReLU6 ? clamp(y, 0.0f, 6.0f) : (y < 0.0f ? 0.0f : y);
+}
+
+// The gradient behind the activation, whose output is y: 0 where it clipped.
+__device__ inline float activation_gradient(float grad, float y, int activation) {
+  const bool clipped = activation != kIdentity && (y <= 0.0f || (activation == kReLU6 && y >= 6.0f));
+  return clipped ? 0.0f : grad;
+}
+
+__device__ inline float inverse_deviation(float var, float eps) { return 1.0f / sqrtf(var + eps); }
+
+struct LearnedGradient {
+  float x, scale, outside;  // outside: the gradient where the clamp changed something
+};
+
+__device__ inline LearnedGradient learned_gradient(float x, float grad, float inv, float zero_point, float low,
+                                                   float high) {
+  const float scaled = x * inv;
+  const float rounded = rintf(scaled + zero_point);
+  const float q = clamp(rounded, low, high);
+  const bool inside = q == rounded;
+  const float finite = clamp(scaled, -kScaledLimit, kScaledLimit);  // before it meets a 0
+  const float grad_inside = inside ? grad : 0.0f;
+  return {grad_inside, ((q - zero_point) - (inside ? finite : 0.0f)) * grad, grad - grad_inside};
+}
+
+// The range moves towards [low, high]; scale and zero point follow. A non-finite range leaves everything as it is.
+__device__ inline void move_range(const MovingRange& r, float low, float high) {
+  float least = *r.running_min, most = *r.running_max;
+  if (isfinite(low) && isfinite(high)) {
+    const bool first = least > most;
+    least = first ? low : least + r.averaging_constant * (low - least);
+    most = first ? high : most + r.averaging_constant * (high - most);
+    *r.running_min = least;
+    *r.running_max = most;
+  }
+  const bool seen = least <= most;
+  const float from = seen && least < 0.0f ? least : 0.0f, to = seen && most > 0.0f ? most : 0.0f;
+  float zero_point = 0.0f;
+  float scale = r.symmetric ? (-from > to ? -from : to) / r.quant_max : (to - from) / (r.quant_max - r.quant_min);
+  scale = scale < kScaleFloor ? kScaleFloor : scale;
+  if (!r.symmetric) zero_point = clamp(rintf(r.quant_min - from / scale), r.quant_min, r.quant_max);
+  *r.scale = scale;
+  *r.zero_point = zero_point;
+}
+
+// --- what is gathered over a channel: a thread's part in fp32; parts are joined in a fixed order, in double ---------
+
+struct Nothing {
+  struct Wide {
+    __device__ void absorb(const Nothing&) {}
+  };
+  template <int N>
+  __device__ void add(const float (&)[N], int) {}
+  __device__ void merge(const Nothing&) {}
+};
+
+template <int K>
+struct Sums {
+  float value[K] = {};
+
+  struct Wide {
+    double value[K] = {};
+    __device__ void absorb(const Sums& part) {
+      for (int k = 0; k < K; ++k) value[k] += part.value[k];
+    }
+    __device__ void merge(const Wide& other) {
+      for (int k = 0; k < K; ++k) value[k] += other.value[k];
+    }
+  };
+  __device__ void merge(const Sums& other) {
+    for (int k = 0; k < K; ++k) value[k] += other.value[k];
+  }
+};
+
+// Count, mean and sum of squared deviations. Source: Chan, Golub, LeVeque 1983, eq. 2.1.
+struct Moments {
+  float count = 0, mean = 0, squares = 0;
+
+  struct Wide {
+    double count = 0, mean = 0, squares = 0;
+    __device__ void join(double n, double m, double s) {
+      const double total = count + n, delta = m - mean;
+      if (n == 0) return;
+      mean += delta * (n / total);
+      squares += s + delta * delta * (count * n / total);
+      count = total;
+    }
+    __device__ void absorb(const Moments& part) { join(part.count, part.mean, part.squares); }
+    __device__ void merge(const Wide& other) { join(other.count, other.mean, other.squares); }
+  };
+  __device__ void join(float n, float m, float s) {
+    const float total = count + n, delta = m - mean, share = __fdividef(n, total);
+    mean += delta * share;
+    squares += s + delta * delta * (count * share);
+    count = total;
+  }
+  __device__ void merge(const Moments& other) {
+    if (other.count > 0) join(other.count, other.mean, other.squares);
+  }
+  template <int N>
+  __device__ void add(const float (&x)[N], int n) {
+    float sum = 0, deviations = 0;
+    for (int i = 0; i < N; ++i) sum += i < n ? x[i] : 0.0f;
+    const float m = N == 1 ? sum : sum / static_cast<float>(n);
+    for (int i = 0; i < N && N > 1; ++i) deviations += i < n ? (x[i] - m) * (x[i] - m) : 0.0f;
+    join(static_cast<float>(n), m, deviations);
+  }
+};
+
+// Least and largest value; a NaN makes both NaN and stays.
+struct Extremes {
+  float low = kInfinity, high = -kInfinity;
+
+  using Wide = Extremes;
+  __device__ void take(float least, float most) {
+    low = least < low || least != least ? least : low;
+    high = most > high || most != most ? most : high;
+  }
+  __device__ void absorb(const Extremes& part) { take(part.low, part.high); }
+  __device__ void merge(const Extremes& other) { take(other.low, other.high); }
+  template <int N>
+  __device__ void add(const float (&x)[N], int n) {
+    for (int i = 0; i < N; ++i)
+      if (i < n) take(x[i], x[i]);
+  }
+};
+
+struct MomentsAndExtremes {
+  Moments moments;
+  Extremes extremes;
+
+  struct Wide {
+    Moments::Wide moments;
+    Extremes extremes;
+    __device__ void absorb(const MomentsAndExtremes& part) {
+      moments.absorb(part.moments);
+      extremes.absorb(part.extremes);
+    }
+    __device__ void merge(const Wide& other) {
+      moments.merge(other.moments);
+      extremes.merge(other.extremes);
+    }
+  };
+  __device__ void merge(const MomentsAndExtremes& other) {
+    moments.merge(other.moments);
+    extremes.merge(other.extremes);
+  }
+  template <int N>
+  __device__ void add(const float (&x)[N], int n) {
+    moments.add(x, n);
+    extremes.add(x, n);
+  }
+};
+
+}  // namespace cuda
+}  // namespace dfq

@@ -1,0 +1,216 @@
+// bn_act_fake_quant: a student's batch norm, activation, range update and fake quantization.
+//   math     y = act((x - mean) * (weight * inv_std) + bias), inv_std = 1 / sqrt(var + eps); range and values from y
+//   traffic  forward: x read for statistics and extremes (not where both are given), x read, out written;
+//            backward: grad_out and x read for the sums, in training once more, grad_x written
+//   grid     sweep.cuh; one block joins the parts, moves the stored statistics and the range; sweep.cuh again
+//   order    parts joined in order, in double; a batch norm is monotone per channel, so the extremes of x give those of y
+#include "declarations.cuh"
+#include "statistics.cuh"
+
+namespace dfq {
+namespace cuda {
+
+namespace {
+
+constexpr int kJoinThreads = 512;
+
+template <class T>
+struct LookAt : Operator<T, 1, false, MomentsAndExtremes> {
+  struct Constants {};
+  __device__ Constants constants(int64_t) const { return {}; }
+  template <int N>
+  __device__ void each(const Constants&, MomentsAndExtremes& part, const float (&in)[1][N], int n, float (&)[N]) const {
+    part.add(in[0], n);
+  }
+};
+
+template <class T>
+struct Quantize : Operator<T, 1, true, Nothing> {
+  Normalization norm;
+  const float *scale, *zero_point;  // one number each
+  float low, high;
+
+  struct Constants {
+    Normalization::Constants norm;
+    float scale, inv, zero_point;
+  };
+  __device__ Constants constants(int64_t c) const {
+    return {norm.constants(c), *scale, 1.0f / *scale, *zero_point};
+  }
+  template <int N>
+  __device__ void each(const Constants& k, Nothing&, const float (&in)[1][N], int, float (&out)[N]) const {
+    for (int e = 0; e < N; ++e) {
+      const float y = activate(k.norm.affine(in[0][e]), norm.activation);
+      out[e] = (clamp(rintf(y * k.inv + k.zero_point), low, high) - k.zero_point) * k.scale;
+    }
+  }
+};
+
+// One block: statistics, stored statistics, and the range of y over all channels.
+__global__ void __launch_bounds__(kJoinThreads)
+    join(const MomentsAndExtremes* parts, int slices, int64_t channels, const BnActFakeQuantForward a) {
+  __shared__ Extremes warps[kJoinThreads / 32];
+  const int warp = threadIdx.x / 32;
+  Extremes range;
+  for (int64_t c = warp; c < channels; c += kJoinThreads / 32) {
+    const MomentsAndExtremes::Wide total = total_of(parts, slices, channels, c);
+    if (threadIdx.x % 32 != 0) continue;
+    if (a.training) {
+      const double n = total.moments.count;
+      const float mean = static_cast<float>(total.moments.mean);
+      const float var = static_cast<float>(total.moments.squares / n);
+      const float unbiased = var * static_cast<float>(n / (n - 1));
+      a.mean[c] = mean;
+      a.var[c] = var;
+      a.running_mean[c] += a.momentum * (mean - a.running_mean[c]);
+      a.running_var[c] += a.momentum * (unbiased - a.running_var[c]);
+    }
+    const Normalization norm{a.mean, a.var, a.weight, a.bias, a.eps, a.activation};
+    const Normalization::Constants k = norm.constants(c);
+    const float one = activate(k.affine(total.extremes.low), a.activation);
+    const float other = activate(k.affine(total.extremes.high), a.activation);
+    range.take(one, one);
+    range.take(other, other);
+  }
+  if (threadIdx.x % 32 == 0) warps[warp] = range;
+  __syncthreads();
+  if (threadIdx.x != 0 || !a.observe) return;
+  for (int w = 1; w < kJoinThreads / 32; ++w) range.merge(warps[w]);
+  move_range(a.range, range.low, range.high);
+}
+
+// The layer's gradients for one element, behind fake quantization and activation.
+struct Layer {
+  Normalization norm;
+  const float *scale, *zero_point;
+  float low, high;
+
+  struct Constants {
+    Normalization::Constants norm;
+    float inv, zero_point;
+  };
+  struct Inner {
+    float grad, normalized, grad_scale, outside;
+  };
+  __device__ Constants constants(int64_t c) const { return {norm.constants(c), 1.0f / *scale, *zero_point}; }
+  __device__ Inner at(const Constants& k, float x, float grad_out) const {
+    const float y = activate(k.norm.affine(x), norm.activation);
+    const LearnedGradient g = learned_gradient(y, grad_out, k.inv, k.zero_point, low, high);
+    return {activation_gradient(g.x, y, norm.activation), (x - k.norm.mean) * k.norm.inv_std, g.scale, g.outside};
+  }
+};
+
+// Sums of one channel; with stored statistics the gradient of x too.
+template <class T, bool kWrites>
+struct Gather : Operator<T, 2, kWrites, Sums<4>> {
+  Layer layer;
+
+  using Constants = Layer::Constants;
+  __device__ Constants constants(int64_t c) const { return layer.constants(c); }
+  template <int N>
+  __device__ void each(const Constants& k, Sums<4>& sums, const float (&in)[2][N], int n, float (&out)[N]) const {
+    for (int e = 0; e < N; ++e) {
+      const Layer::Inner inner = layer.at(k, in[0][e], in[1][e]);
+      const float terms[4] = {inner.grad, inner.grad * inner.normalized, inner.grad_scale, inner.outside};
+      for (int t = 0; t < 4; ++t) sums.value[t] += e < n ? terms[t] : 0.0f;
+      if (kWrites) out[e] = inner.grad * k.norm.factor;
+    }
+  }
+};
+
+// The gradient of x where the batch's own statistics normalised.
+template <class T>
+struct Spread : Operator<T, 2, true, Nothing> {
+  Layer layer;
+  const float *grad_weight, *grad_bias;
+  float count;
+
+  struct Constants {
+    Layer::Constants layer;
+    float mean_grad, mean_product;
+  };
+  __device__ Constants constants(int64_t c) const {
+    return {layer.constants(c), grad_bias[c] / count, grad_weight[c] / count};
+  }
+  template <int N>
+  __device__ void each(const Constants& k, Nothing&, const float (&in)[2][N], int, float (&out)[N]) const {
+    for (int e = 0; e < N; ++e) {
+      const Layer::Inner inner = layer.at(k.layer, in[0][e], in[1][e]);
+      out[e] = (inner.grad - k.mean_grad - inner.normalized * k.mean_product) * k.layer.norm.factor;
+    }
+  }
+};
+
+// One block: gradients of weight and bias, and those of scale and zero point over all channels.
+__global__ void __launch_bounds__(kJoinThreads) join_gradients(const Sums<4>* parts, int slices, int64_t channels,
+                                                               const BnActFakeQuantBackward a) {
+  __shared__ double warps[kJoinThreads / 32][2];
+  const int warp = threadIdx.x / 32;
+  double scale = 0, outside = 0;
+  for (int64_t c = warp; c < channels; c += kJoinThreads / 32) {
+    const Sums<4>::Wide total = total_of(parts, slices, channels, c);
+    if (threadIdx.x % 32 != 0) continue;
+    a.grad_bias[c] = static_cast<float>(total.value[0]);
+    a.grad_weight[c] = static_cast<float>(total.value[1]);
+    scale += total.value[2];
+    outside += total.value[3];
+  }
+  if (threadIdx.x % 32 == 0) warps[warp][0] = scale, warps[warp][1] = outside;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int w = 1; w < kJoinThreads / 32; ++w) scale += warps[w][0], outside += warps[w][1];
+  *a.grad_scale = static_cast<float>(scale);
+  *a.grad_zero_point = static_cast<float>(-outside) * *a.scale;
+}
+
+template <class T, class Op>
+Op with_operands(const BnActFakeQuantBackward& a) {
+  Op op;
+  op.in[0] = static_cast<const T*>(a.x);
+  op.in[1] = static_cast<const T*>(a.grad_out);
+  op.out = static_cast<T*>(a.grad_x);
+  op.layer = {{a.mean, a.var, a.weight, a.bias, a.eps, a.activation}, a.scale, a.zero_point, a.quant_min, a.quant_max};
+  return op;
+}
+
+}  // namespace
+
+void bn_act_fake_quant_forward(const BnActFakeQuantForward& a, const Queue& queue) {
+  const Launch launch(queue);
+  with_type(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (a.training || a.observe) {
+      LookAt<T> look;
+      look.in[0] = static_cast<const T*>(a.x);
+      const Layout l = sweep(look, a.view, launch);
+      run(join, 1, kJoinThreads, 0, launch, static_cast<const MomentsAndExtremes*>(launch.workspace), l.slices,
+                                                  l.channels, a);
+    }
+    Quantize<T> op;
+    op.in[0] = static_cast<const T*>(a.x);
+    op.out = static_cast<T*>(a.out);
+    op.norm = {a.mean, a.var, a.weight, a.bias, a.eps, a.activation};
+    op.scale = a.range.scale, op.zero_point = a.range.zero_point;
+    op.low = a.range.quant_min, op.high = a.range.quant_max;
+    sweep(op, a.view, launch);
+  });
+}
+
+void bn_act_fake_quant_backward(const BnActFakeQuantBackward& a, const Queue& queue) {
+  const Launch launch(queue);
+  with_type(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    const Layout l = a.training ? sweep(with_operands<T, Gather<T, false>>(a), a.view, launch)
+                                : sweep(with_operands<T, Gather<T, true>>(a), a.view, launch);
+    run(join_gradients, 1, kJoinThreads, 0, launch, static_cast<const Sums<4>*>(launch.workspace), l.slices,
+                                                          l.channels, a);
+    if (!a.training) return;
+    Spread<T> op = with_operands<T, Spread<T>>(a);
+    op.grad_weight = a.grad_weight, op.grad_bias = a.grad_bias;
+    op.count = static_cast<float>(a.view.size / a.view.channels);
+    sweep(op, a.view, launch);
+  });
+}
+
+}  // namespace cuda
+}  // namespace dfq

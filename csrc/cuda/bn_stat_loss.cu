@@ -1,0 +1,81 @@
+// bn_stat_loss: Gaussian KL between batch statistics and stored ones, all layers.
+//   math     ((mean - m)^2 + var) / (2 v) - log(var / v) / 2 - 1 / 2, var and v at least eps; gradients (mean - m) / v and
+//            1 / (2 v) - 1 / (2 var), 0 where var is below eps
+//   traffic  a few numbers per channel
+//   grid     one block, forward (a network has thousands of channels); a block per layer, backward
+//   order    summed in order, in double
+#include "declarations.cuh"
+#include "sweep.cuh"
+
+namespace dfq {
+namespace cuda {
+
+namespace {
+
+constexpr int kLayers = 48;  // of one launch: their addresses travel in its arguments
+
+struct Lists {
+  int layers;
+  int64_t channels[kLayers];
+  const float *mean[kLayers], *var[kLayers], *running_mean[kLayers], *running_var[kLayers];
+  float *grad_mean[kLayers], *grad_var[kLayers];
+  float eps[kLayers];
+};
+
+__global__ void __launch_bounds__(kThreads) forward(const Lists lists, float* loss, bool first) {
+  double sum = 0;
+  for (int layer = 0; layer < lists.layers; ++layer) {
+    const float eps = lists.eps[layer];
+    for (int64_t c = threadIdx.x; c < lists.channels[layer]; c += kThreads) {
+      const float var = lists.var[layer][c], running_var = lists.running_var[layer][c];
+      const float batch = var < eps ? eps : var, stored = running_var < eps ? eps : running_var;
+      const float distance = lists.mean[layer][c] - lists.running_mean[layer][c];
+      sum += static_cast<double>((distance * distance + batch) / (2.0f * stored) - 0.5f * logf(batch / stored) - 0.5f);
+    }
+  }
+  __shared__ double threads[kThreads];
+  threads[threadIdx.x] = sum;
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < half) threads[threadIdx.x] += threads[threadIdx.x + half];
+  }
+  if (threadIdx.x == 0) *loss = static_cast<float>(first ? threads[0] : static_cast<double>(*loss) + threads[0]);
+}
+
+__global__ void __launch_bounds__(kThreads) backward(const Lists lists, const float* grad_out) {
+  const int layer = static_cast<int>(blockIdx.x);
+  const float eps = lists.eps[layer], grad = *grad_out;
+  for (int64_t c = threadIdx.x; c < lists.channels[layer]; c += kThreads) {
+    const float var = lists.var[layer][c], running_var = lists.running_var[layer][c];
+    const float batch = var < eps ? eps : var, stored = running_var < eps ? eps : running_var;
+    lists.grad_mean[layer][c] = grad * (lists.mean[layer][c] - lists.running_mean[layer][c]) / stored;
+    lists.grad_var[layer][c] = var >= eps ? grad * (1.0f / (2.0f * stored) - 1.0f / (2.0f * batch)) : 0.0f;
+  }
+}
+
+const float* floats(int64_t address) { return reinterpret_cast<const float*>(address); }
+float* floats_out(int64_t address) { return reinterpret_cast<float*>(address); }
+
+}  // namespace
+
+void bn_stat_loss(const BnStatLoss& a, const Queue& queue) {
+  const Launch launch(queue);
+  for (int64_t first = 0; first < a.layers; first += kLayers) {
+    Lists lists{};
+    lists.layers = static_cast<int>(at_most(kLayers, a.layers - first));
+    for (int i = 0; i < lists.layers; ++i) {
+      const int64_t layer = first + i;
+      lists.channels[i] = a.channels[layer];
+      lists.mean[i] = floats(a.means[layer]), lists.var[i] = floats(a.vars[layer]);
+      lists.running_mean[i] = floats(a.running_means[layer]), lists.running_var[i] = floats(a.running_vars[layer]);
+      lists.eps[i] = static_cast<float>(a.eps[layer]);
+      if (!a.grad_out) continue;
+      lists.grad_mean[i] = floats_out(a.grad_means[layer]), lists.grad_var[i] = floats_out(a.grad_vars[layer]);
+    }
+    if (a.grad_out) run(backward, lists.layers, kThreads, 0, launch, lists, a.grad_out);
+    else run(forward, 1, kThreads, 0, launch, lists, a.loss, first == 0);
+  }
+}
+
+}  // namespace cuda
+}  // namespace dfq
