@@ -1,8 +1,9 @@
 """The native build: `dfq_kernels._native` from csrc/, with pybind11 and ninja and without torch.
 
-The CPU kernels are compiled once per instruction-set level; the module picks one when it is loaded. Without a compiler
-the install succeeds, and `python -m dfq_kernels` gives the reason why native kernels are absent. `DFQ_BUILD_NATIVE`:
-`auto` (the default), `0` (do not build), `1` (fail if it cannot be built).
+The CPU kernels are compiled once per instruction-set level; the module picks one when it is loaded. CUDA kernels are
+built where nvcc is found (`$CUDA_HOME`, the path, /usr/local/cuda). Without a compiler the install succeeds, and
+`python -m dfq_kernels` gives the reason why native kernels are absent. `DFQ_BUILD_NATIVE`: `auto` (the default), `0`
+(do not build), `cpu` (no CUDA kernels), `1` (fail if the CPU kernels cannot be built).
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ ROOT = Path(__file__).parent.resolve()
 CPU = sorted(path for path in (ROOT / "csrc" / "cpu").glob("*.cpp") if path.stem != "select")
 # -ffp-contract=off: every operation rounds on its own; the other two let rounding and square roots be vectorised
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi"
+CUDA = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+# machine code for Ampere and Ada, for Hopper, and PTX that later ones translate; -fmad=false as -ffp-contract=off above
+NVCC_FLAGS = (
+    "-std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden -gencode=arch=compute_80,code=[sm_80,compute_80] "
+    "-gencode=arch=compute_90a,code=sm_90a"
+)
 LEVELS = {"baseline": "", "v2": "-march=x86-64-v2", "v3": "-march=x86-64-v3", "v4": "-march=x86-64-v4"}
 
 
@@ -34,15 +41,15 @@ class NinjaBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         wanted = os.environ.get("DFQ_BUILD_NATIVE", "auto")
-        if wanted not in ("auto", "0", "1"):
-            raise SystemExit(f"dfq-kernels: DFQ_BUILD_NATIVE must be auto, 0 or 1, got {wanted!r}")
+        if wanted not in ("auto", "0", "cpu", "1"):
+            raise SystemExit(f"dfq-kernels: DFQ_BUILD_NATIVE must be auto, 0, cpu or 1, got {wanted!r}")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        reason_file = target.parent / "_native.txt"
+        reason_file = target.parent / "_native.txt"  # why there is no module, or why it has no CUDA kernels
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             if wanted == "0":
                 raise Unbuilt("it was built with DFQ_BUILD_NATIVE=0")
-            levels = compile_with_ninja(target, Path(self.build_temp).resolve())
+            levels, without_cuda = compile_what_can_be(target, Path(self.build_temp).resolve(), cuda=wanted != "cpu")
         except Unbuilt as error:
             if wanted == "1":
                 raise SystemExit(f"dfq-kernels: DFQ_BUILD_NATIVE=1, but {error}") from error
@@ -50,13 +57,43 @@ class NinjaBuild(build_ext):
             reason_file.write_text(f"{error}\n")
             print(f"dfq-kernels: no native kernels: {error}", file=sys.stderr)
             return
-        reason_file.unlink(missing_ok=True)
-        print(
-            f"dfq-kernels: native CPU kernels for {', '.join(levels)}; no CUDA kernels in this version", file=sys.stderr
-        )
+        if without_cuda is None:
+            reason_file.unlink(missing_ok=True)
+        else:
+            reason_file.write_text(f"{without_cuda}\n")
+        cuda = "CUDA kernels" if without_cuda is None else f"no CUDA kernels: {without_cuda}"
+        print(f"dfq-kernels: native CPU kernels for {', '.join(levels)}; {cuda}", file=sys.stderr)
 
 
-def compile_with_ninja(target: Path, folder: Path) -> list[str]:
+def compile_what_can_be(target: Path, folder: Path, *, cuda: bool) -> tuple[list[str], str | None]:
+    """Builds `target`: its instruction-set levels, and why it has no CUDA kernels, if it has none."""
+    nvcc = find_nvcc() if cuda else None
+    reason = "nvcc was not found" if cuda else "it was built with DFQ_BUILD_NATIVE=cpu"
+    if nvcc is not None:
+        try:
+            return compile_with_ninja(target, folder, nvcc), None
+        except Unbuilt as error:
+            reason = str(error)
+    return compile_with_ninja(target, folder, None), reason
+
+
+def find_nvcc() -> Path | None:
+    """The CUDA compiler, if there is one with its static runtime."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    candidates = [Path(home) / "bin" / "nvcc" for home in homes if home]
+    candidates += [Path(found) for found in [shutil.which("nvcc")] if found] + [Path("/usr/local/cuda/bin/nvcc")]
+    return next((path for path in candidates if path.exists() and cuda_library(path) is not None), None)
+
+
+def cuda_library(nvcc: Path) -> Path | None:
+    """The folder of libcudart_static.a."""
+    home = nvcc.resolve().parent.parent
+    folders = [home / "lib64", home / "lib", home / "targets" / f"{platform.machine()}-linux" / "lib"]
+    folders.append(Path("/usr/local/cuda/lib64"))
+    return next((folder for folder in folders if (folder / "libcudart_static.a").exists()), None)
+
+
+def compile_with_ninja(target: Path, folder: Path, nvcc: Path | None) -> list[str]:
     """Builds `target` in `folder`; the instruction-set levels that it holds."""
     if sys.platform == "win32":
         raise Unbuilt("the kernels need GCC or clang")
@@ -71,7 +108,7 @@ def compile_with_ninja(target: Path, folder: Path) -> list[str]:
     levels = list(LEVELS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
     folder.mkdir(parents=True, exist_ok=True)
     include = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
-    (folder / "build.ninja").write_text(ninja_file(compiler, include, levels, target))
+    (folder / "build.ninja").write_text(ninja_file(compiler, include, levels, target, nvcc))
     done = subprocess.run(
         [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)],
         stdout=subprocess.PIPE,
@@ -81,18 +118,21 @@ def compile_with_ninja(target: Path, folder: Path) -> list[str]:
     if done.returncode != 0:
         print(done.stdout, file=sys.stderr)
         first = next((line for line in done.stdout.splitlines() if "error" in line), "ninja failed")
-        raise Unbuilt(f"{compiler} could not compile it: {first.strip()}")
+        raise Unbuilt(f"{nvcc or compiler} could not compile it: {first.strip()}")
     return levels
 
 
-def ninja_file(compiler: str, include: str, levels: list[str], target: Path) -> str:
+def ninja_file(compiler: str, include: str, levels: list[str], target: Path, nvcc: Path | None) -> str:
     """One edge per source and level, one link."""
     link = "-shared" + (" -undefined dynamic_lookup" if sys.platform == "darwin" else "")
+    runtime = f"-L{cuda_library(nvcc)} -lcudart_static -ldl -lrt -lpthread" if nvcc else ""
     lines = [
         f"flags = {FLAGS}",
         f"rule cxx\n  command = {compiler} $flags $more -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = {compiler} {link} $in -o $out",
+        f"rule nvcc\n  command = {nvcc} -ccbin {compiler.split()[0]} {NVCC_FLAGS} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc",
+        f"rule link\n  command = {compiler} {link} $in -o $out {runtime}",
     ]
     objects = []
 
@@ -102,6 +142,11 @@ def ninja_file(compiler: str, include: str, levels: list[str], target: Path) -> 
 
     add(ROOT / "csrc" / "bindings.cpp", "bindings", include)
     add(ROOT / "csrc" / "cpu" / "select.cpp", "select", "")
+    for source in CUDA if nvcc else []:  # first: they take longest
+        objects.append(f"{source.stem}_cuda.o")
+        lines.append(f"build {source.stem}_cuda.o: nvcc {escape(source)}")
+    if nvcc is None:
+        add(ROOT / "csrc" / "cuda" / "absent.cpp", "absent", "")
     for level in levels:
         for source in CPU:
             add(source, f"{source.stem}_{level}", f"{LEVELS[level]} -DDFQ_ISA={level}".strip())

@@ -33,13 +33,18 @@ def missing(device_type: str) -> str | None:
     try:
         module = native()
     except ImportError as error:
-        note = Path(__file__).parent / "_native.txt"
-        if note.exists():
-            return f"the native module was not built: {note.read_text().strip()}"
+        if (note := _note()) is not None:
+            return f"the native module was not built: {note}"
         return f"the native module cannot be loaded: {str(error).splitlines()[0]}"
     if device_type == "cuda" and not module.cuda:
-        return "the native module was built without CUDA kernels (nvcc was not found, or failed)"
+        return f"the native module was built without CUDA kernels: {_note()}"
     return None
+
+
+def _note() -> str | None:
+    """What the build left to say."""
+    path = Path(__file__).parent / "_native.txt"
+    return path.read_text().strip() if path.exists() else None
 
 
 def register(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -87,8 +87,6 @@ struct Nothing {
   struct Wide {
     __device__ void absorb(const Nothing&) {}
   };
-  template <int N>
-  __device__ void add(const float (&)[N], int) {}
   __device__ void merge(const Nothing&) {}
 };
 
@@ -110,7 +108,7 @@ struct Sums {
   }
 };
 
-// Count, mean and sum of squared deviations. Source: Chan, Golub, LeVeque 1983, eq. 2.1.
+// Count, mean (from a pivot) and sum of squared deviations. Source: Chan, Golub, LeVeque 1983, eq. 2.1.
 struct Moments {
   float count = 0, mean = 0, squares = 0;
 
@@ -136,12 +134,15 @@ struct Moments {
     if (other.count > 0) join(other.count, other.mean, other.squares);
   }
   template <int N>
-  __device__ void add(const float (&x)[N], int n) {
-    float sum = 0, deviations = 0;
-    for (int i = 0; i < N; ++i) sum += i < n ? x[i] : 0.0f;
+  __device__ void add(const float (&x)[N], int n, float pivot) {
+    float sum = 0, squares_of_group = 0;
+    for (int i = 0; i < N; ++i) sum += i < n ? x[i] - pivot : 0.0f;
     const float m = N == 1 ? sum : sum / static_cast<float>(n);
-    for (int i = 0; i < N && N > 1; ++i) deviations += i < n ? (x[i] - m) * (x[i] - m) : 0.0f;
-    join(static_cast<float>(n), m, deviations);
+    for (int i = 0; i < N && N > 1; ++i) {
+      const float deviation = (x[i] - pivot) - m;
+      squares_of_group += i < n ? deviation * deviation : 0.0f;
+    }
+    join(static_cast<float>(n), m, squares_of_group);
   }
 };
 
@@ -184,8 +185,8 @@ struct MomentsAndExtremes {
     extremes.merge(other.extremes);
   }
   template <int N>
-  __device__ void add(const float (&x)[N], int n) {
-    moments.add(x, n);
+  __device__ void add(const float (&x)[N], int n, float pivot) {
+    moments.add(x, n, pivot);
     extremes.add(x, n);
   }
 };

@@ -16,11 +16,13 @@ constexpr int kJoinThreads = 512;
 
 template <class T>
 struct LookAt : Operator<T, 1, false, MomentsAndExtremes> {
-  struct Constants {};
-  __device__ Constants constants(int64_t) const { return {}; }
+  struct Constants {
+    float pivot;
+  };
+  __device__ Constants constants(int64_t c, const Layout& l) const { return {pivot_of(this->in[0], l, c)}; }
   template <int N>
-  __device__ void each(const Constants&, MomentsAndExtremes& part, const float (&in)[1][N], int n, float (&)[N]) const {
-    part.add(in[0], n);
+  __device__ void each(const Constants& k, MomentsAndExtremes& part, const float (&in)[1][N], int n, float (&)[N]) const {
+    part.add(in[0], n, k.pivot);
   }
 };
 
@@ -34,7 +36,7 @@ struct Quantize : Operator<T, 1, true, Nothing> {
     Normalization::Constants norm;
     float scale, inv, zero_point;
   };
-  __device__ Constants constants(int64_t c) const {
+  __device__ Constants constants(int64_t c, const Layout&) const {
     return {norm.constants(c), *scale, 1.0f / *scale, *zero_point};
   }
   template <int N>
@@ -47,17 +49,18 @@ struct Quantize : Operator<T, 1, true, Nothing> {
 };
 
 // One block: statistics, stored statistics, and the range of y over all channels.
+template <class T>
 __global__ void __launch_bounds__(kJoinThreads)
-    join(const MomentsAndExtremes* parts, int slices, int64_t channels, const BnActFakeQuantForward a) {
+    join(const MomentsAndExtremes* parts, const Layout l, const BnActFakeQuantForward a) {
   __shared__ Extremes warps[kJoinThreads / 32];
   const int warp = threadIdx.x / 32;
   Extremes range;
-  for (int64_t c = warp; c < channels; c += kJoinThreads / 32) {
-    const MomentsAndExtremes::Wide total = total_of(parts, slices, channels, c);
+  for (int64_t c = warp; c < l.channels; c += kJoinThreads / 32) {
+    const MomentsAndExtremes::Wide total = total_of(parts, l.slices, l.channels, c);
     if (threadIdx.x % 32 != 0) continue;
     if (a.training) {
       const double n = total.moments.count;
-      const float mean = static_cast<float>(total.moments.mean);
+      const float mean = static_cast<float>(pivot_of(static_cast<const T*>(a.x), l, c) + total.moments.mean);
       const float var = static_cast<float>(total.moments.squares / n);
       const float unbiased = var * static_cast<float>(n / (n - 1));
       a.mean[c] = mean;
@@ -92,7 +95,7 @@ struct Layer {
   struct Inner {
     float grad, normalized, grad_scale, outside;
   };
-  __device__ Constants constants(int64_t c) const { return {norm.constants(c), 1.0f / *scale, *zero_point}; }
+  __device__ Constants constants(int64_t c, const Layout&) const { return {norm.constants(c), 1.0f / *scale, *zero_point}; }
   __device__ Inner at(const Constants& k, float x, float grad_out) const {
     const float y = activate(k.norm.affine(x), norm.activation);
     const LearnedGradient g = learned_gradient(y, grad_out, k.inv, k.zero_point, low, high);
@@ -106,7 +109,7 @@ struct Gather : Operator<T, 2, kWrites, Sums<4>> {
   Layer layer;
 
   using Constants = Layer::Constants;
-  __device__ Constants constants(int64_t c) const { return layer.constants(c); }
+  __device__ Constants constants(int64_t c, const Layout& l) const { return layer.constants(c, l); }
   template <int N>
   __device__ void each(const Constants& k, Sums<4>& sums, const float (&in)[2][N], int n, float (&out)[N]) const {
     for (int e = 0; e < N; ++e) {
@@ -129,8 +132,8 @@ struct Spread : Operator<T, 2, true, Nothing> {
     Layer::Constants layer;
     float mean_grad, mean_product;
   };
-  __device__ Constants constants(int64_t c) const {
-    return {layer.constants(c), grad_bias[c] / count, grad_weight[c] / count};
+  __device__ Constants constants(int64_t c, const Layout& l) const {
+    return {layer.constants(c, l), grad_bias[c] / count, grad_weight[c] / count};
   }
   template <int N>
   __device__ void each(const Constants& k, Nothing&, const float (&in)[2][N], int, float (&out)[N]) const {
@@ -183,8 +186,7 @@ void bn_act_fake_quant_forward(const BnActFakeQuantForward& a, const Queue& queu
       LookAt<T> look;
       look.in[0] = static_cast<const T*>(a.x);
       const Layout l = sweep(look, a.view, launch);
-      run(join, 1, kJoinThreads, 0, launch, static_cast<const MomentsAndExtremes*>(launch.workspace), l.slices,
-                                                  l.channels, a);
+      run(join<T>, 1, kJoinThreads, 0, launch, static_cast<const MomentsAndExtremes*>(launch.workspace), l, a);
     }
     Quantize<T> op;
     op.in[0] = static_cast<const T*>(a.x);

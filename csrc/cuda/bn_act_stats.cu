@@ -16,12 +16,17 @@ template <class T>
 struct Forward : Operator<T, 1, true, Moments> {
   Normalization norm;
 
-  using Constants = Normalization::Constants;
-  __device__ Constants constants(int64_t c) const { return norm.constants(c); }
+  struct Constants {
+    Normalization::Constants norm;
+    float pivot;
+  };
+  __device__ Constants constants(int64_t c, const Layout& l) const {
+    return {norm.constants(c), pivot_of(this->in[0], l, c)};
+  }
   template <int N>
   __device__ void each(const Constants& k, Moments& moments, const float (&in)[1][N], int n, float (&out)[N]) const {
-    moments.add(in[0], n);
-    for (int e = 0; e < N; ++e) out[e] = activate(k.affine(in[0][e]), norm.activation);
+    moments.add(in[0], n, k.pivot);
+    for (int e = 0; e < N; ++e) out[e] = activate(k.norm.affine(in[0][e]), norm.activation);
   }
 };
 
@@ -34,7 +39,7 @@ struct Backward : Operator<T, 2, true, Nothing> {
     Normalization::Constants norm;
     StatisticsGradient::Constants statistics;
   };
-  __device__ Constants constants(int64_t c) const { return {norm.constants(c), statistics.constants(c)}; }
+  __device__ Constants constants(int64_t c, const Layout&) const { return {norm.constants(c), statistics.constants(c)}; }
   template <int N>
   __device__ void each(const Constants& k, Nothing&, const float (&in)[2][N], int, float (&out)[N]) const {
     for (int e = 0; e < N; ++e) {
@@ -55,7 +60,7 @@ void bn_act_stats_forward(const BnActStatsForward& a, const Queue& queue) {
     op.in[0] = static_cast<const T*>(a.x);
     op.out = static_cast<T*>(a.out);
     op.norm = {a.running_mean, a.running_var, a.weight, a.bias, a.eps, a.activation};
-    finish_moments(sweep(op, a.view, launch), a.mean, a.var, launch);
+    finish_moments(op.in[0], sweep(op, a.view, launch), a.mean, a.var, launch);
   });
 }
 

@@ -13,11 +13,13 @@ namespace {
 
 template <class T>
 struct Measure : Operator<T, 1, false, Moments> {
-  struct Constants {};
-  __device__ Constants constants(int64_t) const { return {}; }
+  struct Constants {
+    float pivot;
+  };
+  __device__ Constants constants(int64_t c, const Layout& l) const { return {pivot_of(this->in[0], l, c)}; }
   template <int N>
-  __device__ void each(const Constants&, Moments& moments, const float (&in)[1][N], int n, float (&)[N]) const {
-    moments.add(in[0], n);
+  __device__ void each(const Constants& k, Moments& moments, const float (&in)[1][N], int n, float (&)[N]) const {
+    moments.add(in[0], n, k.pivot);
   }
 };
 
@@ -26,7 +28,7 @@ struct Backward : Operator<T, 1, true, Nothing> {
   StatisticsGradient gradient;
 
   using Constants = StatisticsGradient::Constants;
-  __device__ Constants constants(int64_t c) const { return gradient.constants(c); }
+  __device__ Constants constants(int64_t c, const Layout&) const { return gradient.constants(c); }
   template <int N>
   __device__ void each(const Constants& k, Nothing&, const float (&in)[1][N], int, float (&out)[N]) const {
     for (int e = 0; e < N; ++e) out[e] = k.of(in[0][e]);
@@ -41,7 +43,7 @@ void bn_stats_forward(const BnStatsForward& a, const Queue& queue) {
     using T = decltype(type);
     Measure<T> op;
     op.in[0] = static_cast<const T*>(a.x);
-    finish_moments(sweep(op, a.view, launch), a.mean, a.var, launch);
+    finish_moments(op.in[0], sweep(op, a.view, launch), a.mean, a.var, launch);
   });
 }
 

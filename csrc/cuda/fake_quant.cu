@@ -78,7 +78,7 @@ struct Learned : Operator<T, 2, true, Sums<2>> {
   struct Constants {
     float inv, zero_point;
   };
-  __device__ Constants constants(int64_t c) const { return {1.0f / scale[c], zero_point[c]}; }
+  __device__ Constants constants(int64_t c, const Layout&) const { return {1.0f / scale[c], zero_point[c]}; }
 
   template <int N>
   __device__ void each(const Constants& k, Sums<2>& sums, const float (&in)[2][N], int n, float (&out)[N]) const {

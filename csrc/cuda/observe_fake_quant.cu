@@ -14,7 +14,7 @@ namespace {
 template <class T>
 struct Observe : Operator<T, 1, false, Extremes> {
   struct Constants {};
-  __device__ Constants constants(int64_t) const { return {}; }
+  __device__ Constants constants(int64_t, const Layout&) const { return {}; }
   template <int N>
   __device__ void each(const Constants&, Extremes& extremes, const float (&in)[1][N], int n, float (&)[N]) const {
     extremes.add(in[0], n);

@@ -33,8 +33,29 @@ struct Normalization {
   }
 };
 
-// Joins the Moments in the workspace: mean and biased variance of every channel.
-void finish_moments(const Layout& l, float* mean, float* var, const Launch& launch);
+// What a channel's elements are measured from, so that a mean far from 0 costs no digits: its first element.
+template <class T>
+__device__ inline float pivot_of(const T* x, const Layout& l, int64_t c) {
+  const float first = widen(x[c * l.inner]);
+  return isfinite(first) ? first : 0.0f;
+}
+
+template <class T>
+__global__ void finish(const T* x, const Layout l, const Moments* parts, float* mean, float* var) {
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+  if (c >= l.channels) return;
+  const Moments::Wide total = total_of(parts, l.slices, l.channels, c);
+  if (threadIdx.x % 32 != 0) return;
+  mean[c] = static_cast<float>(pivot_of(x, l, c) + total.mean);
+  var[c] = static_cast<float>(total.squares / total.count);
+}
+
+// Joins the Moments in the workspace, in order and in double, a warp per channel: mean and biased variance.
+template <class T>
+void finish_moments(const T* x, const Layout& l, float* mean, float* var, const Launch& launch) {
+  run(finish<T>, static_cast<unsigned>(ceil_div(l.channels, 4)), 128, 0, launch, x, l,
+      static_cast<const Moments*>(launch.workspace), mean, var);
+}
 
 }  // namespace cuda
 }  // namespace dfq

@@ -78,7 +78,7 @@ __device__ inline void store(T* to, const float (&from)[N]) {
   *reinterpret_cast<Pack<T, N>*>(to) = pack;
 }
 
-// An operator has: inputs T* in[kInputs]; T* out if kWrites; Constants constants(channel); and
+// An operator has: inputs T* in[kInputs]; T* out if kWrites; Constants constants(channel, layout); and
 // each(constants, part, float in[kInputs][N], n, float out[N]), whose n elements are of one channel.
 template <class T, int kInputs_, bool kWrites_, class Part_>
 struct Operator {
@@ -125,13 +125,14 @@ __device__ inline void row_group(const Op& op, const Layout& l, uint32_t c, cons
       if (e < count) op.out[at[e]] = narrow<typename Op::Type>(out[e]);
 }
 
+// The part of the lane `distance` above.
 template <class Part>
 __device__ inline Part shuffled(const Part& part, int distance) {
+  uint32_t words[sizeof(Part) / 4];
+  memcpy(words, &part, sizeof(Part));
+  for (uint32_t& word : words) word = __shfl_down_sync(~0u, word, distance);
   Part other;
-  constexpr int kWords = sizeof(Part) / 4;
-  const uint32_t* from = reinterpret_cast<const uint32_t*>(&part);
-  uint32_t* to = reinterpret_cast<uint32_t*>(&other);
-  for (int i = 0; i < kWords; ++i) to[i] = __shfl_down_sync(~0u, from[i], distance);
+  memcpy(&other, words, sizeof(Part));
   return other;
 }
 
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(kThreads) rows(const Op op, const Layout l, ty
   const uint32_t slice = blockIdx.x / channels, c = blockIdx.x - slice * channels;
   const uint32_t from = static_cast<uint32_t>(l.groups * slice / l.slices);
   const uint32_t to = static_cast<uint32_t>(l.groups * (slice + 1) / l.slices);
-  const typename Op::Constants k = op.constants(c);
+  const typename Op::Constants k = op.constants(c, l);
   typename Op::Part part;
   for (uint32_t g = from + threadIdx.x; g < to; g += kThreads) row_group<Op, kWhole>(op, l, c, k, part, g);
   if constexpr (kGathers<Op>) {
@@ -168,7 +169,7 @@ __global__ void __launch_bounds__(kThreads) columns(const Op op, const Layout l,
   typename Op::Constants k[kLanes];
   Part part[kLanes];
   for (int lane = 0; lane < kLanes; ++lane)
-    if (lane < lanes) k[lane] = op.constants(c + lane);
+    if (lane < lanes) k[lane] = op.constants(c + lane, l);
   for (uint32_t row = from + threadIdx.y; row < to && here; row += blockDim.y) {
     const int64_t at = static_cast<int64_t>(row) * l.channels + c;
     float in[Op::kInputs][kLanes], out[kLanes];

@@ -57,7 +57,7 @@ def backward(
     grad_out = fp32(grad_out)
     grad_means, grad_vars = _fake_backward(grad_out, lists[0])
     native().bn_stat_loss_backward(
-        where(grad_out), *[_addresses(tensors) for tensors in lists], [mean.numel() for mean in means], list(eps), grad_out.data_ptr(),
-        _addresses(grad_means), _addresses(grad_vars),
+        where(grad_out), *[_addresses(tensors) for tensors in lists], [mean.numel() for mean in means], list(eps),
+        grad_out.data_ptr(), _addresses(grad_means), _addresses(grad_vars),
     )  # fmt: skip
     return grad_means, grad_vars

@@ -1,0 +1,22 @@
+"""`python -m tests.cuda_emulator MODULE [pytest arguments]`: the tests with `MODULE` for the native one."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import pytest
+
+
+def main() -> None:
+    spec = importlib.util.spec_from_file_location("dfq_kernels._native", sys.argv[1])
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["dfq_kernels._native"] = module
+    spec.loader.exec_module(module)
+    assert module.emulated and module.cuda
+    raise SystemExit(pytest.main(["-p", "no:cacheprovider", *sys.argv[2:]]))
+
+
+if __name__ == "__main__":
+    main()
