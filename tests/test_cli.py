@@ -168,12 +168,55 @@ WRONG = {
 }
 
 
+FORKED = (
+    RUN.replace("main()\n", "")
+    + """
+import json, os, traceback
+for number, arguments in enumerate(json.load(sys.stdin)):
+    child = os.fork()
+    if child:
+        print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+        continue
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{number}.{name}", os.O_CREAT | os.O_WRONLY), descriptor)
+    os.mkdir(str(number))
+    os.chdir(str(number))
+    sys.argv, code = ["dfq", *arguments], 0
+    try:
+        main()
+    except SystemExit as exit:
+        code = exit.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, Path]]:
+    """Exit code, standard error and folder of every wrong command; a process each, forked where all is imported."""
+    folder = tmp_path_factory.mktemp("wrong")
+    environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED], input=json.dumps(list(WRONG.values())), capture_output=True, text=True,
+        cwd=folder, env=environment, check=True,
+    )  # fmt: skip
+    codes = [json.loads(line) for line in done.stdout.split()]
+    return {
+        text: (code, (folder / f"{number}.err").read_text(), folder / str(number))
+        for number, (text, code) in enumerate(zip(WRONG, codes, strict=True))
+    }
+
+
 @pytest.mark.parametrize("text", WRONG)
-def test_wrong_input_is_one_line_and_exit_code_1(tmp_path: Path, text: str) -> None:
-    done = dfq_command(*WRONG[text], cwd=tmp_path)
-    assert done.returncode == 1 and text in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
-    assert not (tmp_path / "run").exists()
+def test_wrong_input_is_one_line_and_exit_code_1(wrong: dict[str, tuple[int, str, Path]], text: str) -> None:
+    code, stderr, folder = wrong[text]
+    assert code == 1 and text in stderr
+    assert len(stderr.strip().splitlines()) == 1 and "Traceback" not in stderr
+    assert not (folder / "run").exists()
 
 
 def test_a_model_without_norms_is_refused(tmp_path: Path) -> None:
