@@ -39,7 +39,7 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch) -> None:
 
 def test_commands_of_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"make (\w+)", TEXT):
+    for target in re.findall(r"make ([\w-]+)", TEXT):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     from dfq.cli import app
 
