@@ -20,7 +20,7 @@ def machine_line() -> dict[str, str]:
         ),
         "unknown",
     )
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 has none
     isa = [
         name
         for name in ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")

@@ -40,8 +40,14 @@ def resolve_precision(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if _processor_is_fast_at_bf16() else "fp32"
+
+
+def _processor_is_fast_at_bf16() -> bool:
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.9 has no public question
+        return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     capabilities = torch.cpu.get_capabilities()
-    return "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "fp32"
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
