@@ -267,16 +267,16 @@ def _network(
         options = {"weights": weights, "model_kwargs": model_kwargs, "stem": stem, "input_shape": input_shape,
                    "num_classes": num_classes}  # fmt: skip
         if given := [name for name, value in options.items() if value is not None]:
-            raise ValueError(f"quantize: model must be given with {given[0]}, got none")
+            raise ValueError(f"dfq: model must be given with {given[0]}, got none")
         images = load_images(data or embedded.DATASET, "test", data_root)
         return embedded.load_teacher(), embedded.SPEC, embedded.INPUT_SHAPE, images
     test = None if data is None else load_images(data, "test", data_root)
     shape = test.input_shape if input_shape is None and test is not None else _shape(input_shape)
     classes = num_classes if num_classes is not None else test.num_classes if test is not None else None
     if classes is None:
-        raise ValueError("quantize: num_classes must be given, or --data to take it from, got neither")
+        raise ValueError("dfq: num_classes must be given, or --data to take it from, got neither")
     if weights is None and ":" not in model:
-        raise ValueError(f"quantize: weights must be given for the named model {model}, got none")
+        raise ValueError(f"dfq: weights must be given for the named model {model}, got none")
     (spec,) = _specs([model], shape[0], classes, stem, model_kwargs)
     network = build_model(spec)
     if weights is not None:
@@ -290,9 +290,9 @@ def _specs(
     """The networks that were named; `stem` is for those of `dfq.models`, `model_kwargs` for factories."""
     factories = [name for name in names if ":" in name]
     if stem is not None and len(factories) == len(names):
-        raise ValueError(f"quantize: stem must be given with a named model, got {stem!r} with {names[0]}")
+        raise ValueError(f"dfq: stem must be given with a named model, got {stem!r} with {names[0]}")
     if model_kwargs is not None and not factories:
-        raise ValueError(f"quantize: model_kwargs must be given with package.module:factory, got them with {names[0]}")
+        raise ValueError(f"dfq: model_kwargs must be given with package.module:factory, got them with {names[0]}")
     kwargs = _json_object(model_kwargs or "{}")
     return [ModelSpec(name, channels, classes, stem or "cifar", kwargs) for name in names]
 
@@ -300,7 +300,7 @@ def _specs(
 def _shape(text: str | None) -> tuple[int, int, int]:
     parts = [part.strip() for part in (text or "").split(",")]
     if len(parts) != 3 or not all(re.fullmatch("[1-9][0-9]*", part) for part in parts):
-        raise ValueError(f"quantize: input_shape must be C,H,W (or --data given), got {text!r}")
+        raise ValueError(f"dfq: input_shape must be C,H,W (or --data given), got {text!r}")
     return int(parts[0]), int(parts[1]), int(parts[2])
 
 
@@ -309,9 +309,9 @@ def _layer_bits(items: list[str]) -> dict[str, LayerBits]:
     for item in items:
         match = re.fullmatch("(.+)=W([0-9]+)A([0-9]+)", item)
         if match is None:
-            raise ValueError(f"quantize: layer_bits must be LAYER=W<bits>A<bits>, got {item!r}")
+            raise ValueError(f"dfq: layer_bits must be LAYER=W<bits>A<bits>, got {item!r}")
         if match[1] in overrides:
-            raise ValueError(f"quantize: layer_bits must name a layer once, got {match[1]} again")
+            raise ValueError(f"dfq: layer_bits must name a layer once, got {match[1]} again")
         overrides[match[1]] = LayerBits(int(match[2]), int(match[3]))
     return overrides
 
@@ -320,9 +320,9 @@ def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"quantize: model_kwargs must be a JSON object, got {text!r}") from error
+        raise ValueError(f"dfq: model_kwargs must be a JSON object, got {text!r}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"quantize: model_kwargs must be a JSON object, got {text!r}")
+        raise ValueError(f"dfq: model_kwargs must be a JSON object, got {text!r}")
     return value
 
 
