@@ -84,8 +84,8 @@ def test_nothing_is_contracted_and_later_processors_have_ptx() -> None:
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which("g++") is None or find_spec("pybind11") is None:
-        pytest.skip("no g++ and pybind11 to build the emulation with")
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to build the emulation with")
     from tests.cuda_emulator.build import build
 
     return build(tmp_path_factory.mktemp("emulator"))
