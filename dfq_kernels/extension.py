@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfq_kernels._eager import plain
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}
 _LIBRARY = torch.library.Library("dfq_kernels", "DEF")
@@ -48,7 +50,10 @@ def _note() -> str | None:
 
 
 def register(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Defines `dfq_kernels::<schema>`, with what it does on CPU and GPU and, for tracing, on tensors without values."""
+    """Defines `dfq_kernels::<schema>`, with what it does on CPU and GPU and, for tracing, on tensors without values.
+
+    The first argument is a tensor, or a list of them; plain eager calls do not go through the dispatcher.
+    """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         name = schema.partition("(")[0]
@@ -56,7 +61,12 @@ def register(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
         for device in ("CPU", "CUDA"):
             _LIBRARY.impl(name, function, device)
         torch.library.register_fake(f"dfq_kernels::{name}", fake, lib=_LIBRARY)
-        return getattr(torch.ops.dfq_kernels, name).default
+        operator = getattr(torch.ops.dfq_kernels, name).default
+
+        def call(first: Any, *rest: Any) -> Any:
+            return (function if plain(first) else operator)(first, *rest)
+
+        return call
 
     return decorate
 

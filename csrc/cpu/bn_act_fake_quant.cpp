@@ -1,8 +1,9 @@
 // bn_act_fake_quant: a student's batch norm, activation, range update and fake quantization.
 //   math     y = act((x - mean) * (weight * inv_std) + bias), inv_std = 1 / sqrt(var + eps); range and values from y
 //   traffic  forward: x read for statistics and extremes (not where both are given), x read, out written;
-//            backward: grad_out and x read for the sums, in training once more, grad_x written
-//   block    chunks of 4096; values 512
+//            backward: grad_out and x read for the sums, in training once more (from cache where a channel fits),
+//            grad_x written
+//   block    chunks of 4096; values 1024
 //   order    sums as reduce.h says; a batch norm is monotone per channel, so the extremes of x give those of y, exactly
 #include "statistics.h"
 
@@ -11,34 +12,42 @@ namespace DFQ_ISA {
 
 namespace {
 
-// Statistics of x if training, and the least and largest x of every channel.
-template <class T>
+// Statistics of x if training, and the least and largest x of every channel if observed; a NaN makes them NaN.
+template <class T, bool training, bool observe>
 void look_at(const BnActFakeQuantForward& a, std::vector<float>& least, std::vector<float>& most) {
+  constexpr int sums = training ? 2 : 0, count = sums + (observe ? 3 : 0);
   const Chunks chunks(a.view);
-  const int64_t each = chunks.sums_per_chunk();
-  Moments moments(chunks, a.view);
-  std::vector<float> lows(static_cast<size_t>(chunks.count() * each), std::numeric_limits<float>::infinity());
-  std::vector<float> highs(lows.size(), -std::numeric_limits<float>::infinity());
-  parallel_for(chunks.count(), chunks.grain(), a.threads, [&](int64_t begin, int64_t end) {
-    Workspace<1, 1, 1> work(chunks, {nullptr});
-    Moments::Scratch scratch = moments.scratch();
-    std::vector<Extremes> lanes(static_cast<size_t>(chunks.lanes() / kWidth + 1));
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const float* x = chunks.gather(chunk, static_cast<const T*>(a.x), work.buffer(0));
-      const int64_t n = chunks.rows(chunk, [](int64_t, int64_t, int64_t) {});
-      if (a.training) moments.measure(work, scratch, chunk, x, n);
-      if (a.observe) channel_extremes(chunks, x, n, lanes, &lows[chunk * each], &highs[chunk * each]);
-    }
-  });
-  if (a.training) moments.finish(a.mean, a.var);
-  for (int64_t chunk = 0; a.observe && chunk < chunks.count(); ++chunk)
-    for (int64_t i = 0; i < each; ++i) {
-      const int64_t c = chunks.by_channel() ? chunks.channel(chunk) : i;
-      const float low = lows[chunk * each + i], high = highs[chunk * each + i];
-      if (low != low) least[c] = most[c] = low;
-      least[c] = low < least[c] ? low : least[c];
-      most[c] = high > most[c] ? high : most[c];
-    }
+  Fold folds[count];
+  std::fill(folds, folds + count, Fold::kSum);
+  if (observe) folds[count - 3] = Fold::kLeast, folds[count - 2] = Fold::kMost;
+  std::vector<double> total;
+  const auto pass = [&](const float* shift) {
+    total = reduce<1, count, 1>(chunks, a.threads, {shift}, folds, [&](auto& work) {
+      const float* x = work.template gather<T>(0, a.x);
+      work.run([&](int64_t i, const Vec* k, Vec* at) {
+        const Vec value = load_vec(x + i);
+        if (training) {
+          const Vec distance = value - k[0];
+          at[0] = at[0] + distance;
+          at[1] = at[1] + distance * distance;
+        }
+        if (observe) {
+          at[count - 3] = min_keeping_nan(at[count - 3], value);
+          at[count - 2] = max_keeping_nan(at[count - 2], value);
+          at[count - 1] = select((VecInt)(value != value), value, at[count - 1]);
+        }
+      });
+    });
+    return total;
+  };
+  if (training) measure<T>(a.view, a.x, a.threads, a.mean, a.var, pass);
+  else pass(a.mean);
+  for (int64_t c = 0; observe && c < a.view.channels; ++c) {
+    const double* const found = &total[(count - 3) * a.view.channels + c];
+    const bool nan = found[2 * a.view.channels] != 0;
+    least[c] = nan ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(found[0]);
+    most[c] = nan ? least[c] : static_cast<float>(found[a.view.channels]);
+  }
 }
 
 // The range of y over all channels.
@@ -76,7 +85,7 @@ void quantize(const BnActFakeQuantForward& a, const std::vector<float>& factor, 
       }
     });
     writer.done(to, n);
-  });
+  }, true);
 }
 
 template <class T>
@@ -84,7 +93,9 @@ void forward(const BnActFakeQuantForward& a) {
   const int64_t channels = a.view.channels;
   std::vector<float> least(static_cast<size_t>(channels), std::numeric_limits<float>::infinity());
   std::vector<float> most(static_cast<size_t>(channels), -std::numeric_limits<float>::infinity());
-  if (a.training || a.observe) look_at<T>(a, least, most);
+  if (a.training && a.observe) look_at<T, true, true>(a, least, most);
+  else if (a.training) look_at<T, true, false>(a, least, most);
+  else if (a.observe) look_at<T, false, true>(a, least, most);
   if (a.training) {
     const double count = static_cast<double>(a.view.size / channels);
     for (int64_t c = 0; c < channels; ++c) {
@@ -103,96 +114,135 @@ void forward(const BnActFakeQuantForward& a) {
   quantize<T>(a, factor, bias);
 }
 
-// grad behind fake quantization and activation, and what it is made from, for one vector.
-struct Inner {
-  Vec grad, normalized, grad_scale, outside;
-};
-
-struct Layer {
-  Rounding rounding;
-  Vec inv, zero_point;
-  int activation;
-
-  explicit Layer(const BnActFakeQuantBackward& a)
-      : rounding(a.quant_min, a.quant_max), inv(broadcast(1.0f / *a.scale)), zero_point(broadcast(*a.zero_point)),
-        activation(a.activation) {}
-
-  // k: mean, inv_std, weight * inv_std, bias
-  Inner at(Vec x, Vec grad_out, Vec mean, Vec inv_std, Vec factor, Vec bias) const {
-    const Vec centred = x - mean;
-    const Vec y = activate(centred * factor + bias, activation);
-    const LearnedGradient g = learned_gradient(y, grad_out, inv, zero_point, rounding);
-    return {activation_gradient(g.x, y, activation), centred * inv_std, g.scale, g.outside};
-  }
-};
-
+// One layer's backward. Two passes over every chunk: sums, and in training the gradient that they enter.
 template <class T>
-void backward(const BnActFakeQuantBackward& a) {
-  const int64_t channels = a.view.channels;
-  const std::vector<float> inv_std = inverse_deviations(a.var, a.eps, channels);
-  const std::vector<float> factor = products(a.weight, inv_std), bias = or_zeros(a.bias, channels);
-  const Chunks chunks(a.view);
-  const int64_t each = chunks.sums_per_chunk();
-  const Layer layer(a);
-  std::vector<double> parts(static_cast<size_t>(chunks.count() * 4 * each));
-  parallel_for(chunks.count(), chunks.grain(), a.threads, [&](int64_t begin, int64_t end) {
-    Workspace<4, 4, 3> work(chunks, {a.mean, inv_std.data(), factor.data(), bias.data()});
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      work.start(chunk);
-      const float* x = chunks.gather(chunk, static_cast<const T*>(a.x), work.buffer(0));
-      const float* grad_out = chunks.gather(chunk, static_cast<const T*>(a.grad_out), work.buffer(1));
-      float* out = work.buffer(2);
-      const int64_t n = chunks.rows(chunk, [](int64_t, int64_t, int64_t) {});
-      work.run(n, [&](int64_t i, const Vec* k, Vec* sums) {
-        const Inner inner = layer.at(load_vec(x + i), load_vec(grad_out + i), k[0], k[1], k[2], k[3]);
-        sums[0] = inner.grad;
-        sums[1] = inner.grad * inner.normalized;
-        sums[2] = inner.grad_scale;
-        sums[3] = inner.outside;
-        if (!a.training) store_vec(out + i, inner.grad * k[2]);
-      });
-      if (!a.training) chunks.scatter(chunk, out, static_cast<T*>(a.grad_x));
-      work.fold(&parts[static_cast<size_t>(chunk * 4 * each)]);
+class Backward {
+ public:
+  using Sums = Workspace<4, 4, 3>;
+  using Ends = Workspace<5, 0, 3>;
+
+  explicit Backward(const BnActFakeQuantBackward& a)
+      : a_(a), chunks_(a.view), rounding_(a.quant_min, a.quant_max), inv_(broadcast(1.0f / *a.scale)),
+        zero_point_(broadcast(*a.zero_point)), inv_std_(inverse_deviations(a.var, a.eps, a.view.channels)),
+        factor_(products(a.weight, inv_std_)), bias_(or_zeros(a.bias, a.view.channels)), mean_grad_(bias_.size()),
+        slope_(bias_.size()) {}
+
+  void run() {
+    const int64_t channels = a_.view.channels;
+    const float* const constants[] = {a_.mean, factor_.data(), bias_.data(), inv_std_.data()};
+    std::vector<double> total;
+    if (a_.training && channel_fits()) {
+      total = channel_by_channel(constants);
+    } else {
+      total = reduce<4, 4, 3>(chunks_, a_.threads, constants, kFolds, [&](Sums& work) { add(work); });
+      for (int64_t c = 0; c < channels; ++c) set_means(c, total[c], total[channels + c]);
+      if (a_.training) {
+        parallel_for(chunks_.groups(), 1, chunks_.size() > kGrain ? a_.threads : 1, [&](int64_t begin, int64_t end) {
+          Ends work(chunks_, {a_.mean, factor_.data(), bias_.data(), mean_grad_.data(), slope_.data()}, nullptr);
+          for (int64_t chunk = chunks_.group_begin(end) - 1; chunk >= chunks_.group_begin(begin); --chunk) {
+            work.start(chunk);
+            finish(work);
+          }
+        });
+      }
     }
-  });
-  std::vector<double> total(static_cast<size_t>(4 * channels));
-  combine(chunks, a.view, 4, parts, total.data());
-  double grad_scale = 0, outside = 0;
-  for (int64_t c = 0; c < channels; ++c) {
-    a.grad_bias[c] = static_cast<float>(total[c]);
-    a.grad_weight[c] = static_cast<float>(total[channels + c]);
-    grad_scale += total[2 * channels + c];
-    outside += total[3 * channels + c];
+    double grad_scale = 0, outside = 0;
+    for (int64_t c = 0; c < channels; ++c) {
+      a_.grad_bias[c] = static_cast<float>(total[c]);
+      a_.grad_weight[c] = static_cast<float>(total[channels + c]);
+      grad_scale += total[2 * channels + c];
+      outside += total[3 * channels + c];
+    }
+    *a_.grad_scale = static_cast<float>(grad_scale);
+    *a_.grad_zero_point = static_cast<float>(-outside) * *a_.scale;
   }
-  *a.grad_scale = static_cast<float>(grad_scale);
-  *a.grad_zero_point = static_cast<float>(-outside) * *a.scale;
-  if (!a.training) return;
-  const float count = static_cast<float>(a.view.size / channels);
-  std::vector<float> mean_grad(static_cast<size_t>(channels)), mean_product(mean_grad);
-  for (int64_t c = 0; c < channels; ++c) {
-    mean_grad[c] = a.grad_bias[c] / count;
-    mean_product[c] = a.grad_weight[c] / count;
+
+ private:
+  static constexpr Fold kFolds[] = {Fold::kSum, Fold::kSum, Fold::kSum, Fold::kSum};
+
+  // Whether a channel's x, grad_out and grad_x stay in the second-level cache, and there are channels for all threads.
+  bool channel_fits() const {
+    const int64_t channels = a_.view.channels;
+    return chunks_.by_channel() && channels >= 4 * a_.threads && a_.view.size / channels * 12 <= int64_t(3) << 19;
   }
-  const ChannelConstants<6> constants(
-      a.view, {a.mean, inv_std.data(), factor.data(), bias.data(), mean_grad.data(), mean_product.data()});
-  for_blocks(a.view.size, a.threads, [&](int64_t start, int64_t n) {
-    Reader<T> x_reader, grad_reader;
-    Writer<T> writer;
-    T* to = static_cast<T*>(a.grad_x) + start;
-    const float* x = x_reader.at(static_cast<const T*>(a.x) + start, n);
-    const float* grad_out = grad_reader.at(static_cast<const T*>(a.grad_out) + start, n);
-    float* out = writer.at(to, n);
-    constants.block(start, n, [&](const auto& k, int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; j += kWidth) {
-        const Vec multiplier = k.template get<2>(j);
-        const Inner inner = layer.at(load_vec(x + j), load_vec(grad_out + j), k.template get<0>(j), k.template get<1>(j),
-                                     multiplier, k.template get<3>(j));
-        store_vec(out + j, (inner.grad - k.template get<4>(j) - inner.normalized * k.template get<5>(j)) * multiplier);
+
+  // Both passes over one channel, then the next: the second one reads from cache. The same sums in the same order.
+  std::vector<double> channel_by_channel(const float* const (&constants)[4]) {
+    const int64_t channels = a_.view.channels;
+    std::vector<double> total(static_cast<size_t>(4 * channels));
+    parallel_for(channels, 1, chunks_.size() > kGrain ? a_.threads : 1, [&](int64_t begin, int64_t end) {
+      Sums work(chunks_, constants, kFolds);
+      Ends ends(chunks_, {a_.mean, factor_.data(), bias_.data(), mean_grad_.data(), slope_.data()}, nullptr);
+      for (int64_t c = begin; c < end; ++c) {
+        double sums[4] = {};
+        for (int64_t group = 0; group < chunks_.groups(); ++group) {
+          double part[4] = {};
+          work.clear(c);
+          chunks_.chunks_of(group, c, [&](int64_t chunk) {
+            work.start(chunk);
+            add(work);
+          });
+          work.fold(c, part);
+          for (int i = 0; i < 4; ++i) sums[i] += part[i];
+        }
+        for (int i = 0; i < 4; ++i) total[i * channels + c] = sums[i];
+        set_means(c, sums[0], sums[1]);
+        for (int64_t group = 0; group < chunks_.groups(); ++group)
+          chunks_.chunks_of(group, c, [&](int64_t chunk) {
+            ends.start(chunk);
+            finish(ends);
+          });
       }
     });
-    writer.done(to, n);
-  });
-}
+    return total;
+  }
+
+  void set_means(int64_t c, double grad, double product) {
+    const float count = static_cast<float>(a_.view.size / a_.view.channels);
+    mean_grad_[c] = static_cast<float>(grad) / count;
+    slope_[c] = static_cast<float>(product) / count * inv_std_[c];
+  }
+
+  // The sums over a chunk; where statistics are frozen its gradient, too.
+  void add(Sums& work) const {
+    const float* x = work.template gather<T>(0, a_.x);
+    const float* grad_out = work.template gather<T>(1, a_.grad_out);
+    float* out = work.template place<T>(2, a_.grad_x);
+    work.run([&](int64_t i, const Vec* k, Vec* sums) {
+      const Vec grad = load_vec(grad_out + i), centred = load_vec(x + i) - k[0];
+      const Vec y = activate(centred * k[1] + k[2], a_.activation);
+      const LearnedGradient g = learned_gradient(y, grad, inv_, zero_point_, rounding_);
+      const Vec inner = activation_gradient(g.x, y, a_.activation);
+      sums[0] = sums[0] + inner;
+      sums[1] = sums[1] + inner * (centred * k[3]);
+      sums[2] = sums[2] + g.scale;
+      sums[3] = sums[3] + g.outside;
+      if (!a_.training) store_vec(out + i, inner * k[1]);
+    });
+    if (!a_.training) work.template scatter<T>(2, a_.grad_x);
+  }
+
+  // The gradient of x in training: (inner - mean(inner) - normalized mean(inner normalized)) factor.
+  void finish(Ends& work) const {
+    const float* x = work.template gather<T>(0, a_.x);
+    const float* grad_out = work.template gather<T>(1, a_.grad_out);
+    float* out = work.template place<T>(2, a_.grad_x);
+    work.run([&](int64_t i, const Vec* k, Vec*) {
+      const Vec centred = load_vec(x + i) - k[0];
+      const Vec y = activate(centred * k[1] + k[2], a_.activation);
+      const LearnedGradient g = learned_gradient(y, load_vec(grad_out + i), inv_, zero_point_, rounding_);
+      const Vec inner = activation_gradient(g.x, y, a_.activation);
+      store_vec(out + i, (inner - k[3] - centred * k[4]) * k[1]);
+    });
+    work.template scatter<T>(2, a_.grad_x);
+  }
+
+  const BnActFakeQuantBackward& a_;
+  Chunks chunks_;
+  Rounding rounding_;
+  Vec inv_, zero_point_;
+  std::vector<float> inv_std_, factor_, bias_, mean_grad_, slope_;  // slope: of centred values
+};
 
 }  // namespace
 
@@ -201,7 +251,7 @@ void bn_act_fake_quant_forward(const BnActFakeQuantForward& a) {
 }
 
 void bn_act_fake_quant_backward(const BnActFakeQuantBackward& a) {
-  with_type(a.dtype, [&](auto type) { backward<decltype(type)>(a); });
+  with_type(a.dtype, [&](auto type) { Backward<decltype(type)>(a).run(); });
 }
 
 }  // namespace DFQ_ISA

@@ -10,7 +10,6 @@ namespace dfq {
 namespace DFQ_ISA {
 
 constexpr float kScaleFloor = 0x1p-23f;   // of a range that is a single point
-constexpr float kScaledLimit = 0x1p24f;   // beyond every integer that can be asked for
 
 static inline std::vector<float> reciprocals(const float* values, int64_t n) {
   std::vector<float> inv(static_cast<size_t>(n));
@@ -37,9 +36,8 @@ static inline std::vector<float> or_zeros(const float* values, int64_t n) {
 }
 
 struct Rounding {
-  Vec low, high, least, most;
-  Rounding(float quant_min, float quant_max)
-      : low(broadcast(quant_min)), high(broadcast(quant_max)), least(broadcast(-kScaledLimit)), most(broadcast(kScaledLimit)) {}
+  Vec low, high;
+  Rounding(float quant_min, float quant_max) : low(broadcast(quant_min)), high(broadcast(quant_max)) {}
 };
 
 struct LearnedGradient {
@@ -51,9 +49,8 @@ static inline LearnedGradient learned_gradient(Vec x, Vec grad, Vec inv, Vec zer
   const Vec rounded = rne(scaled + zero_point);
   const Vec q = clamp(rounded, rounding.low, rounding.high);
   const uint32_t inside = equal_bits(q, rounded);
-  const Vec finite = clamp(scaled, rounding.least, rounding.most);  // before it meets a 0
   const Vec grad_inside = keep_bits(inside, grad);
-  return {grad_inside, ((q - zero_point) - keep_bits(inside, finite)) * grad, grad - grad_inside};
+  return {grad_inside, ((q - zero_point) - keep_bits(inside, scaled)) * grad, grad - grad_inside};
 }
 
 static inline Vec activate(Vec y, int activation) {
@@ -120,34 +117,6 @@ struct Extremes {
       if (nan[i]) least = most = std::numeric_limits<float>::quiet_NaN();
   }
 };
-
-// The extremes of a chunk's channels; `lanes` is scratch of one Extremes per vector of lanes.
-static inline void channel_extremes(const Chunks& chunks, const float* x, int64_t n, std::vector<Extremes>& lanes,
-                                    float* least, float* most) {
-  const int64_t width = chunks.lanes();
-  const bool whole = width % kWidth == 0;
-  std::fill(lanes.begin(), lanes.end(), Extremes());
-  int64_t done = 0;  // elements seen in whole vectors
-  if (whole)
-    for (; done + kWidth <= n; done += kWidth) lanes[static_cast<size_t>(done % width / kWidth)].add(load_vec(x + done));
-  if (chunks.by_channel()) {
-    for (const Extremes& each : lanes) each.fold(*least, *most);
-  } else if (whole) {
-    for (int64_t lane = 0; lane < width; ++lane) {
-      const Extremes& e = lanes[static_cast<size_t>(lane / kWidth)];
-      const int64_t c = chunks.channel_of_lane(lane), i = lane % kWidth;
-      least[c] = e.low[i] < least[c] ? e.low[i] : least[c];
-      most[c] = e.high[i] > most[c] ? e.high[i] : most[c];
-      if (e.nan[i]) least[c] = most[c] = std::numeric_limits<float>::quiet_NaN();
-    }
-  }
-  for (int64_t i = done; i < n; ++i) {
-    const int64_t c = chunks.by_channel() ? 0 : chunks.channel_of_lane(i % width);
-    if (x[i] != x[i]) least[c] = most[c] = x[i];
-    least[c] = x[i] < least[c] ? x[i] : least[c];
-    most[c] = x[i] > most[c] ? x[i] : most[c];
-  }
-}
 
 }  // namespace DFQ_ISA
 }  // namespace dfq

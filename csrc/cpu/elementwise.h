@@ -18,7 +18,7 @@ class ChannelConstants {
   ChannelConstants(const View& view, const float* const (&values)[K]) : view_(view) {
     for (int k = 0; k < K; ++k) values_[k] = values[k];
     uniform_ = view.channels == 1 || view.inner % kWidth == 0;
-    if (uniform_ || view.inner >= kBlock / 16) return;
+    if (uniform_ || view.inner >= 32) return;
     period_ = view.channels * view.inner;
     table_.resize(static_cast<size_t>(K * (period_ + kBlock)));
     for (int k = 0; k < K; ++k) spread(k, 0, period_ + kBlock, table_.data() + k * (period_ + kBlock));
@@ -83,13 +83,28 @@ class ChannelConstants {
   std::vector<float> table_;
 };
 
-// Calls body(start, n) for every block of the tensor.
+// Stores the bits of elements [begin, end) of the block at `start`, which `bits(j)` gives for j, j + 1, ... a vector each:
+// 64 at a time, because a store of one or two bytes per vector is slower than the arithmetic.
+template <class Bits>
+static inline void store_mask(uint8_t* mask, int64_t start, int64_t begin, int64_t end, const Bits& bits) {
+  int64_t j = begin;
+  for (; j + 64 <= end; j += 64) {
+    uint64_t word = 0;
+#pragma GCC unroll 8
+    for (int i = 0; i < 64; i += kWidth) word |= static_cast<uint64_t>(bits(j + i)) << i;
+    std::memcpy(mask + (start + j) / 8, &word, 8);
+  }
+  for (; j < end; j += kWidth) store_bits(mask, start + j, bits(j));
+}
+
+// Calls body(start, n) for every block of the tensor. Backwards: from each thread's last block to its first, which finds
+// in the cache what a pass forwards has left there.
 template <class Body>
-static void for_blocks(int64_t size, int threads, const Body& body) {
+static void for_blocks(int64_t size, int threads, const Body& body, bool backwards = false) {
   const int64_t blocks = (size + kBlock - 1) / kBlock;
   parallel_for(blocks, kGrain / kBlock, threads, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t start = b * kBlock;
+      const int64_t start = (backwards ? end - 1 - (b - begin) : b) * kBlock;
       body(start, size - start < kBlock ? size - start : kBlock);
     }
   });

@@ -2,7 +2,7 @@
 //   math     q = clamp(rne(x * inv + zero_point), quant_min, quant_max); out = (q - zero_point) * scale; inv = 1 / scale
 //   traffic  forward: x read, out written, one bit per element; backward: grad and bits read, grad_x written;
 //            learned: x and grad read, grad_x written
-//   block    512 elements of memory order; chunks of 4096 where sums are taken
+//   block    1024 elements of memory order; chunks of 4096 where sums are taken
 //   order    every operation rounded on its own, no contraction; sums as reduce.h says
 #include "channels.h"
 #include "kernels.h"
@@ -14,7 +14,7 @@ namespace DFQ_ISA {
 namespace {
 
 template <class T>
-void forward(const FakeQuantForward& a) {
+void forward(const FakeQuantForward& a, bool backwards) {
   const std::vector<float> inv = reciprocals(a.scale, a.view.channels);
   const ChannelConstants<3> channels(a.view, {inv.data(), a.scale, a.zero_point});
   const Vec low = broadcast(a.quant_min), high = broadcast(a.quant_max);
@@ -26,16 +26,18 @@ void forward(const FakeQuantForward& a) {
     const float* x = reader.at(static_cast<const T*>(a.x) + start, n);
     float* out = writer.at(to, n);
     channels.block(start, n, [&](const auto& constants, int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; j += kWidth) {
+      const auto quantize = [&, low, high](int64_t j) {  // and the bits of what the clamp left alone
         const Vec zero_point = constants.template get<2>(j);
         const Vec rounded = rne(load_vec(x + j) * constants.template get<0>(j) + zero_point);
         const Vec q = clamp(rounded, low, high);
-        if (mask) store_bits(mask, start + j, equal_bits(q, rounded));
         store_vec(out + j, (q - zero_point) * constants.template get<1>(j));
-      }
+        return equal_bits(q, rounded);
+      };
+      if (mask) return store_mask(mask, start, begin, end, quantize);
+      for (int64_t j = begin; j < end; j += kWidth) quantize(j);
     });
     writer.done(to, n);
-  });
+  }, backwards);
 }
 
 template <class T>
@@ -54,41 +56,37 @@ void backward(const MaskBackward& a) {
 
 template <class T>
 void backward_learned(const FakeQuantBackward& a) {
-  const std::vector<float> inv = reciprocals(a.scale, a.view.channels);
+  const int64_t channels = a.view.channels;
+  const std::vector<float> inv = reciprocals(a.scale, channels);
   const Chunks chunks(a.view);
-  const int64_t each = chunks.sums_per_chunk();
-  std::vector<double> parts(static_cast<size_t>(chunks.count() * 2 * each));
   const Rounding rounding(a.quant_min, a.quant_max);
-  parallel_for(chunks.count(), chunks.grain(), a.threads, [&](int64_t begin, int64_t end) {
-    Workspace<2, 2, 3> work(chunks, {inv.data(), a.zero_point});
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      work.start(chunk);
-      const float* x = chunks.gather(chunk, static_cast<const T*>(a.x), work.buffer(0));
-      const float* grad = chunks.gather(chunk, static_cast<const T*>(a.grad_out), work.buffer(1));
-      float* out = work.buffer(2);
-      const int64_t n = chunks.rows(chunk, [](int64_t, int64_t, int64_t) {});
-      work.run(n, [&](int64_t i, const Vec* constants, Vec* sums) {
-        const LearnedGradient g = learned_gradient(load_vec(x + i), load_vec(grad + i), constants[0], constants[1], rounding);
-        store_vec(out + i, g.x);
-        sums[0] = g.scale;
-        sums[1] = g.outside;
-      });
-      chunks.scatter(chunk, out, static_cast<T*>(a.grad_x));
-      work.fold(&parts[static_cast<size_t>(chunk * 2 * each)]);
-    }
+  const float* const constants[] = {inv.data(), a.zero_point};
+  const std::vector<double> total = reduce<2, 2, 3>(chunks, a.threads, constants, {Fold::kSum, Fold::kSum}, [&](auto& work) {
+    const float* x = work.template gather<T>(0, a.x);
+    const float* grad = work.template gather<T>(1, a.grad_out);
+    float* out = work.template place<T>(2, a.grad_x);
+    work.run([&](int64_t i, const Vec* k, Vec* sums) {
+      const LearnedGradient g = learned_gradient(load_vec(x + i), load_vec(grad + i), k[0], k[1], rounding);
+      store_vec(out + i, g.x);
+      sums[0] = sums[0] + g.scale;
+      sums[1] = sums[1] + g.outside;
+    });
+    work.template scatter<T>(2, a.grad_x);
   });
-  std::vector<double> total(static_cast<size_t>(2 * a.view.channels));
-  combine(chunks, a.view, 2, parts, total.data());
-  for (int64_t c = 0; c < a.view.channels; ++c) {
+  for (int64_t c = 0; c < channels; ++c) {
     a.grad_scale[c] = static_cast<float>(total[c]);
-    a.grad_zero_point[c] = static_cast<float>(-total[a.view.channels + c]) * a.scale[c];
+    a.grad_zero_point[c] = static_cast<float>(-total[channels + c]) * a.scale[c];
   }
 }
 
 }  // namespace
 
 void fake_quant_forward(const FakeQuantForward& a) {
-  with_type(a.dtype, [&](auto type) { forward<decltype(type)>(a); });
+  with_type(a.dtype, [&](auto type) { forward<decltype(type)>(a, false); });
+}
+
+void fake_quant_forward_again(const FakeQuantForward& a) {
+  with_type(a.dtype, [&](auto type) { forward<decltype(type)>(a, true); });
 }
 
 void mask_backward(const MaskBackward& a) {

@@ -1,7 +1,7 @@
 // observe_fake_quant: the batch's range moves the running one, parameters follow, values are fake-quantized.
 //   math     as kernels.h's MovingRange and fake_quant
 //   traffic  x read for its range, read again (from cache if it fits), out written, one bit per element
-//   block    512 elements
+//   block    1024 elements
 //   order    minimum and maximum are exact in any order; parameters on one thread
 #include "channels.h"
 
@@ -44,8 +44,8 @@ void observe(const ObserveFakeQuantForward& a) {
 void observe_fake_quant_forward(const ObserveFakeQuantForward& a) {
   with_type(a.dtype, [&](auto type) { observe<decltype(type)>(a); });
   const View view{a.size, 1, a.size};
-  fake_quant_forward({a.dtype, a.threads, view, a.x, a.range.scale, a.range.zero_point, a.range.quant_min,
-                      a.range.quant_max, a.out, a.mask});
+  fake_quant_forward_again({a.dtype, a.threads, view, a.x, a.range.scale, a.range.zero_point, a.range.quant_min,
+                            a.range.quant_max, a.out, a.mask});
 }
 
 }  // namespace DFQ_ISA

@@ -1,12 +1,15 @@
-// The driver of kernels that sum over channels. The partition into chunks depends on the tensor alone, each chunk's sums
-// have a place of their own, and they are combined in order: the same bits for any number of threads.
+// The driver of kernels that reduce over channels. The partition depends on the tensor alone and its parts are combined in
+// order: the same bits for any number of threads.
 //
-// A chunk is laid out as rows of `lanes` floats, and every lane belongs to one channel. Where a channel's elements are
-// long rows in memory (NCHW), a chunk is several rows of one channel; else (channels-last) it is a piece of memory, whose
-// lanes repeat the pattern of channels. Sums run down the lanes, at most a few hundred additions in fp32, and are folded
-// into channels in double.
+// A tensor is a sequence of groups of chunks, in memory order. A chunk is read as rows of `lanes` floats, and every lane
+// belongs to one channel. Where a channel's elements are rows in memory (NCHW), a chunk is a piece of such a row, or
+// several short rows of one channel side by side, and each channel has lanes of its own; else (channels-last) it is a
+// piece of memory, whose lanes repeat the pattern of channels. Accumulators run down the lanes of a whole group, at most
+// about kAdditions additions in fp32, and are then folded into channels in double.
 #pragma once
 #include <algorithm>
+#include <limits>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -15,43 +18,59 @@
 namespace dfq {
 namespace DFQ_ISA {
 
-constexpr int64_t kChunk = 4096;  // floats: two inputs and an output stay in the first-level cache
-constexpr int64_t kLanes = 128;   // enough independent additions to hide their latency
+constexpr int64_t kChunk = 4096;     // floats: two inputs and an output stay in the first-level cache
+constexpr int64_t kLanes = 32;       // enough independent additions to hide their latency
+constexpr int64_t kAdditions = 512;  // of one lane in fp32
 
 class Chunks {
  public:
   explicit Chunks(const View& view) : view_(view), outer_(view.size / (view.channels * view.inner)) {
-    by_channel_ = view.channels == 1 || view.inner >= 32;
-    const int64_t period = view.channels * view.inner;
+    by_channel_ = view.channels == 1 || view.inner >= kLanes;
+    int64_t additions;  // per lane
     if (by_channel_) {
       lanes_ = kLanes;
+      const bool in_place = view.channels == 1 || view.inner >= 512 || (view.inner >= 128 && view.inner % 16 == 0);
       piece_ = view.inner < kChunk ? view.inner : kChunk;
       pieces_ = (view.inner + piece_ - 1) / piece_;
-      rows_ = view.inner < 512 ? kChunk / piece_ : 1;  // longer rows stay where they are
-      groups_ = (outer_ + rows_ - 1) / rows_;
-      count_ = view.channels * groups_ * pieces_;
+      rows_ = in_place ? 1 : kChunk / piece_;
+      stacks_ = (outer_ + rows_ - 1) / rows_;
+      count_ = stacks_ * view.channels * pieces_;
       capacity_ = rows_ * piece_;
+      additions = outer_ * view.inner / lanes_;
     } else {
-      lanes_ = (kLanes + period - 1) / period * period;
-      const int64_t repeats = kChunk / lanes_ > 8 ? kChunk / lanes_ : 8;
-      capacity_ = lanes_ * repeats;
+      const int64_t period = view.channels * view.inner, whole = std::lcm(period, int64_t(16));
+      lanes_ = whole <= 1024 ? whole : period;
+      if (lanes_ < 64) lanes_ *= 64 / lanes_;
+      capacity_ = lanes_ * std::max(kChunk / lanes_, int64_t(8));
       count_ = (view.size + capacity_ - 1) / capacity_;
+      additions = view.size / lanes_;
       channel_of_lane_.resize(static_cast<size_t>(lanes_));
       for (int64_t lane = 0; lane < lanes_; ++lane)
         channel_of_lane_[lane] = static_cast<int32_t>(lane / view.inner % view.channels);
     }
+    groups_ = std::min(std::max(view.size / (2 * kGrain), int64_t(1)), additions / (kAdditions / 4) + 1);
+    groups_ = std::min(std::max(groups_, (additions + kAdditions - 1) / kAdditions), count_);
   }
 
   bool by_channel() const { return by_channel_; }
+  int64_t channels() const { return view_.channels; }
   int64_t inner() const { return view_.inner; }
-  int64_t count() const { return count_; }
   int64_t lanes() const { return lanes_; }
   int64_t capacity() const { return capacity_ + kWidth; }
-  int64_t grain() const { return kGrain / capacity_ + 1; }
   int64_t channel_of_lane(int64_t lane) const { return channel_of_lane_[lane]; }
-  int64_t sums_per_chunk() const { return by_channel_ ? 1 : view_.channels; }
-  // Chunks are numbered channel by channel, so that those of a channel are neighbours.
-  int64_t channel(int64_t chunk) const { return chunk / (groups_ * pieces_); }
+  int64_t size() const { return view_.size; }
+
+  int64_t groups() const { return groups_; }
+  int64_t group_begin(int64_t group) const { return count_ * group / groups_; }
+  int64_t channel(int64_t chunk) const { return by_channel_ ? chunk / pieces_ % view_.channels : 0; }
+
+  // Calls visit(chunk) for the chunks of a group that belong to a channel, in order.
+  template <class Visit>
+  void chunks_of(int64_t group, int64_t channel, const Visit& visit) const {
+    const int64_t begin = group_begin(group), end = group_begin(group + 1), image = view_.channels * pieces_;
+    for (int64_t first = begin / image * image + channel * pieces_; first < end; first += image)
+      for (int64_t chunk = std::max(first, begin); chunk < std::min(first + pieces_, end); ++chunk) visit(chunk);
+  }
 
   // Calls row(offset in the tensor, offset in the chunk, floats) for the contiguous pieces of a chunk; returns its size.
   template <class Row>
@@ -62,171 +81,237 @@ class Chunks {
       row(start, int64_t(0), n);
       return n;
     }
-    const int64_t channel = chunk / (groups_ * pieces_), rest = chunk % (groups_ * pieces_);
-    const int64_t first = rest / pieces_ * rows_, begin = rest % pieces_ * piece_;
+    const int64_t line = chunk / pieces_, stack = line / view_.channels, channel = line % view_.channels;
+    const int64_t begin = chunk % pieces_ * piece_;
     const int64_t length = view_.inner - begin < piece_ ? view_.inner - begin : piece_;
-    const int64_t last = first + rows_ < outer_ ? first + rows_ : outer_;
+    const int64_t first = stack * rows_, last = first + rows_ < outer_ ? first + rows_ : outer_;
     int64_t at = 0;
     for (int64_t n = first; n < last; ++n, at += length)
       row((n * view_.channels + channel) * view_.inner + begin, at, length);
     return at;
   }
-
-  // Elements of each channel in a chunk of n.
-  int64_t per_channel(int64_t n) const { return by_channel_ ? n : n / view_.channels; }
-
-  // The chunk as fp32, readable in whole vectors; `buffer` holds capacity() floats, and fp32 that lies well stays there.
-  template <class T>
-  const float* gather(int64_t chunk, const T* from, float* buffer) const {
-    if (std::is_same<T, float>::value && lanes_ % kWidth == 0 && (!by_channel_ || rows_ == 1)) {
-      const float* in_place = nullptr;
-      rows(chunk, [&](int64_t offset, int64_t, int64_t n) {
-        if (n % kWidth == 0) in_place = reinterpret_cast<const float*>(from) + offset;
-      });
-      if (in_place) return in_place;
-    }
-    rows(chunk, [&](int64_t offset, int64_t at, int64_t n) { load(from + offset, buffer + at, n); });
-    return buffer;
+  int64_t size(int64_t chunk) const {
+    return rows(chunk, [](int64_t, int64_t, int64_t) {});
   }
-  template <class T>
-  void scatter(int64_t chunk, const float* buffer, T* to) const {
-    rows(chunk, [&](int64_t offset, int64_t at, int64_t n) { store(buffer + at, to + offset, n); });
+
+  // Where the chunk lies in the tensor, if kernels may read and write it there in whole vectors; else -1.
+  int64_t in_place(int64_t chunk) const {
+    if (lanes_ % kWidth != 0 || (by_channel_ && rows_ != 1)) return -1;
+    int64_t place = -1;
+    rows(chunk, [&](int64_t offset, int64_t, int64_t n) {
+      if (n % kWidth == 0) place = offset;
+    });
+    return place;
   }
 
  private:
   View view_;
   int64_t outer_;
   bool by_channel_;
-  int64_t lanes_ = 0, piece_ = 0, pieces_ = 1, rows_ = 1, groups_ = 1, count_ = 0, capacity_ = 0;
+  int64_t lanes_ = 0, piece_ = 0, pieces_ = 1, rows_ = 1, stacks_ = 1, count_ = 0, capacity_ = 0, groups_ = 1;
   std::vector<int32_t> channel_of_lane_;
 };
 
-// What a thread needs for its chunks: K constants, S sums and B buffers.
-template <int K, int S, int B>
+enum class Fold { kSum, kLeast, kMost };
+
+static inline float neutral(Fold fold) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  return fold == Fold::kSum ? 0.0f : fold == Fold::kLeast ? kInfinity : -kInfinity;
+}
+
+template <class Number>
+static inline Number joined(Fold fold, Number one, Number other) {
+  if (fold == Fold::kSum) return one + other;
+  return fold == Fold::kLeast ? (other < one ? other : one) : (other > one ? other : one);
+}
+
+// What a thread needs for its chunks: K constants per channel, A accumulators per lane, B buffers.
+template <int K, int A, int B>
 class Workspace {
  public:
-  Workspace(const Chunks& chunks, const float* const (&values)[K]) : chunks_(chunks), lanes_(chunks.lanes()) {
+  Workspace(const Chunks& chunks, const float* const (&values)[K], const Fold* folds)
+      : chunks_(chunks), lanes_(chunks.lanes()), stride_(lanes_ + kWidth) {
     for (int k = 0; k < K; ++k) values_[k] = values[k];
-    constants_.resize(static_cast<size_t>(K * (lanes_ + kWidth)));
-    sums_.resize(static_cast<size_t>(S * (lanes_ + kWidth)));
+    for (int a = 0; a < A; ++a) folds_[a] = folds[a];
+    constants_.resize(static_cast<size_t>(K * stride_));
+    totals_.resize(static_cast<size_t>((chunks.by_channel() ? chunks.channels() : 1) * A * stride_));
     buffers_.resize(static_cast<size_t>(B * chunks.capacity()));
-    if (!chunks.by_channel()) set_constants(0);
-  }
-
-  void start(int64_t chunk) {
-    if (chunks_.by_channel()) set_constants(chunks_.channel(chunk));
-  }
-
-  float* buffer(int b) { return buffers_.data() + b * chunks_.capacity(); }
-
-  // Overrides a constant with the values of a chunk's own channels.
-  void set_constant(int k, const float* per_sum) {
-    float* to = constants_.data() + k * stride();
-    for (int64_t lane = 0; lane < lanes_; ++lane) to[lane] = per_sum[chunks_.by_channel() ? 0 : chunks_.channel_of_lane(lane)];
-  }
-
-  // step(i, constants, sums): element i of the chunk and its neighbours; sums[s] is added to the lanes' sums.
-  // Down the lanes, a few vectors side by side: their sums stay in registers and do not wait for one another.
-  template <class Step>
-  void run(int64_t n, const Step& step) {
-    constexpr int kBeside = S >= 3 ? 1 : 4;
-    const int64_t lanes = lanes_, step_of_sums = stride(), whole = n / lanes * lanes;
-    const float* const constants = constants_.data();
-    float* const sums = sums_.data();
-    const int64_t vectors = lanes / kWidth * kWidth, rest = n - whole;
-    if (vectors < lanes) {  // first, because a step may write past these lanes into the next row's
-      for (int s = 0; s < S; ++s) std::fill(sums + s * step_of_sums + vectors, sums + s * step_of_sums + lanes, 0.0f);
-      for (int64_t row = 0; row < whole; row += lanes) partial(row, vectors, lanes - vectors, step);
+    if (!chunks.by_channel()) {
+      set_constants(0);
+      own_ = totals_.data();
     }
+  }
+
+  // Forgets the accumulators: of all channels, or of one.
+  void clear() {
+    for (size_t at = 0, a = 0; at < totals_.size(); at += stride_, a = a + 1 == A ? 0 : a + 1)
+      std::fill(&totals_[at], &totals_[at] + stride_, neutral(folds_[a]));
+  }
+  void clear(int64_t channel) {
+    for (int a = 0; a < A; ++a) std::fill_n(&totals_[(channel * A + a) * stride_], stride_, neutral(folds_[a]));
+  }
+
+  // The chunk that the following calls are about.
+  void start(int64_t chunk) {
+    chunk_ = chunk;
+    place_ = chunks_.in_place(chunk);
+    size_ = chunks_.size(chunk);
+    if (!chunks_.by_channel()) return;
+    const int64_t channel = chunks_.channel(chunk);
+    set_constants(channel);
+    own_ = totals_.data() + channel * A * stride_;
+  }
+
+  // Its elements as fp32, readable in whole vectors.
+  template <class T>
+  const float* gather(int b, const void* from) {
+    if (std::is_same<T, float>::value && place_ >= 0) return static_cast<const float*>(from) + place_;
+    float* const buffer = buffers_.data() + b * chunks_.capacity();
+    chunks_.rows(chunk_, [&](int64_t offset, int64_t at, int64_t n) {
+      load(static_cast<const T*>(from) + offset, buffer + at, n);
+    });
+    return buffer;
+  }
+
+  // Where its results may be written in whole vectors, and what brings them to `to` afterwards.
+  template <class T>
+  float* place(int b, void* to) {
+    if (std::is_same<T, float>::value && place_ >= 0) return static_cast<float*>(to) + place_;
+    return buffers_.data() + b * chunks_.capacity();
+  }
+  template <class T>
+  void scatter(int b, void* to) {
+    if (std::is_same<T, float>::value && place_ >= 0) return;
+    const float* const buffer = buffers_.data() + b * chunks_.capacity();
+    chunks_.rows(chunk_, [&](int64_t offset, int64_t at, int64_t n) {
+      store(buffer + at, static_cast<T*>(to) + offset, n);
+    });
+  }
+
+  // step(i, constants, totals): takes element i of the chunk and its neighbours into the totals of their lanes.
+  // Down the lanes, a few vectors side by side: their totals stay in registers and do not wait for one another.
+  template <class Step>
+  void run(const Step& step) {
+    constexpr int kBeside = A <= 2 ? 4 : 2;
+    const int64_t lanes = lanes_, whole = size_ / lanes * lanes, vectors = lanes / kWidth * kWidth, rest = size_ - whole;
+    if (vectors < lanes)  // first, because a step may write past these lanes into the next row's
+      for (int64_t row = 0; row < whole; row += lanes) partial(row, vectors, lanes - vectors, step);
     int64_t lane = 0;
-    for (; lane + kBeside * kWidth <= lanes; lane += kBeside * kWidth)
-      columns<kBeside>(lane, whole, lanes, constants, sums, step_of_sums, step);
-    for (; lane < vectors; lane += kWidth) columns<1>(lane, whole, lanes, constants, sums, step_of_sums, step);
+    for (; lane + kBeside * kWidth <= vectors; lane += kBeside * kWidth) columns<kBeside>(lane, whole, step);
+    for (; lane + 2 * kWidth <= vectors; lane += 2 * kWidth) columns<2>(lane, whole, step);
+    for (; lane < vectors; lane += kWidth) columns<1>(lane, whole, step);
     for (int64_t at = 0; at < rest; at += kWidth) partial(whole, at, rest - at, step);
   }
 
-  // The sums of the lanes by channel, in double; `to` has S * sums_per_chunk() places. Overwrites the lanes.
+  // Takes the lanes into `to`: A * channels places; or those of one channel into A places.
   void fold(double* to) {
-    for (int s = 0; s < S; ++s) {
-      float* const sums = sums_.data() + s * stride();
-      if (chunks_.by_channel()) {
-        for (int64_t half = lanes_ / 2; half >= 8; half /= 2)  // the same order whatever the width of vectors
-          for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
-        double total = 0;
-        for (int i = 0; i < 8; ++i) total += static_cast<double>(sums[i]);
-        to[s] = total;
-        continue;
-      }
-      const int64_t channels = chunks_.sums_per_chunk();
-      double* const own = to + s * channels;
-      for (int64_t c = 0; c < channels; ++c) own[c] = 0;
-      if (chunks_.inner() == 1) {
+    const int64_t channels = chunks_.channels();
+    if (chunks_.by_channel()) {
+      for (int64_t c = 0; c < channels; ++c)
+        for (int a = 0; a < A; ++a) fold_lanes(c, a, to[a * channels + c]);
+      return;
+    }
+    for (int a = 0; a < A; ++a) {
+      const float* const totals = totals_.data() + a * stride_;
+      double* const own = to + a * channels;
+      if (chunks_.inner() == 1 && folds_[a] == Fold::kSum) {
         for (int64_t row = 0; row < lanes_; row += channels)
-          for (int64_t c = 0; c < channels; ++c) own[c] += static_cast<double>(sums[row + c]);
+          for (int64_t c = 0; c < channels; ++c) own[c] += static_cast<double>(totals[row + c]);
       } else {
-        for (int64_t lane = 0; lane < lanes_; ++lane) own[chunks_.channel_of_lane(lane)] += static_cast<double>(sums[lane]);
+        for (int64_t lane = 0; lane < lanes_; ++lane) {
+          double& total = own[chunks_.channel_of_lane(lane)];
+          total = joined(folds_[a], total, static_cast<double>(totals[lane]));
+        }
       }
     }
+  }
+  void fold(int64_t channel, double* to) {
+    for (int a = 0; a < A; ++a) fold_lanes(channel, a, to[a]);
   }
 
  private:
-  int64_t stride() const { return lanes_ + kWidth; }
+  void fold_lanes(int64_t channel, int a, double& to) {
+    float* const totals = &totals_[(channel * A + a) * stride_];
+    for (int64_t half = kLanes / 2; half >= 8; half /= 2)  // the same order whatever the width of vectors
+      for (int64_t i = 0; i < half; ++i) totals[i] = joined(folds_[a], totals[i], totals[i + half]);
+    double eight[8];
+    for (int i = 0; i < 8; ++i) eight[i] = static_cast<double>(totals[i]);
+    for (int half = 4; half >= 1; half /= 2)
+      for (int i = 0; i < half; ++i) eight[i] = joined(folds_[a], eight[i], eight[i + half]);
+    to = joined(folds_[a], to, eight[0]);
+  }
 
   void set_constants(int64_t channel) {
     for (int k = 0; k < K; ++k) {
-      float* to = constants_.data() + k * stride();
-      if (!values_[k]) continue;
-      for (int64_t lane = 0; lane < lanes_; ++lane)
-        to[lane] = values_[k][chunks_.by_channel() ? channel : chunks_.channel_of_lane(lane)];
+      float* const to = constants_.data() + k * stride_;
+      if (chunks_.by_channel()) {
+        const Vec value = broadcast(values_[k][channel]);
+        for (int64_t lane = 0; lane < kLanes; lane += kWidth) store_vec(to + lane, value);
+      } else {
+        for (int64_t lane = 0; lane < lanes_; ++lane) to[lane] = values_[k][chunks_.channel_of_lane(lane)];
+      }
     }
   }
 
-  // The whole rows of `beside` vectors of lanes; sets their sums.
+  // The whole rows of `beside` vectors of lanes.
   template <int beside, class Step>
-  static inline void columns(int64_t lane, int64_t whole, int64_t lanes, const float* constants, float* sums,
-                             int64_t step_of_sums, const Step& step) {
-    Vec k[beside][K > 0 ? K : 1], total[beside][S > 0 ? S : 1];
+  void columns(int64_t lane, int64_t whole, const Step& step) {
+    Vec k[beside][K > 0 ? K : 1], total[beside][A > 0 ? A : 1];
     for (int b = 0; b < beside; ++b) {
-      for (int i = 0; i < K; ++i) k[b][i] = load_vec(constants + i * step_of_sums + lane + b * kWidth);
-      for (int s = 0; s < S; ++s) total[b][s] = Vec{};
+      for (int i = 0; i < K; ++i) k[b][i] = load_vec(constants_.data() + i * stride_ + lane + b * kWidth);
+      for (int a = 0; a < A; ++a) total[b][a] = load_vec(own_ + a * stride_ + lane + b * kWidth);
     }
+    const int64_t lanes = lanes_;
     for (int64_t row = 0; row < whole; row += lanes)
-      for (int b = 0; b < beside; ++b) {
-        Vec added[S > 0 ? S : 1];
-        step(row + lane + b * kWidth, k[b], added);
-        for (int s = 0; s < S; ++s) total[b][s] = total[b][s] + added[s];
-      }
+#pragma GCC unroll 4
+      for (int b = 0; b < beside; ++b) step(row + lane + b * kWidth, k[b], total[b]);
     for (int b = 0; b < beside; ++b)
-      for (int s = 0; s < S; ++s) store_vec(sums + s * step_of_sums + lane + b * kWidth, total[b][s]);
+      for (int a = 0; a < A; ++a) store_vec(own_ + a * stride_ + lane + b * kWidth, total[b][a]);
   }
 
   // One vector whose first `valid` elements count.
   template <class Step>
   void partial(int64_t row, int64_t lane, int64_t valid, const Step& step) {
-    Vec k[K > 0 ? K : 1], added[S > 0 ? S : 1];
-    for (int i = 0; i < K; ++i) k[i] = load_vec(constants_.data() + i * stride() + lane);
-    step(row + lane, k, added);
-    for (int s = 0; s < S; ++s) {
-      float* at = sums_.data() + s * stride() + lane;
-      store_vec(at, load_vec(at) + first_lanes(added[s], valid));
-    }
+    Vec k[K > 0 ? K : 1], before[A > 0 ? A : 1], total[A > 0 ? A : 1];
+    for (int i = 0; i < K; ++i) k[i] = load_vec(constants_.data() + i * stride_ + lane);
+    for (int a = 0; a < A; ++a) total[a] = before[a] = load_vec(own_ + a * stride_ + lane);
+    step(row + lane, k, total);
+    for (int a = 0; a < A; ++a) store_vec(own_ + a * stride_ + lane, first_lanes(total[a], before[a], valid));
   }
 
   const Chunks& chunks_;
-  int64_t lanes_;
+  int64_t lanes_, stride_, chunk_ = 0, place_ = -1, size_ = 0;
   const float* values_[K > 0 ? K : 1];
-  std::vector<float> constants_, sums_, buffers_;
+  Fold folds_[A > 0 ? A : 1];
+  float* own_ = nullptr;  // the accumulators of the chunk's lanes
+  std::vector<float> constants_, totals_, buffers_;
 };
 
-// Adds the chunks' sums of every channel in order: total[s * channels + c].
-static inline void combine(const Chunks& chunks, const View& view, int S, const std::vector<double>& parts, double* total) {
-  const int64_t each = chunks.sums_per_chunk();
-  for (int64_t i = 0; i < S * view.channels; ++i) total[i] = 0;
-  for (int64_t chunk = 0; chunk < chunks.count(); ++chunk)
-    for (int s = 0; s < S; ++s)
-      for (int64_t c = 0; c < each; ++c)
-        total[s * view.channels + (chunks.by_channel() ? chunks.channel(chunk) : c)] +=
-            parts[static_cast<size_t>((chunk * S + s) * each + c)];
+// Calls body(work) for every chunk of the tensor and gives total[a * channels + c].
+template <int K, int A, int B, class Body>
+static std::vector<double> reduce(const Chunks& chunks, int threads, const float* const (&values)[K],
+                                  const Fold (&folds)[A], const Body& body) {
+  const int64_t channels = chunks.channels(), each = A * channels;
+  std::vector<double> parts(static_cast<size_t>((chunks.groups() + 1) * each));
+  for (int64_t i = 0; i < static_cast<int64_t>(parts.size()); ++i) parts[i] = neutral(folds[i / channels % A]);
+  parallel_for(chunks.groups(), 1, chunks.size() > kGrain ? threads : 1, [&](int64_t begin, int64_t end) {
+    Workspace<K, A, B> work(chunks, values, folds);
+    for (int64_t group = begin; group < end; ++group) {
+      work.clear();
+      for (int64_t chunk = chunks.group_begin(group); chunk < chunks.group_begin(group + 1); ++chunk) {
+        work.start(chunk);
+        body(work);
+      }
+      work.fold(&parts[group * each]);
+    }
+  });
+  double* const total = &parts[chunks.groups() * each];
+  for (int64_t group = 0; group < chunks.groups(); ++group)
+    for (int a = 0; a < A; ++a)
+      for (int64_t c = 0; c < channels; ++c)
+        total[a * channels + c] = joined(folds[a], total[a * channels + c], parts[group * each + a * channels + c]);
+  parts.erase(parts.begin(), parts.begin() + chunks.groups() * each);
+  return parts;
 }
 
 }  // namespace DFQ_ISA

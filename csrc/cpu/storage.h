@@ -6,7 +6,7 @@
 namespace dfq {
 namespace DFQ_ISA {
 
-constexpr int64_t kBlock = 512;  // elements; a multiple of every kWidth
+constexpr int64_t kBlock = 1024;  // elements; a multiple of every kWidth
 
 struct BFloat16 {
   uint16_t bits;

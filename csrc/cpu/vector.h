@@ -126,9 +126,11 @@ static inline uint32_t load_bits(const uint8_t* mask, int64_t index) {
   return bits;
 }
 
-// The first `count` lanes of v, zeros behind them.
-static inline Vec first_lanes(Vec v, int64_t count) {
-  return count >= kWidth ? v : keep_bits((1u << count) - 1u, v);
+// The first `count` lanes of v, those of `rest` behind them.
+static inline Vec first_lanes(Vec v, Vec rest, int64_t count) {
+  VecInt index;
+  for (int i = 0; i < kWidth; ++i) index[i] = i;
+  return select(index < static_cast<int32_t>(count < kWidth ? count : kWidth) - VecInt{}, v, rest);
 }
 
 }  // namespace DFQ_ISA

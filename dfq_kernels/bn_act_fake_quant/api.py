@@ -20,6 +20,7 @@ from dfq_kernels._checks import (
     check_scalar,
     check_written,
 )
+from dfq_kernels._eager import recorded
 from dfq_kernels.dispatch import resolve
 
 OP = "bn_act_fake_quant"
@@ -105,6 +106,8 @@ def bn_act_fake_quant(
     )  # fmt: skip
     impl = resolve(OP, backend, x)
     stored = (running_mean, running_var, running_min, running_max)
+    if not recorded(x, weight, bias, scale, zero_point):
+        return impl.forward(x, weight, bias, *stored, scale, zero_point, *settings)[0]
     return BnActFakeQuant.apply(x, weight, bias, *stored, scale, zero_point, settings, impl)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dfq_kernels._checks import check_activation, check_channels, check_eps, check_float, check_per_channel
+from dfq_kernels._eager import recorded
 from dfq_kernels.dispatch import resolve
 
 OP = "bn_act_stats"
@@ -62,7 +63,8 @@ def bn_act_stats(
                 f"{OP}: {name} must not require a gradient (the teacher is frozen), got requires_grad=True"
             )
     impl = resolve(OP, backend, x)
-    out, mean, var = BnActStats.apply(x, weight, bias, running_mean, running_var, eps, activation, impl)
+    arguments = (x, weight, bias, running_mean, running_var, eps, activation)
+    out, mean, var = BnActStats.apply(*arguments, impl) if recorded(x) else impl.forward(*arguments)
     return out, mean, var
 
 

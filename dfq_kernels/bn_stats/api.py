@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dfq_kernels._checks import check_channels, check_float
+from dfq_kernels._eager import recorded
 from dfq_kernels.dispatch import resolve
 
 OP = "bn_stats"
@@ -36,7 +37,8 @@ def bn_stats(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """
     check_float(OP, "x", x)
     check_channels(OP, x)
-    mean, var = BnStats.apply(x, resolve(OP, backend, x))
+    impl = resolve(OP, backend, x)
+    mean, var = BnStats.apply(x, impl) if recorded(x) else impl.forward(x)
     return mean, var
 
 

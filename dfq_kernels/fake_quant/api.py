@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dfq_kernels._checks import check_device, check_float, check_quant_range
+from dfq_kernels._eager import recorded
 from dfq_kernels.dispatch import resolve
 
 OP = "fake_quant"
@@ -66,6 +67,8 @@ def fake_quant(
     if x.numel() == 0:
         return x.clone()
     impl = resolve(OP, backend, x)
+    if not recorded(x, scale, zero_point):
+        return impl.forward(x, scale, zero_point, quant_min, quant_max, axis)[0]
     return FakeQuant.apply(x, scale, zero_point, quant_min, quant_max, axis, impl)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dfq_kernels._checks import check_device, check_float, widest
+from dfq_kernels._eager import recorded
 from dfq_kernels.dispatch import resolve
 
 OP = "fake_quant_weights"
@@ -55,6 +56,8 @@ def fake_quant_weights(
         if isinstance(count, bool) or not isinstance(count, int) or not 2 <= count <= 8:
             raise ValueError(f"{OP}: bits must be in [2, 8], got {count!r}")
     impl = resolve(OP, backend, widest(weights))
+    if not recorded(*weights):
+        return impl.forward(weights, counts)
     results = FakeQuantWeights.apply(counts, impl, *weights)
     return list(results[: len(weights)]), list(results[len(weights) :])
 

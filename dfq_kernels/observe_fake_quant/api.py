@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dfq_kernels._checks import check_float, check_fraction, check_quant_range, check_scalar, check_written
+from dfq_kernels._eager import recorded
 from dfq_kernels.dispatch import resolve
 
 OP = "observe_fake_quant"
@@ -68,6 +69,8 @@ def observe_fake_quant(
         raise ValueError(f"{OP}: quant_max must be > 0 for a symmetric range, got {quant_max}")
     impl = resolve(OP, backend, x)
     settings = (averaging_constant, quant_min, quant_max, symmetric)
+    if not recorded(x):
+        return impl.forward(x, running_min, running_max, scale, zero_point, *settings)[0]
     return ObserveFakeQuant.apply(x, running_min, running_max, scale, zero_point, settings, impl)
 
 

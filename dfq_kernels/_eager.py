@@ -1,0 +1,32 @@
+"""Whether a call is plain eager execution, which needs neither torch's dispatcher nor a node in its graph.
+
+Both cost more than small tensors do: measured on 4,096 elements, 3 us and 5 us of 18, and three times that where the
+caches are cold, as they are behind every large tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def plain(x: Tensor) -> bool:
+    """Nobody watches: no tracing, no mode, no transform, no profiler, no subclass of Tensor."""
+    return not (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def recorded(*tensors: Tensor | None) -> bool:
+    """Whether the call must go through `autograd.Function`: a tensor has a gradient, or who watches would miss it."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return forward_ad._current_level >= 0 or not plain(next(tensor for tensor in tensors if tensor is not None))
