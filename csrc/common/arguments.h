@@ -134,7 +134,7 @@ struct BnActFakeQuantBackward {
   float quant_min, quant_max;
   void* grad_x;
   float *grad_weight, *grad_bias;       // [channels]
-  float *grad_scale, *grad_zero_point;  // one number each
+  float *grad_scale, *grad_zero_point;  // one number each; null: not asked for
 };
 
 struct BnStatLoss {

@@ -22,8 +22,8 @@ void look_at(const BnActFakeQuantForward& a, std::vector<float>& least, std::vec
   if (observe) folds[count - 3] = Fold::kLeast, folds[count - 2] = Fold::kMost;
   std::vector<double> total;
   const auto pass = [&](const float* shift) {
-    total = reduce<1, count, 1>(chunks, a.threads, {shift}, folds, [&](auto& work) {
-      const float* x = work.template gather<T>(0, a.x);
+    total = reduce<T, 1, count, 1>(chunks, a.threads, {shift}, folds, [&](auto& work) {
+      const T* x = work.gather(0, a.x);
       work.run([&](int64_t i, const Vec* k, Vec* at) {
         const Vec value = load_vec(x + i);
         if (training) {
@@ -75,8 +75,8 @@ void quantize(const BnActFakeQuantForward& a, const std::vector<float>& factor, 
     Reader<T> reader;
     Writer<T> writer;
     T* to = static_cast<T*>(a.out) + start;
-    const float* x = reader.at(static_cast<const T*>(a.x) + start, n);
-    float* out = writer.at(to, n);
+    const T* x = reader.at(static_cast<const T*>(a.x) + start, n);
+    T* out = writer.at(to, n);
     constants.block(start, n, [&](const auto& k, int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; j += kWidth) {
         const Vec affine = (load_vec(x + j) - k.template get<0>(j)) * k.template get<1>(j) + k.template get<2>(j);
@@ -115,11 +115,12 @@ void forward(const BnActFakeQuantForward& a) {
 }
 
 // One layer's backward. Two passes over every chunk: sums, and in training the gradient that they enter.
-template <class T>
+template <class T, bool learned>
 class Backward {
  public:
-  using Sums = Workspace<4, 4, 3>;
-  using Ends = Workspace<5, 0, 3>;
+  static constexpr int kSums = learned ? 4 : 2;
+  using Sums = Workspace<T, 4, kSums, 3>;
+  using Ends = Workspace<T, 5, 0, 3>;
 
   explicit Backward(const BnActFakeQuantBackward& a)
       : a_(a), chunks_(a.view), rounding_(a.quant_min, a.quant_max), inv_(broadcast(1.0f / *a.scale)),
@@ -134,7 +135,7 @@ class Backward {
     if (a_.training && channel_fits()) {
       total = channel_by_channel(constants);
     } else {
-      total = reduce<4, 4, 3>(chunks_, a_.threads, constants, kFolds, [&](Sums& work) { add(work); });
+      total = reduce<T, 4, kSums, 3>(chunks_, a_.threads, constants, kFolds, [&](Sums& work) { add(work); });
       for (int64_t c = 0; c < channels; ++c) set_means(c, total[c], total[channels + c]);
       if (a_.training) {
         parallel_for(chunks_.groups(), 1, chunks_.size() > kGrain ? a_.threads : 1, [&](int64_t begin, int64_t end) {
@@ -146,10 +147,13 @@ class Backward {
         });
       }
     }
-    double grad_scale = 0, outside = 0;
     for (int64_t c = 0; c < channels; ++c) {
       a_.grad_bias[c] = static_cast<float>(total[c]);
       a_.grad_weight[c] = static_cast<float>(total[channels + c]);
+    }
+    if (!learned) return;
+    double grad_scale = 0, outside = 0;
+    for (int64_t c = 0; c < channels; ++c) {
       grad_scale += total[2 * channels + c];
       outside += total[3 * channels + c];
     }
@@ -158,7 +162,7 @@ class Backward {
   }
 
  private:
-  static constexpr Fold kFolds[] = {Fold::kSum, Fold::kSum, Fold::kSum, Fold::kSum};
+  static constexpr Fold kFolds[kSums] = {};  // sums
 
   // Whether a channel's x, grad_out and grad_x stay in the second-level cache, and there are channels for all threads.
   bool channel_fits() const {
@@ -169,23 +173,23 @@ class Backward {
   // Both passes over one channel, then the next: the second one reads from cache. The same sums in the same order.
   std::vector<double> channel_by_channel(const float* const (&constants)[4]) {
     const int64_t channels = a_.view.channels;
-    std::vector<double> total(static_cast<size_t>(4 * channels));
+    std::vector<double> total(static_cast<size_t>(kSums * channels));
     parallel_for(channels, 1, chunks_.size() > kGrain ? a_.threads : 1, [&](int64_t begin, int64_t end) {
       Sums work(chunks_, constants, kFolds);
       Ends ends(chunks_, {a_.mean, factor_.data(), bias_.data(), mean_grad_.data(), slope_.data()}, nullptr);
       for (int64_t c = begin; c < end; ++c) {
-        double sums[4] = {};
+        double sums[kSums] = {};
         for (int64_t group = 0; group < chunks_.groups(); ++group) {
-          double part[4] = {};
+          double part[kSums] = {};
           work.clear(c);
           chunks_.chunks_of(group, c, [&](int64_t chunk) {
             work.start(chunk);
             add(work);
           });
           work.fold(c, part);
-          for (int i = 0; i < 4; ++i) sums[i] += part[i];
+          for (int i = 0; i < kSums; ++i) sums[i] += part[i];
         }
-        for (int i = 0; i < 4; ++i) total[i * channels + c] = sums[i];
+        for (int i = 0; i < kSums; ++i) total[i * channels + c] = sums[i];
         set_means(c, sums[0], sums[1]);
         for (int64_t group = 0; group < chunks_.groups(); ++group)
           chunks_.chunks_of(group, c, [&](int64_t chunk) {
@@ -205,9 +209,9 @@ class Backward {
 
   // The sums over a chunk; where statistics are frozen its gradient, too.
   void add(Sums& work) const {
-    const float* x = work.template gather<T>(0, a_.x);
-    const float* grad_out = work.template gather<T>(1, a_.grad_out);
-    float* out = work.template place<T>(2, a_.grad_x);
+    const T* x = work.gather(0, a_.x);
+    const T* grad_out = work.gather(1, a_.grad_out);
+    T* out = work.place(2, a_.grad_x);
     work.run([&](int64_t i, const Vec* k, Vec* sums) {
       const Vec grad = load_vec(grad_out + i), centred = load_vec(x + i) - k[0];
       const Vec y = activate(centred * k[1] + k[2], a_.activation);
@@ -215,18 +219,20 @@ class Backward {
       const Vec inner = activation_gradient(g.x, y, a_.activation);
       sums[0] = sums[0] + inner;
       sums[1] = sums[1] + inner * (centred * k[3]);
-      sums[2] = sums[2] + g.scale;
-      sums[3] = sums[3] + g.outside;
+      if (learned) {
+        sums[kSums - 2] = sums[kSums - 2] + g.scale;
+        sums[kSums - 1] = sums[kSums - 1] + g.outside;
+      }
       if (!a_.training) store_vec(out + i, inner * k[1]);
     });
-    if (!a_.training) work.template scatter<T>(2, a_.grad_x);
+    if (!a_.training) work.scatter(2, a_.grad_x);
   }
 
   // The gradient of x in training: (inner - mean(inner) - normalized mean(inner normalized)) factor.
   void finish(Ends& work) const {
-    const float* x = work.template gather<T>(0, a_.x);
-    const float* grad_out = work.template gather<T>(1, a_.grad_out);
-    float* out = work.template place<T>(2, a_.grad_x);
+    const T* x = work.gather(0, a_.x);
+    const T* grad_out = work.gather(1, a_.grad_out);
+    T* out = work.place(2, a_.grad_x);
     work.run([&](int64_t i, const Vec* k, Vec*) {
       const Vec centred = load_vec(x + i) - k[0];
       const Vec y = activate(centred * k[1] + k[2], a_.activation);
@@ -234,7 +240,7 @@ class Backward {
       const Vec inner = activation_gradient(g.x, y, a_.activation);
       store_vec(out + i, (inner - k[3] - centred * k[4]) * k[1]);
     });
-    work.template scatter<T>(2, a_.grad_x);
+    work.scatter(2, a_.grad_x);
   }
 
   const BnActFakeQuantBackward& a_;
@@ -251,7 +257,10 @@ void bn_act_fake_quant_forward(const BnActFakeQuantForward& a) {
 }
 
 void bn_act_fake_quant_backward(const BnActFakeQuantBackward& a) {
-  with_type(a.dtype, [&](auto type) { Backward<decltype(type)>(a).run(); });
+  with_type(a.dtype, [&](auto type) {
+    if (a.grad_scale) Backward<decltype(type), true>(a).run();
+    else Backward<decltype(type), false>(a).run();
+  });
 }
 
 }  // namespace DFQ_ISA

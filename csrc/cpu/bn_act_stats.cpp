@@ -19,30 +19,18 @@ void forward(const BnActStatsForward& a) {
   const Chunks chunks(a.view);
   measure<T>(a.view, a.x, a.threads, a.mean, a.var, [&](const float* shift) {
     const float* const constants[] = {shift, a.running_mean, factor.data(), bias.data()};
-    return reduce<4, 2, 2>(chunks, a.threads, constants, {Fold::kSum, Fold::kSum}, [&](auto& work) {
-      const float* x = work.template gather<T>(0, a.x);
-      float* out = work.template place<T>(1, a.out);
+    return reduce<T, 4, 2, 2>(chunks, a.threads, constants, {Fold::kSum, Fold::kSum}, [&](auto& work) {
+      const T* x = work.gather(0, a.x);
+      T* out = work.place(1, a.out);
       work.run([&](int64_t i, const Vec* k, Vec* total) {
         const Vec value = load_vec(x + i), distance = value - k[0];
         total[0] = total[0] + distance;
         total[1] = total[1] + distance * distance;
         store_vec(out + i, activate((value - k[1]) * k[2] + k[3], a.activation));
       });
-      work.template scatter<T>(1, a.out);
+      work.scatter(1, a.out);
     });
   });
-}
-
-// What the forward stored: the activation's gradient looks at the rounded value.
-template <class T>
-Vec stored(Vec y) {
-  if (std::is_same<T, float>::value) return y;
-  T rounded[kWidth];
-  float values[kWidth];
-  store_vec(values, y);
-  store(values, rounded, kWidth);
-  load(rounded, values, kWidth);
-  return load_vec(values);
 }
 
 template <class T>
@@ -62,14 +50,15 @@ void backward(const BnActStatsBackward& a) {
     Reader<T> x_reader, grad_reader;
     Writer<T> writer;
     T* to = static_cast<T*>(a.grad_x) + start;
-    const float* x = x_reader.at(static_cast<const T*>(a.x) + start, n);
-    const float* grad_out = grad_reader.at(static_cast<const T*>(a.grad_out) + start, n);
-    float* out = writer.at(to, n);
+    const T* x = x_reader.at(static_cast<const T*>(a.x) + start, n);
+    const T* grad_out = grad_reader.at(static_cast<const T*>(a.grad_out) + start, n);
+    T* out = writer.at(to, n);
     constants.block(start, n, [&](const auto& k, int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; j += kWidth) {
         const Vec value = load_vec(x + j), multiplier = k.template get<1>(j);
         Vec grad = load_vec(grad_out + j);
         if (a.activation != kIdentity) {
+          // the activation's gradient looks at what the forward stored
           const Vec y = stored<T>(activate((value - k.template get<0>(j)) * multiplier + k.template get<2>(j), a.activation));
           grad = activation_gradient(grad, y, a.activation);
         }

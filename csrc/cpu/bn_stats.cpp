@@ -14,8 +14,8 @@ template <class T>
 void forward(const BnStatsForward& a) {
   const Chunks chunks(a.view);
   measure<T>(a.view, a.x, a.threads, a.mean, a.var, [&](const float* shift) {
-    return reduce<1, 2, 1>(chunks, a.threads, {shift}, {Fold::kSum, Fold::kSum}, [&](auto& work) {
-      const float* x = work.template gather<T>(0, a.x);
+    return reduce<T, 1, 2, 1>(chunks, a.threads, {shift}, {Fold::kSum, Fold::kSum}, [&](auto& work) {
+      const T* x = work.gather(0, a.x);
       work.run([&](int64_t i, const Vec* k, Vec* total) {
         const Vec distance = load_vec(x + i) - k[0];
         total[0] = total[0] + distance;
@@ -39,8 +39,8 @@ void backward(const BnStatsBackward& a) {
     Reader<T> reader;
     Writer<T> writer;
     T* to = static_cast<T*>(a.grad_x) + start;
-    const float* x = reader.at(static_cast<const T*>(a.x) + start, n);
-    float* out = writer.at(to, n);
+    const T* x = reader.at(static_cast<const T*>(a.x) + start, n);
+    T* out = writer.at(to, n);
     constants.block(start, n, [&](const auto& k, int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; j += kWidth)
         store_vec(out + j, (load_vec(x + j) - k.template get<0>(j)) * k.template get<1>(j) + k.template get<2>(j));

@@ -23,8 +23,8 @@ void forward(const FakeQuantForward& a, bool backwards) {
     Reader<T> reader;
     Writer<T> writer;
     T* to = static_cast<T*>(a.out) + start;
-    const float* x = reader.at(static_cast<const T*>(a.x) + start, n);
-    float* out = writer.at(to, n);
+    const T* x = reader.at(static_cast<const T*>(a.x) + start, n);
+    T* out = writer.at(to, n);
     channels.block(start, n, [&](const auto& constants, int64_t begin, int64_t end) {
       const auto quantize = [&, low, high](int64_t j) {  // and the bits of what the clamp left alone
         const Vec zero_point = constants.template get<2>(j);
@@ -46,8 +46,8 @@ void backward(const MaskBackward& a) {
     Reader<T> reader;
     Writer<T> writer;
     T* to = static_cast<T*>(a.grad_x) + start;
-    const float* grad = reader.at(static_cast<const T*>(a.grad_out) + start, n);
-    float* out = writer.at(to, n);
+    const T* grad = reader.at(static_cast<const T*>(a.grad_out) + start, n);
+    T* out = writer.at(to, n);
     for (int64_t j = 0; j < n; j += kWidth)
       store_vec(out + j, keep_bits(load_bits(a.mask, start + j), load_vec(grad + j)));
     writer.done(to, n);
@@ -61,17 +61,17 @@ void backward_learned(const FakeQuantBackward& a) {
   const Chunks chunks(a.view);
   const Rounding rounding(a.quant_min, a.quant_max);
   const float* const constants[] = {inv.data(), a.zero_point};
-  const std::vector<double> total = reduce<2, 2, 3>(chunks, a.threads, constants, {Fold::kSum, Fold::kSum}, [&](auto& work) {
-    const float* x = work.template gather<T>(0, a.x);
-    const float* grad = work.template gather<T>(1, a.grad_out);
-    float* out = work.template place<T>(2, a.grad_x);
+  const std::vector<double> total = reduce<T, 2, 2, 3>(chunks, a.threads, constants, {Fold::kSum, Fold::kSum}, [&](auto& work) {
+    const T* x = work.gather(0, a.x);
+    const T* grad = work.gather(1, a.grad_out);
+    T* out = work.place(2, a.grad_x);
     work.run([&](int64_t i, const Vec* k, Vec* sums) {
       const LearnedGradient g = learned_gradient(load_vec(x + i), load_vec(grad + i), k[0], k[1], rounding);
       store_vec(out + i, g.x);
       sums[0] = sums[0] + g.scale;
       sums[1] = sums[1] + g.outside;
     });
-    work.template scatter<T>(2, a.grad_x);
+    work.scatter(2, a.grad_x);
   });
   for (int64_t c = 0; c < channels; ++c) {
     a.grad_scale[c] = static_cast<float>(total[c]);

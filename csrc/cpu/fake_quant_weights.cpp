@@ -17,7 +17,7 @@ void quantize_row(const T* from, T* to, int64_t n, float quant_max, float* scale
   Extremes extremes;  // a NaN in the row makes its scale and every value NaN, as the reference's maximum does
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t count = n - start < kBlock ? n - start : kBlock;
-    const float* x = reader.at(from + start, count);  // zeros behind the end change no magnitude
+    const T* x = reader.at(from + start, count);  // zeros behind the end change no magnitude
     for (int64_t j = 0; j < count; j += kWidth) extremes.add(load_vec(x + j));
   }
   float least = 0.0f, most = 0.0f;
@@ -28,8 +28,8 @@ void quantize_row(const T* from, T* to, int64_t n, float quant_max, float* scale
   const Vec inv = broadcast(1.0f / scale), factor = broadcast(scale), high = broadcast(quant_max), low = -high;
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t count = n - start < kBlock ? n - start : kBlock;
-    const float* x = reader.at(from + start, count);
-    float* out = writer.at(to + start, count);
+    const T* x = reader.at(from + start, count);
+    T* out = writer.at(to + start, count);
     for (int64_t j = 0; j < count; j += kWidth)
       store_vec(out + j, clamp(rne(load_vec(x + j) * inv), low, high) * factor);
     writer.done(to + start, count);

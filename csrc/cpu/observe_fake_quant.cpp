@@ -16,17 +16,16 @@ void observe(const ObserveFakeQuantForward& a) {
   std::vector<float> lows(static_cast<size_t>(blocks)), highs(lows);
   for_blocks(a.size, a.threads, [&](int64_t start, int64_t n) {
     Reader<T> reader;
-    const float* x = reader.at(static_cast<const T*>(a.x) + start, n);
+    const T* x = reader.at(static_cast<const T*>(a.x) + start, n);
     Extremes extremes;
     const int64_t whole = n / kWidth * kWidth;
     for (int64_t j = 0; j < whole; j += kWidth) extremes.add(load_vec(x + j));
+    if (whole < n) {  // one of them in place of what is behind the end
+      const Vec last = load_vec(x + whole);
+      extremes.add(first_lanes(last, broadcast(last[0]), n - whole));
+    }
     float least = std::numeric_limits<float>::infinity(), most = -least;
     extremes.fold(least, most);
-    for (int64_t j = whole; j < n; ++j) {
-      if (x[j] != x[j]) least = most = x[j];
-      least = x[j] < least ? x[j] : least;
-      most = x[j] > most ? x[j] : most;
-    }
     lows[static_cast<size_t>(start / kBlock)] = least;
     highs[static_cast<size_t>(start / kBlock)] = most;
   });

@@ -1,7 +1,7 @@
 // The driver of kernels that reduce over channels. The partition depends on the tensor alone and its parts are combined in
 // order: the same bits for any number of threads.
 //
-// A tensor is a sequence of groups of chunks, in memory order. A chunk is read as rows of `lanes` floats, and every lane
+// A tensor is a sequence of groups of chunks, in memory order. A chunk is read as rows of `lanes` elements, and every lane
 // belongs to one channel. Where a channel's elements are rows in memory (NCHW), a chunk is a piece of such a row, or
 // several short rows of one channel side by side, and each channel has lanes of its own; else (channels-last) it is a
 // piece of memory, whose lanes repeat the pattern of channels. Accumulators run down the lanes of a whole group, at most
@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <limits>
 #include <numeric>
-#include <type_traits>
 #include <vector>
 
 #include "elementwise.h"
@@ -18,7 +17,7 @@
 namespace dfq {
 namespace DFQ_ISA {
 
-constexpr int64_t kChunk = 4096;     // floats: two inputs and an output stay in the first-level cache
+constexpr int64_t kChunk = 2048;     // elements: two inputs and an output stay in the first-level cache
 constexpr int64_t kLanes = 32;       // enough independent additions to hide their latency
 constexpr int64_t kAdditions = 512;  // of one lane in fp32
 
@@ -72,7 +71,7 @@ class Chunks {
       for (int64_t chunk = std::max(first, begin); chunk < std::min(first + pieces_, end); ++chunk) visit(chunk);
   }
 
-  // Calls row(offset in the tensor, offset in the chunk, floats) for the contiguous pieces of a chunk; returns its size.
+  // Calls row(offset in the tensor, offset in the chunk, elements) for the contiguous pieces of a chunk; returns its size.
   template <class Row>
   int64_t rows(int64_t chunk, const Row& row) const {
     if (!by_channel_) {
@@ -112,7 +111,7 @@ class Chunks {
   std::vector<int32_t> channel_of_lane_;
 };
 
-enum class Fold { kSum, kLeast, kMost };
+enum class Fold { kSum = 0, kLeast, kMost };
 
 static inline float neutral(Fold fold) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -126,7 +125,7 @@ static inline Number joined(Fold fold, Number one, Number other) {
 }
 
 // What a thread needs for its chunks: K constants per channel, A accumulators per lane, B buffers.
-template <int K, int A, int B>
+template <class T, int K, int A, int B>
 class Workspace {
  public:
   Workspace(const Chunks& chunks, const float* const (&values)[K], const Fold* folds)
@@ -162,29 +161,25 @@ class Workspace {
     own_ = totals_.data() + channel * A * stride_;
   }
 
-  // Its elements as fp32, readable in whole vectors.
-  template <class T>
-  const float* gather(int b, const void* from) {
-    if (std::is_same<T, float>::value && place_ >= 0) return static_cast<const float*>(from) + place_;
-    float* const buffer = buffers_.data() + b * chunks_.capacity();
+  // Its elements, readable in whole vectors.
+  const T* gather(int b, const void* from) {
+    if (place_ >= 0) return static_cast<const T*>(from) + place_;
+    T* const buffer = buffers_.data() + b * chunks_.capacity();
     chunks_.rows(chunk_, [&](int64_t offset, int64_t at, int64_t n) {
-      load(static_cast<const T*>(from) + offset, buffer + at, n);
+      std::memcpy(buffer + at, static_cast<const T*>(from) + offset, n * sizeof(T));
     });
     return buffer;
   }
 
   // Where its results may be written in whole vectors, and what brings them to `to` afterwards.
-  template <class T>
-  float* place(int b, void* to) {
-    if (std::is_same<T, float>::value && place_ >= 0) return static_cast<float*>(to) + place_;
-    return buffers_.data() + b * chunks_.capacity();
+  T* place(int b, void* to) {
+    return place_ >= 0 ? static_cast<T*>(to) + place_ : buffers_.data() + b * chunks_.capacity();
   }
-  template <class T>
   void scatter(int b, void* to) {
-    if (std::is_same<T, float>::value && place_ >= 0) return;
-    const float* const buffer = buffers_.data() + b * chunks_.capacity();
+    if (place_ >= 0) return;
+    const T* const buffer = buffers_.data() + b * chunks_.capacity();
     chunks_.rows(chunk_, [&](int64_t offset, int64_t at, int64_t n) {
-      store(buffer + at, static_cast<T*>(to) + offset, n);
+      std::memcpy(static_cast<T*>(to) + offset, buffer + at, n * sizeof(T));
     });
   }
 
@@ -192,7 +187,7 @@ class Workspace {
   // Down the lanes, a few vectors side by side: their totals stay in registers and do not wait for one another.
   template <class Step>
   void run(const Step& step) {
-    constexpr int kBeside = A <= 2 ? 4 : 2;
+    constexpr int kBeside = A <= 2 ? 4 : 2;  // as many as the registers hold
     const int64_t lanes = lanes_, whole = size_ / lanes * lanes, vectors = lanes / kWidth * kWidth, rest = size_ - whole;
     if (vectors < lanes)  // first, because a step may write past these lanes into the next row's
       for (int64_t row = 0; row < whole; row += lanes) partial(row, vectors, lanes - vectors, step);
@@ -284,18 +279,19 @@ class Workspace {
   const float* values_[K > 0 ? K : 1];
   Fold folds_[A > 0 ? A : 1];
   float* own_ = nullptr;  // the accumulators of the chunk's lanes
-  std::vector<float> constants_, totals_, buffers_;
+  std::vector<float> constants_, totals_;
+  std::vector<T> buffers_;
 };
 
 // Calls body(work) for every chunk of the tensor and gives total[a * channels + c].
-template <int K, int A, int B, class Body>
+template <class T, int K, int A, int B, class Body>
 static std::vector<double> reduce(const Chunks& chunks, int threads, const float* const (&values)[K],
                                   const Fold (&folds)[A], const Body& body) {
   const int64_t channels = chunks.channels(), each = A * channels;
   std::vector<double> parts(static_cast<size_t>((chunks.groups() + 1) * each));
   for (int64_t i = 0; i < static_cast<int64_t>(parts.size()); ++i) parts[i] = neutral(folds[i / channels % A]);
   parallel_for(chunks.groups(), 1, chunks.size() > kGrain ? threads : 1, [&](int64_t begin, int64_t end) {
-    Workspace<K, A, B> work(chunks, values, folds);
+    Workspace<T, K, A, B> work(chunks, values, folds);
     for (int64_t group = begin; group < end; ++group) {
       work.clear();
       for (int64_t chunk = chunks.group_begin(group); chunk < chunks.group_begin(group + 1); ++chunk) {

@@ -20,9 +20,8 @@ static std::vector<float> sampled_means(const View& view, const void* from, int 
     for (int64_t c = begin; c < end; ++c) {
       double total = 0;
       for (int64_t i = 0; i < apart; ++i) {
-        float values[4];
-        load(x + (i * outer / apart * view.channels + c) * view.inner + (view.inner - beside) / 2, values, beside);
-        for (int64_t j = 0; j < beside; ++j) total += static_cast<double>(values[j]);
+        const T* values = x + (i * outer / apart * view.channels + c) * view.inner + (view.inner - beside) / 2;
+        for (int64_t j = 0; j < beside; ++j) total += static_cast<double>(to_float(values[j]));
       }
       const float mean = static_cast<float>(total / static_cast<double>(apart * beside));
       means[c] = std::isfinite(mean) ? mean : 0.0f;

@@ -1,4 +1,4 @@
-// Storage types: fp32 is read and written where it lies, bf16 and fp16 through a block of fp32.
+// Storage types: every kernel reads and writes vectors of them, and calculates in fp32.
 #pragma once
 #include "../common/types.h"
 #include "vector.h"
@@ -15,26 +15,46 @@ struct Float16 {
   uint16_t bits;
 };
 
-static inline void load(const float* from, float* to, int64_t n) { std::memcpy(to, from, n * sizeof(float)); }
-static inline void store(const float* from, float* to, int64_t n) { std::memcpy(to, from, n * sizeof(float)); }
+typedef uint32_t VecBits __attribute__((vector_size(kWidth * sizeof(uint32_t))));
+typedef uint16_t VecHalves __attribute__((vector_size(kWidth * sizeof(uint16_t))));
 
-static inline void load(const BFloat16* from, float* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(from[i].bits) << 16;
-    std::memcpy(&to[i], &bits, 4);
-  }
+// To nearest even, in the upper halves of the lanes; NaN stays NaN.
+static inline VecBits bfloat16_bits(Vec v) {
+  const VecBits bits = (VecBits)v;
+  const VecBits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return (VecBits)select((VecInt)(v != v), (Vec)(VecBits{} + 0x7fc00000u), (Vec)rounded);
 }
-
-// Round to nearest even; NaN stays NaN.
-static inline void store(const float* from, BFloat16* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, &from[i], 4);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    to[i].bits = static_cast<uint16_t>(nan ? 0x7fc0u : rounded);
-  }
+#if defined(__AVX512F__)
+static inline Vec load_vec(const BFloat16* from) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
 }
+static inline void store_vec(BFloat16* to, Vec v) {
+  const __m512i upper = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19, 17,
+                                         15, 13, 11, 9, 7, 5, 3, 1);
+  const __m512i halves = _mm512_permutexvar_epi16(upper, (__m512i)bfloat16_bits(v));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(halves));
+}
+#elif defined(__AVX2__)
+static inline Vec load_vec(const BFloat16* from) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+}
+static inline void store_vec(BFloat16* to, Vec v) {
+  const __m256i bits = (__m256i)(bfloat16_bits(v) >> 16), packed = _mm256_packus_epi32(bits, bits);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 8)));
+}
+#else
+static inline Vec load_vec(const BFloat16* from) {
+  VecHalves halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return (Vec)(__builtin_convertvector(halves, VecBits) << 16);
+}
+static inline void store_vec(BFloat16* to, Vec v) {
+  const VecHalves halves = __builtin_convertvector(bfloat16_bits(v) >> 16, VecHalves);
+  std::memcpy(to, &halves, sizeof halves);
+}
+#endif
 
 static inline float half_to_float(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
@@ -70,61 +90,80 @@ static inline uint16_t float_to_half(float value) {
   return sign | static_cast<uint16_t>(bits >> 13);
 }
 
-static inline void load(const Float16* from, float* to, int64_t n) {
-  int64_t i = 0;
-#if defined(__F16C__)
-  for (; i + 8 <= n; i += 8)
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-#endif
-  for (; i < n; ++i) to[i] = half_to_float(from[i].bits);
+#if defined(__AVX512F__)
+static inline Vec load_vec(const Float16* from) {
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
-
-static inline void store(const float* from, Float16* to, int64_t n) {
-  int64_t i = 0;
-#if defined(__F16C__)
-  for (; i + 8 <= n; i += 8)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
-#endif
-  for (; i < n; ++i) to[i].bits = float_to_half(from[i]);
+static inline void store_vec(Float16* to, Vec v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph((__m512)v, 0));
 }
+#elif defined(__F16C__)
+static inline Vec load_vec(const Float16* from) {
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+static inline void store_vec(Float16* to, Vec v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)v, 0));
+}
+#else
+static inline Vec load_vec(const Float16* from) {
+  Vec v;
+  for (int i = 0; i < kWidth; ++i) v[i] = half_to_float(from[i].bits);
+  return v;
+}
+static inline void store_vec(Float16* to, Vec v) {
+  for (int i = 0; i < kWidth; ++i) to[i].bits = float_to_half(v[i]);
+}
+#endif
 
-// A block as fp32, readable up to the next multiple of kWidth (zeros behind the end).
+// One element.
+static inline float to_float(float value) { return value; }
+static inline float to_float(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+static inline float to_float(Float16 value) { return half_to_float(value.bits); }
+
+// What is read back after v was stored as T.
+template <class T>
+static inline Vec stored(Vec v) {
+  T values[kWidth];
+  store_vec(values, v);
+  return load_vec(values);
+}
+template <>
+inline Vec stored<float>(Vec v) { return v; }
+template <>
+inline Vec stored<BFloat16>(Vec v) { return (Vec)(bfloat16_bits(v) & 0xffff0000u); }
+
+// A block of n elements, readable up to the next multiple of kWidth (zeros behind the end).
 template <class T>
 class Reader {
  public:
-  const float* at(const T* from, int64_t n) {
-    load(from, buffer_, n);
-    for (int64_t i = n; i % kWidth; ++i) buffer_[i] = 0.0f;
+  const T* at(const T* from, int64_t n) {
+    if (n % kWidth == 0) return from;
+    std::memset(buffer_ + n / kWidth * kWidth, 0, kWidth * sizeof(T));
+    std::memcpy(buffer_, from, n * sizeof(T));
     return buffer_;
   }
 
  private:
-  alignas(64) float buffer_[kBlock];
+  alignas(64) T buffer_[kBlock];
 };
-template <>
-inline const float* Reader<float>::at(const float* from, int64_t n) {
-  if (n % kWidth == 0) return from;
-  load(from, buffer_, n);
-  for (int64_t i = n; i % kWidth; ++i) buffer_[i] = 0.0f;
-  return buffer_;
-}
 
-// Where a block of fp32 may be written up to the next multiple of kWidth; `done` puts n elements in their place.
+// Where a block may be written up to the next multiple of kWidth; `done` puts n elements in their place.
 template <class T>
 class Writer {
  public:
-  float* at(T*, int64_t) { return buffer_; }
-  void done(T* to, int64_t n) { store(buffer_, to, n); }
+  T* at(T* to, int64_t n) { return n % kWidth == 0 ? to : buffer_; }
+  void done(T* to, int64_t n) {
+    if (n % kWidth != 0) std::memcpy(to, buffer_, n * sizeof(T));
+  }
 
  private:
-  alignas(64) float buffer_[kBlock];
+  alignas(64) T buffer_[kBlock];
 };
-template <>
-inline float* Writer<float>::at(float* to, int64_t n) { return n % kWidth == 0 ? to : buffer_; }
-template <>
-inline void Writer<float>::done(float* to, int64_t n) {
-  if (n % kWidth != 0) store(buffer_, to, n);
-}
 
 template <class Call>
 static void with_type(int dtype, const Call& call) {

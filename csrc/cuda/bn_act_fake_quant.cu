@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kJoinThreads) join_gradients(const Sums<4>* pa
   }
   if (threadIdx.x % 32 == 0) warps[warp][0] = scale, warps[warp][1] = outside;
   __syncthreads();
-  if (threadIdx.x != 0) return;
+  if (threadIdx.x != 0 || !a.grad_scale) return;
   for (int w = 1; w < kJoinThreads / 32; ++w) scale += warps[w][0], outside += warps[w][1];
   *a.grad_scale = static_cast<float>(scale);
   *a.grad_zero_point = static_cast<float>(-outside) * *a.scale;

@@ -142,10 +142,10 @@ class BnActFakeQuant(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight, grad_bias, grad_scale, grad_zero_point = ctx.impl.backward(
-            grad_out, *ctx.saved_tensors, *ctx.settings
-        )
         needs = ctx.needs_input_grad
+        grad_x, grad_weight, grad_bias, grad_scale, grad_zero_point = ctx.impl.backward(
+            grad_out, *ctx.saved_tensors, *ctx.settings, needs[7] or needs[8]
+        )
         return (
             grad_x, grad_weight if needs[1] else None, grad_bias if needs[2] else None, None, None, None, None,
             grad_scale if needs[7] else None, grad_zero_point if needs[8] else None, None, None,

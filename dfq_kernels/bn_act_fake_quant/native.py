@@ -74,14 +74,14 @@ def forward(
 
 
 def _fake_backward(grad_out: Tensor, x: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    channel, scalar = x.new_empty(x.shape[1], dtype=torch.float32), x.new_empty((), dtype=torch.float32)
-    return torch.empty_like(x), channel, torch.empty_like(channel), scalar, torch.empty_like(scalar)
+    channel, scalar = x.new_empty(x.shape[1], dtype=torch.float32), x.new_zeros((), dtype=torch.float32)
+    return torch.empty_like(x), channel, torch.empty_like(channel), scalar, torch.zeros_like(scalar)
 
 
 @register(
     "bn_act_fake_quant_backward(Tensor grad_out, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
-    "Tensor scale, Tensor zero_point, bool training, float eps, str? activation, int quant_min, int quant_max) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor scale, Tensor zero_point, bool training, float eps, str? activation, int quant_min, int quant_max, "
+    "bool learned) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
 )
 def _backward(
@@ -98,17 +98,19 @@ def _backward(
     activation: str | None,
     quant_min: int,
     quant_max: int,
+    learned: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, weight, bias, mean, var = dense(x), optional(weight), optional(bias), fp32(mean), fp32(var)
     scale, zero_point, grad_out = fp32(scale), fp32(zero_point), in_order_of(x, grad_out)
     grads = _fake_backward(grad_out, x)
-    grad_x, grad_weight, grad_bias, grad_scale, grad_zero_point = [grad.data_ptr() for grad in grads]
+    grad_x, grad_weight, grad_bias, *of_range = [grad.data_ptr() for grad in grads]
     shape = view(x, 1)
     room = workspace(x, shape)
     native().bn_act_fake_quant_backward(
         DTYPES[x.dtype], where(x, room), *shape, grad_out.data_ptr(), x.data_ptr(), address(weight),
         address(bias), mean.data_ptr(), var.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), training, eps,
-        ACTIVATIONS[activation], quant_min, quant_max, grad_x, grad_weight, grad_bias, grad_scale, grad_zero_point,
+        ACTIVATIONS[activation], quant_min, quant_max, grad_x, grad_weight, grad_bias,
+        *(of_range if learned else (0, 0)),
     )  # fmt: skip
     return grads
 
@@ -124,7 +126,7 @@ def backward(
     zero_point: Tensor,
     *settings: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, scale and zero_point."""
+    """Gradients of x, weight, bias, scale and zero_point, the last two 0 if not learned."""
     grad_x, grad_weight, grad_bias, grad_scale, grad_zero_point = _backward(
         grad_out, x, weight, bias, mean, var, scale, zero_point, *settings
     )

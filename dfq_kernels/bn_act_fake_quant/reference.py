@@ -62,12 +62,15 @@ def backward(
     activation: str | None,
     quant_min: int,
     quant_max: int,
+    learned: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, scale and zero_point; the activation is computed again rather than kept."""
+    """Gradients of x, weight, bias, scale and zero_point, the last two 0 if not learned; the activation is computed again rather than kept."""
     y = normalize(x, weight, bias, mean, var, eps, activation)
     grad, grad_scale, grad_zero_point = fake_quant.backward_learned(
         grad_out.to(y.dtype), y, scale, zero_point, quant_min, quant_max, None
     )
+    if not learned:
+        grad_scale, grad_zero_point = torch.zeros_like(grad_scale), torch.zeros_like(grad_zero_point)
     grad = activation_grad(grad, y, activation)
     inv_std = torch.rsqrt(var.to(arithmetic_dtype(x)) + eps)
     normalized = (x - per_axis(mean, x, 1)).mul_(per_axis(inv_std, x, 1))

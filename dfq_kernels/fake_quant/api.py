@@ -69,7 +69,7 @@ def fake_quant(
     impl = resolve(OP, backend, x)
     if not recorded(x, scale, zero_point):
         return impl.forward(x, scale, zero_point, quant_min, quant_max, axis)[0]
-    return FakeQuant.apply(x, scale, zero_point, quant_min, quant_max, axis, impl)
+    return FakeQuant.apply(x, scale, zero_point, (quant_min, quant_max, axis), impl)
 
 
 def _parameter(x: Tensor, name: str, value: Tensor | float, axis: int | None) -> Tensor:
@@ -100,15 +100,13 @@ class FakeQuant(torch.autograd.Function):
         x: Tensor,
         scale: Tensor,
         zero_point: Tensor,
-        quant_min: int,
-        quant_max: int,
-        axis: int | None,
+        settings: tuple[int, int, int | None],
         impl: ModuleType,
     ) -> Tensor:
-        out, inside = impl.forward(x, scale, zero_point, quant_min, quant_max, axis)
+        out, inside = impl.forward(x, scale, zero_point, *settings)
         ctx.learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.save_for_backward(*((x, scale, zero_point) if ctx.learned else (inside,)))
-        ctx.range, ctx.stride, ctx.impl = (quant_min, quant_max, axis), out.stride(), impl
+        ctx.settings, ctx.stride, ctx.impl = settings, out.stride(), impl
         return out
 
     @staticmethod
@@ -116,6 +114,6 @@ class FakeQuant(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.learned:
             (inside,) = ctx.saved_tensors
-            return ctx.impl.backward(grad_out, inside, ctx.stride), None, None, None, None, None, None
-        grads = ctx.impl.backward_learned(grad_out, *ctx.saved_tensors, *ctx.range)
-        return *grads, None, None, None, None
+            return ctx.impl.backward(grad_out, inside, ctx.stride), None, None, None, None
+        grads = ctx.impl.backward_learned(grad_out, *ctx.saved_tensors, *ctx.settings)
+        return *grads, None, None
