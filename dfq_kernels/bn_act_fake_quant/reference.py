@@ -64,7 +64,10 @@ def backward(
     quant_max: int,
     learned: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, scale and zero_point, the last two 0 if not learned; the activation is computed again rather than kept."""
+    """Gradients of x, weight, bias, scale and zero_point, the last two 0 if not learned.
+
+    The activation is computed again rather than kept.
+    """
     y = normalize(x, weight, bias, mean, var, eps, activation)
     grad, grad_scale, grad_zero_point = fake_quant.backward_learned(
         grad_out.to(y.dtype), y, scale, zero_point, quant_min, quant_max, None
