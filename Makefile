@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types mutants readme accuracy cuda-check gpu clean
+.PHONY: demo test lint types mutants readme accuracy bench sanitize cuda-check gpu clean
 
 # torch first and by its exact version, so that a wheel on disk or a mirror is taken and nothing resolves to another one
 .venv/installed: pyproject.toml constraints.txt
@@ -37,14 +37,19 @@ accuracy: .venv/installed      ## the README's accuracy table and ablation: hour
 readme: .venv/installed        ## builds the README's tables from benchmarks/results
 	$(BIN)/python -m benchmarks.readme
 
+bench: .venv/installed         ## kernels and whole steps against what users have, into benchmarks/results: 15 minutes
+	$(BIN)/python -m benchmarks.run --compiled
+	$(BIN)/python -m benchmarks.end_to_end
+
 cuda-check: .venv/installed    ## the CUDA kernels without a GPU: spills, loads, PTX, and the whole suite on an emulator
 	DFQ_EMULATED_TESTS=test_ $(BIN)/python -m pytest -v tests/test_cuda.py
 
-gpu:                           ## with a GPU: builds in place, runs every check on it; needs torch, pybind11, ninja, pytest
+gpu:                           ## with a GPU: builds in place, checks, measures; needs torch, pybind11, ninja, pytest
 	$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m pytest -m gpu
 	if command -v compute-sanitizer; then compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest -q -m gpu \
 	  tests/test_conformance.py -k "misaligned or slice or transposed or expanded"; fi
+	$(PYTHON) -m benchmarks.run
 
 clean:
 	rm -rf .venv build runs *.egg-info

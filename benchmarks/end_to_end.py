@@ -26,10 +26,9 @@ from torch.ao.quantization import (
 )
 from torch.nn import functional as F
 
-from benchmarks.machine import machine_line
+from benchmarks.machine import results_file, write_results
 from benchmarks.timing import interleaved
 from dfq.bn_stats import BnStatistics
-from dfq.checkpoint import write_atomic
 from dfq.cli import keep_freed_memory
 from dfq.config import quant_config, recipe_named
 from dfq.embedded import INPUT_SHAPE, load_teacher
@@ -82,13 +81,18 @@ class TorchAo:
         return torch.fake_quantize_per_tensor_affine(x.float(), scale, whole, quant_min, quant_max).to(x.dtype)
 
     def observe_fake_quant(
-        self, x: Tensor, running_min: Tensor, *_: Tensor, quant_min: int, quant_max: int, averaging_constant: float
-    ) -> Tensor:
+        self, x: Tensor, running_min: Tensor, running_max: Tensor, *_: Tensor, quant_min: int, quant_max: int,
+        averaging_constant: float,
+    ) -> Tensor:  # fmt: skip
+        """A new module starts from the range that calibration left."""
         if id(running_min) not in self.modules:
             dtype = torch.qint8 if quant_min < 0 else torch.quint8
-            self.modules[id(running_min)] = FusedMovingAvgObsFakeQuantize(
+            module = FusedMovingAvgObsFakeQuantize(
                 MovingAverageMinMaxObserver, quant_min, quant_max, dtype=dtype, averaging_constant=averaging_constant
             )
+            module.activation_post_process.min_val.copy_(running_min)
+            module.activation_post_process.max_val.copy_(running_max)
+            self.modules[id(running_min)] = module
         return self.modules[id(running_min)](x.float()).to(x.dtype)
 
     def bn_act_fake_quant(
@@ -100,7 +104,7 @@ class TorchAo:
         out = F.relu(out) if activation == "relu" else out
         if not observe:
             return self.fake_quant(out, scale, zero_point, **bounds)
-        return self.observe_fake_quant(out, running_min, averaging_constant=averaging_constant, **bounds)
+        return self.observe_fake_quant(out, running_min, running_max, averaging_constant=averaging_constant, **bounds)
 
     def fake_quant_weights(self, weights: Sequence[Tensor], bits: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
         outs, scales = [], []
@@ -123,9 +127,9 @@ class TorchAo:
             yield
 
 
-def calibrated(ranges: str, precision: str) -> DataFreeTraining:
+def calibrated(ranges: str, precision: str, batch_size: int) -> DataFreeTraining:
     """The loop of recipe `paper` on the embedded teacher, where the alternation begins."""
-    recipe = replace(recipe_named("paper"), warm_up=1, ranges=ranges)
+    recipe = replace(recipe_named("paper"), warm_up=1, ranges=ranges, batch_size=batch_size)
     quant = quant_config("W4A4", ranges=ranges)
     task = DataFreeTraining(
         load_teacher(), [prepare(load_teacher(), quant)], recipe, quant=quant, input_shape=INPUT_SHAPE, num_classes=10,
@@ -136,9 +140,10 @@ def calibrated(ranges: str, precision: str) -> DataFreeTraining:
     return task
 
 
-def variants(ranges: str, precision: str) -> dict[str, Callable[[], float]]:
+def variants(ranges: str, precision: str, batch_size: int = 128) -> dict[str, Callable[[], float]]:
     """What makes the next step, ours and torch.ao's; each gives its loss."""
-    ours, theirs, operators = calibrated(ranges, precision), calibrated(ranges, precision), TorchAo()
+    ours, theirs = (calibrated(ranges, precision, batch_size) for _ in range(2))
+    operators = TorchAo()
     theirs.bn_statistics = HookStatistics(theirs.teacher)
     steps = {"dfq-kernels": count(2), "torch.ao": count(2)}
 
@@ -154,7 +159,7 @@ def variants(ranges: str, precision: str) -> dict[str, Callable[[], float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    parser.add_argument("--out", type=Path, help="a JSON file for the results; default: one of this machine's name")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
     arguments = parser.parse_args()
     keep_freed_memory()
@@ -162,14 +167,12 @@ def main() -> None:
     for precision in ("bf16", "fp32"):
         for ranges in ("minmax", "lsq"):
             times = interleaved(variants(ranges, precision), seconds=arguments.seconds, least=5)
-            rates = {f"{name} steps/s": round(1 / seconds, 2) for name, seconds in times.items()}
-            ratio = round(times["torch.ao"] / times["dfq-kernels"], 2)
+            rates = {f"{name} steps/s": round(1 / seconds.median, 2) for name, seconds in times.items()}
+            ratio = round(times["torch.ao"].median / times["dfq-kernels"].median, 2)
             case = {"model": "wrn-16-1", "preset": "W4A4", "batch": 128, "precision": precision, "ranges": ranges}
             results.append({**case, **rates, "times_torch_ao": ratio})
             print(json.dumps(results[-1]), flush=True)
-    if arguments.out:
-        data = {"machine": machine_line(), "rows": results}
-        write_atomic(arguments.out, (json.dumps(data, indent=1) + "\n").encode())
+    write_results(arguments.out or results_file("steps"), results)
 
 
 if __name__ == "__main__":

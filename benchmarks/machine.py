@@ -1,25 +1,29 @@
-"""The line without which a number is not a number: machine, versions, commit."""
+"""The line without which a number is not a number: machine, versions, commit; and the file that results go to."""
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from dfq.checkpoint import write_atomic
 from dfq.run_folder import versions
 
+RESULTS = Path(__file__).parent / "results"
 
-def machine_line() -> dict[str, str]:
-    """CPU and its instruction set, GPU, versions, commit."""
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        "unknown",
-    )
+
+def processor() -> str:
+    """The CPU's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if "model name" in line), "unknown")
+
+
+def machine_line() -> dict[str, Any]:
+    """CPU and its instruction set, threads, GPU, versions, commit."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 has none
     isa = [
         name
@@ -30,4 +34,18 @@ def machine_line() -> dict[str, str]:
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
     ).stdout
-    return {"cpu": f"{model} ({', '.join(isa)})", "gpu": gpu, **versions(), "commit": commit.strip()}
+    machine = {"cpu": f"{processor()} ({', '.join(isa)})", "threads": torch.get_num_threads(), "gpu": gpu}
+    return {**machine, **versions(), "commit": commit.strip()}
+
+
+def results_file(what: str) -> Path:
+    """Where results of this machine are kept: `<what>-<device>.json`."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {processor()}"
+    words = re.findall(r"[a-z0-9]+", re.sub(r"\((R|TM)\)", " ", name, flags=re.IGNORECASE).lower())
+    return RESULTS / f"{what}-{'-'.join(words)}.json"
+
+
+def write_results(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows beside the machine line, whole or not at all; one line a row."""
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    write_atomic(path, f'{{\n "machine": {json.dumps(machine_line())},\n "rows": [\n{lines}\n ]\n}}\n'.encode())

@@ -1,7 +1,9 @@
-"""Operators against torch's own calls and the measured ceiling: `python -m benchmarks.run [--out FILE] [--seconds S]`.
+"""Operators against the strongest alternative and the measured ceiling: `python -m benchmarks.run [--out FILE]`.
 
-The ceiling is the copy of a tensor of the same size, output allocated, measured in the same rounds. A kernel is not
-measured unless it equals the reference (red conformance: no numbers), and a rate above 105 % of the ceiling fails.
+Alternatives: torch's own calls, `torch.compile` of the reference. Ceilings, measured in the same rounds: the copy of
+a tensor of the same size (output allocated) and a sum (a read). A kernel is not measured unless it equals the reference
+(red conformance: no numbers), and one that is faster than its compulsory traffic fails the run. On a GPU every variant
+is a captured CUDA graph, where it can be captured.
 """
 
 from __future__ import annotations
@@ -17,28 +19,38 @@ from torch import Tensor
 
 import dfq_kernels as k
 from benchmarks.baselines import Row, resnet18_weights, rows, torch_weights
-from benchmarks.machine import machine_line
-from benchmarks.timing import interleaved
-from dfq.checkpoint import write_atomic
+from benchmarks.machine import results_file, write_results
+from benchmarks.timing import PER_GRAPH, Seconds, captured, interleaved
 from dfq.cli import keep_freed_memory
+from dfq_kernels.specs import all_specs
 
-SHAPES = ((128, 16, 32, 32), (128, 32, 16, 16), (32, 64, 56, 56))
+SHAPES = {
+    "cpu": ((128, 16, 32, 32), (128, 32, 16, 16), (32, 64, 56, 56)),
+    "cuda": ((256, 16, 32, 32), (256, 64, 8, 8), (64, 64, 56, 56), (64, 256, 56, 56)),
+}
+SPECS = all_specs()
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def fresh(row: Row, device: torch.device) -> Row:
+    """The same row with ranges and stored statistics of its own, which operators update in place."""
+    (same,) = [item for item in rows(device) if (item.op, item.name) == (row.op, row.name)]
+    return same
 
 
 def conforms(row: Row, x: Tensor, backend: str) -> bool:
-    """Whether the backend gives what the reference gives on this tensor, each from a range that is its own."""
+    """Whether the backend gives what the reference gives on this tensor."""
 
     def first(name: str) -> Tensor:
-        (fresh,) = [item for item in rows() if (item.op, item.name) == (row.op, row.name)]
-        result = fresh.ours(x, name)
-        return result if isinstance(result, Tensor) else result[0]
+        result = fresh(row, x.device).ours(x, name)
+        return (result if isinstance(result, Tensor) else result[0]).float()
 
     found, expected = first(backend), first("reference")
     # one step of the range: a statistic in another order may round a value to its neighbour
     step = 2.02 * float(expected.max() - expected.min()) / 255  # a ReLU leaves half of the range
-    off = (found - expected).abs()
-    return bool((off <= 1e-5).float().mean() > 0.999) and bool((off <= step).all())
+    off, resolution = (found - expected).abs(), torch.finfo(x.dtype).eps * float(expected.abs().max())
+    return bool((off <= max(1e-5, resolution)).float().mean() > 0.999) and bool((off <= step + resolution).all())
 
 
 def backward_of(forward: Callable[[Tensor], Any], x: Tensor) -> Callable[[], object]:
@@ -50,73 +62,104 @@ def backward_of(forward: Callable[[Tensor], Any], x: Tensor) -> Callable[[], obj
     return lambda: torch.autograd.grad(outs, leaf, grads, retain_graph=True)
 
 
-def measure(row: Row, x: Tensor, seconds: float) -> list[dict[str, Any]]:
+def timed(variants: dict[str, Callable[[], object]], seconds: float) -> tuple[dict[str, Seconds], list[str]]:
+    """Times, and which variants could not be captured (on a GPU; these are timed as they are)."""
+    if not torch.cuda.is_available():
+        return interleaved(variants, seconds=seconds), []
+    graphs, eager = {}, {}
+    for name, call in variants.items():
+        try:
+            graphs[name] = captured(call)
+        except RuntimeError:
+            eager[name] = call
+    times = interleaved(graphs, seconds=seconds, calls=PER_GRAPH)
+    return times | (interleaved(eager, seconds=seconds) if eager else {}), list(eager)
+
+
+def measure(row: Row, x: Tensor, seconds: float, compiled: bool) -> list[dict[str, Any]]:
     """Forward and backward of one operator on one tensor."""
     if not conforms(row, x, "native"):
         raise SystemExit(f"benchmarks: {row.op} must equal the reference before it is measured")
-    ours, size = lambda t: row.ours(t, "native"), x.numel() * x.element_size()
-    passes: list[tuple[str, float, Callable[[], object], Callable[[], object]]] = [
-        ("forward", row.forward_tensors, lambda: ours(x), lambda: row.theirs(x)),
-        ("backward", row.backward_tensors, backward_of(ours, x), backward_of(row.theirs, x)),
-    ]
+    mine, again = fresh(row, x.device), fresh(row, x.device)
+    calls = {"native": lambda t: mine.ours(t, "native"), "torch": row.theirs}
+    if compiled:
+        torch.compiler.reset()
+        calls["compiled"] = torch.compile(lambda t: again.ours(t, "reference"), dynamic=False)
+    ceilings = {"copy": x.clone, "read": x.sum}
     results = []
-    for name, tensors, mine, theirs in passes:
-        times = interleaved({"native": mine, "torch": theirs, "copy": lambda: x.clone()}, seconds=seconds)
-        rate, ceiling = tensors * size / times["native"], 2 * size / times["copy"]
+    moved = SPECS[row.op].bytes_moved({"x": x}, dict(row.settings))
+    for name, bytes_moved, (reads, writes) in zip(
+        ("forward", "backward"), moved, (row.forward_least, row.backward_least), strict=True
+    ):
+        if name == "forward":
+            variants: dict[str, Callable[[], object]] = {key: lambda call=call: call(x) for key, call in calls.items()}
+        else:
+            variants = {key: backward_of(call, x) for key, call in calls.items()}
+        times, eager = timed({**variants, **ceilings}, seconds)
+        found, alternatives = times["native"], {key: times[key] for key in calls if key != "native"}
+        least = writes * times["copy"].best + (reads - writes) * times["read"].best
+        if found.median < 0.95 * least:
+            rule = f"at least the {least * 1e6:.0f} us of its traffic, got {found.median * 1e6:.0f}"
+            raise SystemExit(f"benchmarks: {row.op} {name} must take {rule}")
+        size = x.numel() * x.element_size()
         results.append({
-            "op": row.op, "case": row.name, "pass": name, "shape": list(x.shape), "dtype": "float32",
-            "us": round(times["native"] * 1e6, 1), "torch_us": round(times["torch"] * 1e6, 1),
-            "times_torch": round(times["torch"] / times["native"], 2),
-            "gbps": round(rate / 1e9, 1), "of_copy": round(rate / ceiling, 3),
+            "op": row.op, "case": row.name, "pass": name, "us": round(found.median * 1e6, 1),
+            **{f"{key}_us": round(value.median * 1e6, 1) for key, value in alternatives.items()},
+            **{f"times_{key}": round(value.median / found.median, 2) for key, value in alternatives.items()},
+            "gbps": round(bytes_moved / found.median / 1e9, 1),
+            "of_copy": round(bytes_moved / (2 * size) * times["copy"].median / found.median, 3),
+            **({"eager": eager} if eager else {}),
         })  # fmt: skip
     return results
 
 
-def weights(seconds: float) -> dict[str, Any]:
+def weights(device: torch.device, seconds: float) -> dict[str, Any]:
     """All layers of ResNet-18 in one call."""
-    layers = resnet18_weights()
-    times = interleaved(
+    layers = resnet18_weights(device)
+    times, _ = timed(
         {"native": lambda: k.fake_quant_weights(layers, 4, backend="native"), "torch": lambda: torch_weights(layers),
-         "copy": lambda: [layer.clone() for layer in layers]}, seconds=seconds,
+         "copy": lambda: [layer.clone() for layer in layers]}, seconds,
     )  # fmt: skip
-    return {"op": "fake_quant_weights", "case": "ResNet-18", "pass": "forward", "us": round(times["native"] * 1e6, 1),
-            "torch_us": round(times["torch"] * 1e6, 1), "times_torch": round(times["torch"] / times["native"], 2),
-            "of_copy": round(times["copy"] / times["native"], 3)}  # fmt: skip
+    mine = times["native"].median
+    return {"op": "fake_quant_weights", "case": "ResNet-18", "pass": "forward", "us": round(mine * 1e6, 1),
+            "torch_us": round(times["torch"].median * 1e6, 1), "times_torch": round(times["torch"].median / mine, 2),
+            "of_copy": round(times["copy"].median / mine, 3)}  # fmt: skip
 
 
-def small(seconds: float) -> dict[str, Any]:
-    """The public function on 4,096 elements, from Python to its result."""
-    x, scale = torch.randn(4096), torch.tensor(0.1)
-    leaf = x.clone().requires_grad_()
+def small(device: torch.device, seconds: float) -> dict[str, Any]:
+    """The public function on 4,096 elements, from Python to its result: alone, and recorded for a backward."""
+    x, scale, zero_point = torch.randn(4096, device=device), torch.tensor(0.1), torch.tensor(0.0)
+    leaf, scale, zero_point = x.clone().requires_grad_(), scale.to(device), zero_point.to(device)
     times = interleaved(
-        {"plain": lambda: k.fake_quant(x, scale, 0.0), "recorded": lambda: k.fake_quant(leaf, scale, 0.0)},
+        {"plain": lambda: k.fake_quant(x, scale, zero_point),
+         "recorded": lambda: k.fake_quant(leaf, scale, zero_point)},
         seconds=seconds, least=2000,
     )  # fmt: skip
-    return {"op": "fake_quant", "case": "4096 elements", "us": round(times["plain"] * 1e6, 2),
-            "recorded_us": round(times["recorded"] * 1e6, 2)}  # fmt: skip
+    return {"op": "fake_quant", "case": "4,096 elements", "us": round(times["plain"].median * 1e6, 2),
+            "recorded_us": round(times["recorded"].median * 1e6, 2)}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    parser.add_argument("--out", type=Path, help="a JSON file for the results; default: one of this machine's name")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
+    parser.add_argument("--compiled", action="store_true", help="also torch.compile of the reference: minutes more")
     arguments = parser.parse_args()
     keep_freed_memory()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results: list[dict[str, Any]] = []
-    for shape in SHAPES:
-        for layout, memory_format in LAYOUTS.items():
-            x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=memory_format)
-            for row in rows():
-                for result in measure(row, x, arguments.seconds):
-                    results.append({**result, "layout": layout})
-                    print(json.dumps(results[-1]), flush=True)
-    results += [weights(arguments.seconds), small(arguments.seconds)]
+    for dtype_name, dtype in DTYPES.items():
+        for shape in SHAPES[device.type]:
+            for layout, memory_format in LAYOUTS.items():
+                values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+                x = values.to(device, dtype).contiguous(memory_format=memory_format)
+                for row in rows(device):
+                    for result in measure(row, x, arguments.seconds, arguments.compiled):
+                        results.append({**result, "shape": list(shape), "dtype": dtype_name, "layout": layout})
+                        print(json.dumps(results[-1]), flush=True)
+    results += [weights(device, arguments.seconds), small(device, arguments.seconds)]
     print("\n".join(json.dumps(result) for result in results[-2:]))
-    if arguments.out:
-        data = {"machine": machine_line(), "rows": results}
-        write_atomic(arguments.out, (json.dumps(data, indent=1) + "\n").encode())
-    if too_fast := [row for row in results if row.get("of_copy", 0) > 1.05]:
-        raise SystemExit(f"benchmarks: a rate must be at most 105 % of the ceiling, got {too_fast[0]}")
+    write_results(arguments.out or results_file("kernels"), results)
 
 
 if __name__ == "__main__":

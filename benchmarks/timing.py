@@ -6,20 +6,32 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
+PER_GRAPH = 10  # calls in one captured graph
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of one call: the median and the best of all rounds."""
+
+    median: float
+    best: float
+
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], *, seconds: float = 1.0, least: int = 15
-) -> dict[str, float]:
-    """Median seconds of a call of each variant; every round runs each once, so that noise meets all of them.
+    variants: Mapping[str, Callable[[], object]], *, seconds: float = 1.0, least: int = 15, calls: int = 1
+) -> dict[str, Seconds]:
+    """Seconds of a call of each variant; every round runs each once, so that noise meets all of them.
 
     In an order that is drawn for every round: what the call before has left in the caches costs up to a fifth.
 
     Args:
         variants: what to call, by name; a result is dropped before the next call.
         seconds: how long to go on, once every variant has run `least` times.
+        calls: how many calls of what is measured one call of a variant makes.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     for call in variants.values():
@@ -27,9 +39,30 @@ def interleaved(
     order, began = random.Random(0), time.perf_counter()
     while time.perf_counter() - began < seconds or len(next(iter(times.values()))) < least:
         for name, call in order.sample(list(variants.items()), len(variants)):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             start = time.perf_counter()
             call()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+            times[name].append((time.perf_counter() - start) / calls)
+    return {name: Seconds(statistics.median(values), min(values)) for name, values in times.items()}
+
+
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """The replay of a CUDA graph of `PER_GRAPH` calls.
+
+    Raises:
+        RuntimeError: the call cannot be captured.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(PER_GRAPH):
+            call()
+    return graph.replay

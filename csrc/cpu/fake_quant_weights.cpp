@@ -30,32 +30,30 @@ void quantize_row(const T* from, T* to, int64_t n, float quant_max, float* scale
     const int64_t count = n - start < kBlock ? n - start : kBlock;
     const T* x = reader.at(from + start, count);
     T* out = writer.at(to + start, count);
-    for (int64_t j = 0; j < count; j += kWidth)
+    for (int64_t j = 0; j < count; j += kWidth) {
+      __builtin_prefetch(from + start + j + n);  // the next row, which nobody has asked for yet
       store_vec(out + j, clamp(rne(load_vec(x + j) * inv), low, high) * factor);
+    }
     writer.done(to + start, count);
   }
 }
 
 template <class T>
 void quantize(const FakeQuantWeights& a) {
-  std::vector<int64_t> first(static_cast<size_t>(a.layers + 1));  // the layer's first row among all rows
   int64_t elements = 0;
-  for (int64_t layer = 0; layer < a.layers; ++layer) {
-    first[layer + 1] = first[layer] + a.channels[layer];
-    elements += a.channels[layer] * a.sizes[layer];
-  }
-  const int64_t rows = first[a.layers];
-  const int threads = elements < 2 * kGrain ? 1 : a.threads;
-  // rows differ in length: in small portions, so that threads end together
-  parallel_for(rows, 1, threads, [&](int64_t begin, int64_t end) {
-    int64_t layer = 0;
-    for (int64_t row = begin; row < end; ++row) {
-      while (row >= first[layer + 1]) ++layer;
-      const int64_t channel = row - first[layer], n = a.sizes[layer];
-      const T* from = reinterpret_cast<const T*>(a.weights[layer]) + channel * n;
-      T* to = reinterpret_cast<T*>(a.outs[layer]) + channel * n;
+  for (int64_t layer = 0; layer < a.layers; ++layer) elements += a.channels[layer] * a.sizes[layer];
+  // rows differ in length, so threads share the elements: a row is the part's in which it begins
+  parallel_for(elements, kGrain, a.threads, [&](int64_t begin, int64_t end) {
+    int64_t first = 0;  // the layer's first element among all
+    for (int64_t layer = 0; layer < a.layers; first += a.channels[layer] * a.sizes[layer], ++layer) {
+      const int64_t n = a.sizes[layer];
       const float quant_max = static_cast<float>((1 << (a.bits[layer] - 1)) - 1);
-      quantize_row(from, to, n, quant_max, reinterpret_cast<float*>(a.scales[layer]) + channel);
+      int64_t channel = begin > first ? (begin - first + n - 1) / n : 0;
+      for (; channel < a.channels[layer] && first + channel * n < end; ++channel) {
+        const T* from = reinterpret_cast<const T*>(a.weights[layer]) + channel * n;
+        T* to = reinterpret_cast<T*>(a.outs[layer]) + channel * n;
+        quantize_row(from, to, n, quant_max, reinterpret_cast<float*>(a.scales[layer]) + channel);
+      }
     }
   });
 }

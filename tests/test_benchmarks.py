@@ -1,0 +1,89 @@
+"""pytest-benchmark over the rows of the kernel benchmark, and what the benchmark refuses.
+
+In `make test` every row runs once; `pytest tests/test_benchmarks.py --benchmark-enable` measures.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import end_to_end, run
+from benchmarks.baselines import rows
+from benchmarks.machine import write_results
+from benchmarks.timing import Seconds
+from dfq.quant.quantizers import ActivationQuantizer
+from dfq_kernels.dispatch import missing
+from dfq_kernels.specs import all_specs
+
+CPU = torch.device("cpu")
+ROWS = {f"{row.op} {row.name}".strip(): row for row in rows(CPU)}
+X = torch.randn(128, 32, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("layout", run.LAYOUTS)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("who", ["native", "torch"])
+@pytest.mark.parametrize("name", ROWS)
+def test_speed(benchmark, name: str, who: str, direction: str, layout: str) -> None:
+    row, x = run.fresh(ROWS[name], CPU), X.contiguous(memory_format=run.LAYOUTS[layout])
+    if who == "native" and (reason := missing(row.op, who, "cpu")):
+        pytest.skip(reason)
+    call = row.theirs if who == "torch" else lambda t: row.ours(t, "native")
+    benchmark.group = f"{name} {direction} {layout}"
+    benchmark(run.backward_of(call, x) if direction == "backward" else lambda: call(x))
+
+
+def test_every_operator_on_activations_is_a_row() -> None:
+    elsewhere = {"fake_quant_weights", "bn_stat_loss"}  # all layers of a network in one call
+    assert {row.op for row in ROWS.values()} == set(all_specs()) - elsewhere
+
+
+@pytest.mark.skipif(missing("fake_quant", "native", "cpu") is not None, reason="no native kernels")
+def test_a_kernel_that_is_not_the_reference_gets_no_number(monkeypatch) -> None:
+    row = ROWS["fake_quant per tensor"]
+    assert run.conforms(row, X, "native")
+    wrong = replace(row, ours=lambda x, backend: row.ours(x, backend) + (0.05 if backend == "native" else 0))
+    monkeypatch.setattr(run, "fresh", lambda *_: wrong)
+    with pytest.raises(SystemExit, match="fake_quant must equal the reference before it is measured"):
+        run.measure(wrong, X, 0.01, compiled=False)
+
+
+@pytest.mark.skipif(missing("fake_quant", "native", "cpu") is not None, reason="no native kernels")
+def test_a_rate_beyond_the_traffic_fails(monkeypatch) -> None:
+    times = {name: Seconds(1.0, 1.0) for name in ("torch", "copy", "read")}
+    monkeypatch.setattr(run, "timed", lambda *_: (times | {"native": Seconds(0.9, 0.9)}, []))
+    with pytest.raises(SystemExit, match="fake_quant forward must take at least the 1000000 us of its traffic"):
+        run.measure(ROWS["fake_quant per tensor"], X, 0.01, compiled=False)
+
+
+def test_results_name_their_machine(tmp_path: Path) -> None:
+    write_results(tmp_path / "a.json", [{"op": "x", "us": 1.0}, {"op": "y", "us": 2.0}])
+    data = json.loads((tmp_path / "a.json").read_text())
+    assert data["rows"][1] == {"op": "y", "us": 2.0}
+    assert {"cpu", "threads", "gpu", "torch", "commit"} <= set(data["machine"])
+
+
+@pytest.mark.parametrize("ranges", ["minmax", "lsq"])
+def test_torch_ao_s_step_does_the_same(ranges: str) -> None:
+    """Same images, same statistics, same activations; torch.ao rounds the scales of symmetric weights its own way."""
+    ours, theirs = (end_to_end.calibrated(ranges, "fp32", 8) for _ in range(2))
+    hooks, operators = end_to_end.HookStatistics(theirs.teacher), end_to_end.TorchAo()
+    images = ours.pool.batch("test", 0)
+    with ours.bn_statistics as mine, hooks as others:
+        logits = ours.teacher(images), theirs.teacher(images)
+        torch.testing.assert_close(mine.loss(), others.loss(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    quantizer = next(module for module in ours.students[0].modules() if isinstance(module, ActivationQuantizer))
+    quantizer.source, quantizer.adapting = "moving", True
+    with operators.in_place_of_ours():
+        their_values, _ = quantizer(images)
+    our_values, scale = quantizer(images)
+    assert float((our_values - their_values).abs().max()) < 1e-3 * float(scale)
+    for _, step in end_to_end.variants(ranges, "fp32", 8).items():
+        assert math.isfinite(step())
