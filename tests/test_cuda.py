@@ -93,7 +93,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("tests", os.environ.get("DFQ_EMULATED_TESTS", "equals_reference").split(","))
 def test_emulated_kernels_pass_the_conformance_suite(emulated: Path, tests: str) -> None:
-    command = [sys.executable, "-m", "tests.cuda_emulator", str(emulated), "-v", "tests/test_conformance.py",
+    command = [sys.executable, "-m", "tests.with_module", str(emulated), "-v", "tests/test_conformance.py",
                "-k", f"native and cpu and {tests}"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:]
