@@ -17,6 +17,25 @@ def check_float(op: str, name: str, x: object) -> None:
         raise ValueError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in FLOATS:
         raise ValueError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.layout is not torch.strided:
+        raise ValueError(f"{op}: {name} must be a dense tensor, got {x.layout}")
+    check_storage(op, name, x)
+
+
+def check_storage(op: str, name: str, x: Tensor) -> None:
+    """All elements are in memory: a storage can be freed behind a tensor's back, and torch itself crashes then."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+        return
+    if torch._C._are_functorch_transforms_active():  # wrapped tensors have none
+        return
+    held, offset = x.untyped_storage().nbytes(), x.storage_offset()
+    if x.is_contiguous():
+        needed = offset * x.itemsize + x.nbytes
+    else:
+        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        needed = (offset + last + 1) * x.itemsize if x.numel() else 0
+    if held < needed:
+        raise ValueError(f"{op}: {name} must have a storage of {needed} bytes, got one of {held}")
 
 
 def widest(tensors: Sequence[Tensor]) -> Tensor:
@@ -57,6 +76,7 @@ def check_scalar(op: str, x: Tensor, **tensors: Tensor) -> None:
         if tensor.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{op}: {name} must be float32, got {tensor.dtype}")
         check_device(op, name, tensor, x)
+        check_storage(op, name, tensor)
 
 
 def check_written(op: str, **tensors: Tensor | None) -> None:

@@ -1,7 +1,7 @@
 """Which backend runs an operator: one table, one reason for every hole.
 
 `backend=None` takes the first of the row that is there; an explicit name runs that backend or raises `BackendError`.
-`DFQ_BACKEND` replaces `None` for a whole process.
+`DFQ_BACKEND`, read when the package is imported, replaces `None` for the whole process.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "bn_act_fake_quant": _BEST_FIRST,
     "bn_stat_loss": _BEST_FIRST,
 }
+_FOR_ALL = os.environ.get("DFQ_BACKEND")
 BACKENDS = ("native", "triton", "reference")
 
 
@@ -75,7 +76,7 @@ def _choose(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
 
 @torch.compiler.assume_constant_result
 def _name(op: str, backend: str | None, device_type: str, dtype: torch.dtype) -> str:
-    return _choose(op, backend or os.environ.get("DFQ_BACKEND") or "auto", device_type, dtype)
+    return _choose(op, backend or _FOR_ALL or "auto", device_type, dtype)
 
 
 def chosen(op: str, device_type: str) -> str | None:
@@ -92,4 +93,5 @@ def resolve(op: str, backend: str | None, x: torch.Tensor) -> ModuleType:
     Raises:
         BackendError: an explicit backend that is not there; it never falls back.
     """
-    return _LOADED[op, _name(op, backend, x.device.type, x.dtype)]  # a name and a dict: torch.compile can trace both
+    device_type = "cpu" if x.is_cpu else x.device.type
+    return _LOADED[op, _name(op, backend, device_type, x.dtype)]  # a name and a dict: torch.compile can trace both

@@ -142,4 +142,4 @@ def optional(values: Tensor | None) -> Tensor | None:
 
 def mask_like(x: Tensor) -> Tensor:
     """Room for one bit per element, in whole pairs of bytes."""
-    return torch.empty((x.numel() + 15) // 16 * 2, dtype=torch.uint8, device=x.device)
+    return x.new_empty((x.numel() + 15) // 16 * 2, dtype=torch.uint8)

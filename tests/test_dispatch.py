@@ -10,6 +10,7 @@ import torch
 
 import dfq_kernels as k
 from dfq_kernels.dispatch import BACKENDS, TABLE, missing, resolve
+from dfq_kernels.specs import OpSpec, all_specs
 
 
 def test_the_automatic_choice_is_the_first_that_is_there() -> None:
@@ -29,7 +30,7 @@ def test_an_explicit_backend_never_falls_back() -> None:
 
 
 def test_the_environment_overrides_the_automatic_choice_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DFQ_BACKEND", "nonsense")
+    monkeypatch.setattr("dfq_kernels.dispatch._FOR_ALL", "nonsense")
     with pytest.raises(k.BackendError, match="nonsense"):
         k.fake_quant(torch.zeros(1), 1.0, 0)
     k.fake_quant(torch.zeros(1), 1.0, 0, backend="reference")
@@ -127,3 +128,37 @@ def test_a_scale_without_a_finite_reciprocal_is_refused(scale: float) -> None:
     with pytest.raises(ValueError, match=r"fake_quant: scale must be finite and at least 2\^-126, got"):
         k.fake_quant(torch.ones(1), scale, 0)
     assert k.fake_quant(torch.ones(1), 2.0**-126, 0).isfinite()
+
+
+@pytest.mark.parametrize("spec", all_specs().values(), ids=lambda spec: spec.op)
+def test_a_freed_or_shrunk_storage_is_refused(spec: OpSpec) -> None:
+    """Every tensor of every operator, where torch's own operators crash the process."""
+    case = next(case for case in spec.cases if case.gradients)
+    tensors, _ = case.make(torch.Generator().manual_seed(0))
+    for name in tensors:
+        for left in (0, 2):
+            tensors, keywords = case.make(torch.Generator().manual_seed(0))
+            victim = tensors[name][0] if isinstance(tensors[name], (list, tuple)) else tensors[name]
+            if not isinstance(victim, torch.Tensor):
+                continue
+            victim.untyped_storage().resize_(left)
+            names = {"fake_quant_weights": "weights", "bn_stat_loss": r"\w+"}  # lists, given one by one
+            rule = rf"{spec.op}: {names.get(spec.op, name)}.* must have a storage of \d+ bytes, got one of {left}"
+            with pytest.raises(ValueError, match=rule):
+                spec.call(**tensors, **keywords)
+
+
+def test_a_view_behind_the_end_of_its_storage_is_refused() -> None:
+    base = torch.randn(100)
+    views = {"x": base[60:], "every second": base[::2], "expanded": base[90:91].expand(50)}
+    for x in views.values():
+        k.fake_quant(x, 0.1, 0)
+    base.untyped_storage().resize_(4 * 70)
+    for x in views.values():
+        with pytest.raises(ValueError, match="fake_quant: x must have a storage of"):
+            k.fake_quant(x, 0.1, 0)
+
+
+def test_a_sparse_tensor_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"bn_stats: x must be a dense tensor, got torch.sparse_coo"):
+        k.bn_stats(torch.eye(3).to_sparse())

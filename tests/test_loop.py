@@ -96,7 +96,7 @@ def test_an_infinite_mask_of_a_student_is_no_ruin(tmp_path: Path) -> None:
 
 
 def test_the_missing_backend_is_named_before_the_folder_is_made(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("DFQ_BACKEND", "nonsense")
+    monkeypatch.setattr("dfq_kernels.dispatch._FOR_ALL", "nonsense")
     settings = {"input_shape": (1, 12, 12), "num_classes": 4, "recipe": SMALL_RECIPE, "out": tmp_path / "run"}
     with pytest.raises(BackendError, match="nonsense"):
         dfq.distill(small_net(), [small_net()], **settings)

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -251,3 +252,31 @@ def test_not_a_number_in_one_channel_leaves_the_range_alone() -> None:
             k.bn_act_fake_quant(x, None, None, torch.zeros(40), torch.ones(40), **ranges, backend=backend)
             found[backend] = torch.stack(list(ranges.values()))
         assert torch.equal(found["native"], found["reference"])
+
+
+def free_gigabytes() -> float:
+    """Memory that this machine could give now."""
+    path = Path("/proc/meminfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable")), 0.0)
+
+
+@native_only
+@pytest.mark.skipif(free_gigabytes() < 18, reason=f"needs 18 GiB of memory, there are {free_gigabytes():.0f}")
+def test_more_than_2_to_the_31_elements() -> None:
+    """Values at the ends and where 32 bits would wrap reach their places, forward, backward and in statistics."""
+    per_channel = 715_827_883
+    x = torch.zeros(3 * per_channel, dtype=torch.bfloat16)
+    places = [0, 1, len(x) // 2, 2**31 - 1, 2**31]
+    values = torch.tensor([0.5, -9.0, 3.0, 1.0, 7.0], dtype=torch.bfloat16)
+    x[places] = values
+    out = k.fake_quant(x.requires_grad_(), 0.25, 0, -8, 7, backend="native")
+    assert torch.equal(out.detach()[places], k.fake_quant(values, 0.25, 0, -8, 7, backend="reference"))
+    assert int(torch.count_nonzero(out.detach().view(torch.int16))) == len(places)
+    (grad,) = torch.autograd.grad(out, x, torch.ones((), dtype=torch.bfloat16).expand_as(x))
+    inside = [1.0, 0.0, 0.0, 1.0, 0.0]
+    assert grad[places].tolist() == inside and int(torch.count_nonzero(grad)) == len(x) - inside.count(0.0)
+    del out, grad
+    mean, _ = k.bn_stats(x.detach().view(1, 3, per_channel), backend="native")
+    expected = torch.tensor([0.5 - 9.0, 3.0, 1.0 + 7.0]) / per_channel
+    torch.testing.assert_close(mean, expected, rtol=1e-5, atol=0)

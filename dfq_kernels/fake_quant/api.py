@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dfq_kernels._checks import check_device, check_float, check_quant_range
+from dfq_kernels._checks import check_device, check_float, check_quant_range, check_storage
 from dfq_kernels._eager import recorded
 from dfq_kernels.dispatch import resolve
 
@@ -79,6 +79,9 @@ def _parameter(x: Tensor, name: str, value: Tensor | float, axis: int | None) ->
             raise ValueError(f"{OP}: {name} must be {rule}, got {value}")
         shape = () if axis is None else (x.shape[axis],)
         return torch.full(shape, float(value), dtype=torch.float32, device=x.device)
+    if value.dtype == torch.float32 and axis is None and value.numel() == 1 and value.device == x.device:
+        check_storage(OP, name, value)
+        return value
     if axis is None and value.numel() != 1:
         raise ValueError(f"{OP}: {name} must have one element when axis is None, got shape {tuple(value.shape)}")
     if axis is not None and value.shape not in ((x.shape[axis],), ()):
@@ -86,6 +89,7 @@ def _parameter(x: Tensor, name: str, value: Tensor | float, axis: int | None) ->
     if axis is not None and value.shape == ():
         value = value.expand(x.shape[axis])
     check_device(OP, name, value, x)
+    check_storage(OP, name, value)
     if value.is_complex() or value.dtype == torch.bool or (name == "scale" and not value.is_floating_point()):
         raise ValueError(f"{OP}: {name} must be a float tensor, got {value.dtype}")
     return value if value.is_floating_point() else value.float()
