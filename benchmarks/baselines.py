@@ -47,19 +47,26 @@ class Operands:
         self.on = torch.ones(1, dtype=torch.long, device=device)
         self._channels: dict[int, dict[str, Tensor]] = {}
 
-    def batch_norm(self, x: Tensor) -> dict[str, Tensor]:
+    def channels(self, x: Tensor) -> dict[str, Tensor]:
+        """What operators need per channel of x."""
         count = x.shape[1]
         if count not in self._channels:
             generator = torch.Generator().manual_seed(1)
             values = {
                 "weight": torch.randn(count, generator=generator), "bias": torch.randn(count, generator=generator),
                 "running_mean": torch.zeros(count), "running_var": torch.ones(count),
+                "scale": torch.linspace(0.05, 0.15, count), "zero_point": torch.zeros(count),
+                "whole": torch.zeros(count, dtype=torch.int32),
             }  # fmt: skip
             self._channels[count] = {name: value.to(self.device) for name, value in values.items()}
         return self._channels[count]
 
-    def scales(self, x: Tensor) -> Tensor:
-        return self.batch_norm(x)["running_var"] * 0.1
+    def batch_norm(self, x: Tensor) -> dict[str, Tensor]:
+        p = self.channels(x)
+        return {name: p[name] for name in ("weight", "bias", "running_mean", "running_var")}
+
+    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.channels(x)["scale"], self.channels(x)["zero_point"]
 
 
 def rows(device: torch.device) -> list[Row]:
@@ -70,8 +77,8 @@ def rows(device: torch.device) -> list[Row]:
         return torch.fake_quantize_per_tensor_affine(x.float(), own.scale, own.whole[0], 0, 255).to(x.dtype)
 
     def per_channel(x: Tensor) -> Tensor:
-        whole = own.whole.expand(x.shape[1])
-        return torch.fake_quantize_per_channel_affine(x.float(), own.scales(x), whole, 1, 0, 255).to(x.dtype)
+        p = own.channels(x)
+        return torch.fake_quantize_per_channel_affine(x.float(), p["scale"], p["whole"], 1, 0, 255).to(x.dtype)
 
     def observed(x: Tensor) -> Tensor:
         return torch.fused_moving_avg_obs_fake_quant(
@@ -92,7 +99,7 @@ def rows(device: torch.device) -> list[Row]:
         Row("fake_quant", "per tensor", lambda x, b: k.fake_quant(x, own.scale, own.zero_point, 0, 255, backend=b),
             per_tensor),
         Row("fake_quant", "per channel",
-            lambda x, b: k.fake_quant(x, own.scales(x), own.zero_point, 0, 255, 1, backend=b), per_channel),
+            lambda x, b: k.fake_quant(x, *own.grid(x), 0, 255, 1, backend=b), per_channel),
         Row("observe_fake_quant", "", lambda x, b: k.observe_fake_quant(x, **own.range, backend=b), observed),
         Row("bn_stats", "", lambda x, b: k.bn_stats(x, backend=b), statistics, forward_least=(1, 0)),
         Row("bn_act_stats", "", lambda x, b: k.bn_act_stats(x, **own.batch_norm(x), backend=b),

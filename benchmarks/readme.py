@@ -10,6 +10,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 ACCURACY = ROOT / "benchmarks" / "results" / "accuracy-fashion-mnist.json"
+KERNELS = ROOT / "benchmarks" / "results" / "kernels-cpu-intel-xeon-processor.json"
+STEPS = ROOT / "benchmarks" / "results" / "steps-cpu-intel-xeon-processor.json"
 PRESETS = ("W8A8", "W4A8", "W4A4", "W3A3", "W2A4")
 
 
@@ -58,9 +60,48 @@ def other_table(data: dict[str, Any], table: str, title: str) -> str:
     return "\n".join(lines)
 
 
-def build(text: str, data: dict[str, Any]) -> str:
+def kernel_table(data: dict[str, Any]) -> str:
+    """Per operator and pass, in fp32: the least and the largest ratio over all shapes and layouts."""
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for row in data["rows"]:
+        if row.get("dtype", "fp32") == "fp32" and "times_torch" in row:
+            name = f"`{row['op']}`{', ' if row['case'] else ''}{row['case']}"
+            cases.setdefault(f"{name} | {row['pass']}", []).append(row)
+
+    def spread(rows: list[dict[str, Any]], key: str) -> str:
+        values = sorted({f"{row[key]:.2g}" for row in rows if key in row}, key=float)
+        return " to ".join(dict.fromkeys([values[0], values[-1]])) if values else "—"
+
+    head = "| operator | pass | times torch | times `torch.compile` | of the copy rate |"
+    lines = [head, "| --- | --- | ---: | ---: | ---: |"]
+    for name, rows in cases.items():
+        cells = [spread(rows, key) for key in ("times_torch", "times_compiled", "of_copy")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", machine_sentence(data)])
+
+
+def step_table(data: dict[str, Any]) -> str:
+    """Training steps per second, ours and torch.ao's."""
+    lines = ["| WRN-16-1, W4A4, batch 128 | dfq-kernels | torch.ao | ratio |", "| --- | ---: | ---: | ---: |"]
+    for row in data["rows"]:
+        ranges = {"minmax": "moving ranges", "lsq": "learned ranges"}[row["ranges"]]
+        rates = " | ".join(f"{row[f'{name} steps/s']:.2f} steps/s" for name in ("dfq-kernels", "torch.ao"))
+        lines.append(f"| {row['precision']}, {ranges} | {rates} | {row['times_torch_ao']:.2f} |")
+    return "\n".join([*lines, "", machine_sentence(data)])
+
+
+def machine_sentence(data: dict[str, Any]) -> str:
+    """Where it was measured."""
+    machine = data["machine"]
+    return f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}."
+
+
+def build(text: str) -> str:
     """`text` with every generated block made anew."""
+    data = json.loads(ACCURACY.read_text())
     blocks = {
+        "kernels": kernel_table(json.loads(KERNELS.read_text())),
+        "steps": step_table(json.loads(STEPS.read_text())),
         "accuracy": main_table(data),
         "gdfq": other_table(data, "gdfq", "convention of later work"),
         "ablation": other_table(data, "ablation", "W3A3, one change each"),
@@ -74,7 +115,7 @@ def build(text: str, data: dict[str, Any]) -> str:
 def main() -> None:
     """Writes README.md, or with --check exits 1 if it is stale."""
     path = ROOT / "README.md"
-    built = build(path.read_text(), json.loads(ACCURACY.read_text()))
+    built = build(path.read_text())
     if "--check" in sys.argv:
         raise SystemExit(built != path.read_text())
     path.write_text(built)

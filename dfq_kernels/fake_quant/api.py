@@ -80,7 +80,7 @@ def _parameter(x: Tensor, name: str, value: Tensor | float, axis: int | None) ->
         shape = () if axis is None else (x.shape[axis],)
         return torch.full(shape, float(value), dtype=torch.float32, device=x.device)
     if value.dtype == torch.float32 and axis is None and value.numel() == 1 and value.device == x.device:
-        check_storage(OP, name, value)
+        check_storage(OP, {name: value})
         return value
     if axis is None and value.numel() != 1:
         raise ValueError(f"{OP}: {name} must have one element when axis is None, got shape {tuple(value.shape)}")
@@ -89,7 +89,7 @@ def _parameter(x: Tensor, name: str, value: Tensor | float, axis: int | None) ->
     if axis is not None and value.shape == ():
         value = value.expand(x.shape[axis])
     check_device(OP, name, value, x)
-    check_storage(OP, name, value)
+    check_storage(OP, {name: value})
     if value.is_complex() or value.dtype == torch.bool or (name == "scale" and not value.is_floating_point()):
         raise ValueError(f"{OP}: {name} must be a float tensor, got {value.dtype}")
     return value if value.is_floating_point() else value.float()
