@@ -47,7 +47,8 @@ class Chunks {
       for (int64_t lane = 0; lane < lanes_; ++lane)
         channel_of_lane_[lane] = static_cast<int32_t>(lane / view.inner % view.channels);
     }
-    groups_ = std::min(std::max(view.size / (2 * kGrain), int64_t(1)), additions / (kAdditions / 4) + 1);
+    // enough for threads, few enough that folding is little, and at least a few for many small channels
+    groups_ = std::min(std::max(view.size / (2 * kGrain), int64_t(1)), std::max(additions / (kAdditions / 4), int64_t(4)));
     groups_ = std::min(std::max(groups_, (additions + kAdditions - 1) / kAdditions), count_);
   }
 
