@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +53,38 @@ def conforms(row: Row, x: Tensor, backend: str) -> bool:
     return bool((off <= max(1e-5, resolution)).float().mean() > 0.999) and bool((off <= step + resolution).all())
 
 
-def backward_of(forward: Callable[[Tensor], Any], x: Tensor) -> Callable[[], object]:
-    """A call that goes back through one recorded forward."""
+def backward_of(forward: Callable[[Tensor], Any], x: Tensor, *, again: bool = False) -> Callable[[], object]:
+    """A call that goes back through one recorded forward; with `again` through a new one every time."""
     leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    outs = forward(leaf)
-    outs = [out for out in (outs if isinstance(outs, tuple) else (outs,)) if out.requires_grad]
+
+    def recorded() -> list[Tensor]:
+        outs = forward(leaf)
+        return [out for out in (outs if isinstance(outs, tuple) else (outs,)) if out.requires_grad]
+
+    outs = recorded()
     grads = [torch.randn_like(out) for out in outs]
+    if again:
+        return lambda: torch.autograd.grad(recorded(), leaf, grads)
     return lambda: torch.autograd.grad(outs, leaf, grads, retain_graph=True)
+
+
+Pass = tuple[str, float, tuple[int, int], dict[str, Callable[[], object]]]
+
+
+def passes(row: Row, x: Tensor, calls: dict[str, Callable[[Tensor], Any]]) -> Iterator[Pass]:
+    """`(name, bytes moved, tensors read and written at least, variants)`.
+
+    Backward alone on a CPU. On a GPU with its forward: autograd runs on the forward's stream, so that a graph can only
+    capture both.
+    """
+    (forward, backward), (reads, writes) = SPECS[row.op].bytes_moved({"x": x}, dict(row.settings)), row.backward_least
+    yield "forward", forward, row.forward_least, {key: lambda call=call: call(x) for key, call in calls.items()}
+    if x.is_cuda:
+        least = row.forward_least[0] + reads, row.forward_least[1] + writes
+        both = {key: backward_of(call, x, again=True) for key, call in calls.items()}
+        yield "forward and backward", forward + backward, least, both
+    else:
+        yield "backward", backward, (reads, writes), {key: backward_of(call, x) for key, call in calls.items()}
 
 
 def timed(variants: dict[str, Callable[[], object]], seconds: float) -> tuple[dict[str, Seconds], list[str]]:
@@ -87,14 +112,7 @@ def measure(row: Row, x: Tensor, seconds: float, compiled: bool) -> list[dict[st
         calls["compiled"] = torch.compile(lambda t: again.ours(t, "reference"), dynamic=False)
     ceilings = {"copy": x.clone, "read": x.sum}
     results = []
-    moved = SPECS[row.op].bytes_moved({"x": x}, dict(row.settings))
-    for name, bytes_moved, (reads, writes) in zip(
-        ("forward", "backward"), moved, (row.forward_least, row.backward_least), strict=True
-    ):
-        if name == "forward":
-            variants: dict[str, Callable[[], object]] = {key: lambda call=call: call(x) for key, call in calls.items()}
-        else:
-            variants = {key: backward_of(call, x) for key, call in calls.items()}
+    for name, bytes_moved, (reads, writes), variants in passes(row, x, calls):
         times, eager = timed({**variants, **ceilings}, seconds)
         found, alternatives = times["native"], {key: times[key] for key in calls if key != "native"}
         least = writes * times["copy"].best + (reads - writes) * times["read"].best
