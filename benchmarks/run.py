@@ -22,6 +22,8 @@ from benchmarks.baselines import Row, resnet18_weights, rows, torch_weights
 from benchmarks.machine import results_file, write_results
 from benchmarks.timing import PER_GRAPH, Seconds, captured, interleaved
 from dfq.cli import keep_freed_memory
+from dfq_kernels.bn_stats import native as bn_stats
+from dfq_kernels.fake_quant import native as fake_quant
 from dfq_kernels.specs import all_specs
 
 SHAPES = {
@@ -157,6 +159,33 @@ def small(device: torch.device, seconds: float) -> dict[str, Any]:
             "recorded_us": round(times["recorded"].median * 1e6, 2)}  # fmt: skip
 
 
+def without_autograd(x: Tensor, seconds: float) -> list[dict[str, Any]]:
+    """Two operators as a kernel's caller sees them: outputs allocated, no checks and no graph, against torch's own."""
+    scale, zero_point = torch.tensor(0.1, device=x.device), torch.zeros((), device=x.device)
+    _, bits = fake_quant.forward(x, scale, zero_point, 0, 255, None)
+    whole, on = torch.zeros(1, dtype=torch.int32, device=x.device), torch.ones(1, device=x.device)
+    _, mask = torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(x, scale, whole, on, 0, 255)
+    theirs_backward = torch.ops.aten.fake_quantize_per_tensor_affine_cachemask_backward
+    pairs: dict[tuple[str, str], tuple[Callable[[], object], Callable[[], object]]] = {
+        ("fake_quant", "backward"): (
+            lambda: fake_quant.backward(x, bits, x.stride()), lambda: theirs_backward(x, mask),
+        ),
+        ("bn_stats", "forward"): (
+            lambda: bn_stats.forward(x), lambda: torch.var_mean(x, (0, 2, 3), unbiased=False),
+        ),
+    }  # fmt: skip
+    results = []
+    for (op, name), (mine, theirs) in pairs.items():
+        times, _ = timed({"native": mine, "torch": theirs, "copy": x.clone}, seconds)
+        found = times["native"].median
+        results.append({
+            "op": op, "case": "without autograd", "pass": name, "us": round(found * 1e6, 1),
+            "torch_us": round(times["torch"].median * 1e6, 1), "times_torch": round(times["torch"].median / found, 2),
+            "of_copy": round((1 if op == "fake_quant" else 0.5) * times["copy"].median / found, 3),
+        })  # fmt: skip
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--out", type=Path, help="a JSON file for the results; default: one of this machine's name")
@@ -175,6 +204,9 @@ def main() -> None:
                     for result in measure(row, x, arguments.seconds, arguments.compiled):
                         results.append({**result, "shape": list(shape), "dtype": dtype_name, "layout": layout})
                         print(json.dumps(results[-1]), flush=True)
+                for result in without_autograd(x, arguments.seconds) if dtype == torch.float32 else []:
+                    results.append({**result, "shape": list(shape), "dtype": dtype_name, "layout": layout})
+                    print(json.dumps(results[-1]), flush=True)
     results += [weights(device, arguments.seconds), small(device, arguments.seconds)]
     print("\n".join(json.dumps(result) for result in results[-2:]))
     write_results(arguments.out or results_file("kernels"), results)
