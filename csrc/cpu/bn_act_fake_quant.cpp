@@ -5,6 +5,8 @@
 //            grad_x written
 //   block    chunks of 4096; values 1024
 //   order    sums as reduce.h says; a batch norm is monotone per channel, so the extremes of x give those of y, exactly
+#include <memory>
+
 #include "statistics.h"
 
 namespace dfq {
@@ -24,7 +26,7 @@ void look_at(const BnActFakeQuantForward& a, std::vector<float>& least, std::vec
   const auto pass = [&](const float* shift) {
     total = reduce<T, 1, count, 1>(chunks, a.threads, {shift}, folds, [&](auto& work) {
       const T* x = work.gather(0, a.x);
-      work.run([&](int64_t i, const Vec* k, Vec* at) {
+      work.run([&](int64_t i, const Vec* k, Vec* at) DFQ_INLINE {
         const Vec value = load_vec(x + i);
         if (training) {
           const Vec distance = value - k[0];
@@ -71,7 +73,8 @@ void quantize(const BnActFakeQuantForward& a, const std::vector<float>& factor, 
   const Vec inv = broadcast(1.0f / *a.range.scale), scale = broadcast(*a.range.scale);
   const Vec zero_point = broadcast(*a.range.zero_point);
   const Vec low = broadcast(a.range.quant_min), high = broadcast(a.range.quant_max);
-  for_blocks(a.view.size, a.threads, [&](int64_t start, int64_t n) {
+  const Activation activation(a.activation);
+  for_blocks(a.view.size, a.threads, [&, inv, scale, zero_point, low, high, activation](int64_t start, int64_t n) {
     Reader<T> reader;
     Writer<T> writer;
     T* to = static_cast<T*>(a.out) + start;
@@ -80,7 +83,7 @@ void quantize(const BnActFakeQuantForward& a, const std::vector<float>& factor, 
     constants.block(start, n, [&](const auto& k, int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; j += kWidth) {
         const Vec affine = (load_vec(x + j) - k.template get<0>(j)) * k.template get<1>(j) + k.template get<2>(j);
-        const Vec q = clamp(rne(activate(affine, a.activation) * inv + zero_point), low, high);
+        const Vec q = clamp(rne(activation(affine) * inv + zero_point), low, high);
         store_vec(out + j, (q - zero_point) * scale);
       }
     });
@@ -114,32 +117,44 @@ void forward(const BnActFakeQuantForward& a) {
   quantize<T>(a, factor, bias);
 }
 
+// What is one number for the whole layer.
+struct Layer {
+  Vec inv, zero_point;
+  Rounding rounding;
+  Activation activation;
+
+  explicit Layer(const BnActFakeQuantBackward& a)
+      : inv(broadcast(1.0f / *a.scale)), zero_point(broadcast(*a.zero_point)), rounding(a.quant_min, a.quant_max),
+        activation(a.activation) {}
+};
+
 // One layer's backward. Two passes over every chunk: sums, and in training the gradient that they enter.
 template <class T, bool learned>
 class Backward {
  public:
   static constexpr int kSums = learned ? 4 : 2;
-  using Sums = Workspace<T, 4, kSums, 3>;
-  using Ends = Workspace<T, 5, 0, 3>;
+  using Sums = Workspace<T, 3, kSums, 3>;
+  using Ends = Workspace<T, 4, 0, 3>;
 
   explicit Backward(const BnActFakeQuantBackward& a)
-      : a_(a), chunks_(a.view), rounding_(a.quant_min, a.quant_max), inv_(broadcast(1.0f / *a.scale)),
-        zero_point_(broadcast(*a.zero_point)), inv_std_(inverse_deviations(a.var, a.eps, a.view.channels)),
+      : a_(a), chunks_(a.view), layer_(a), inv_std_(inverse_deviations(a.var, a.eps, a.view.channels)),
         factor_(products(a.weight, inv_std_)), bias_(or_zeros(a.bias, a.view.channels)), mean_grad_(bias_.size()),
-        slope_(bias_.size()) {}
+        slope_(bias_.size()), shift_(chunks_.lanes() % kWidth == 0 ? __builtin_ctz(kWidth) : 0) {
+    if (a.training) passing_.reset(new uint16_t[(chunks_.count() * chunks_.capacity() >> shift_) + 1]);
+  }
 
   void run() {
     const int64_t channels = a_.view.channels;
-    const float* const constants[] = {a_.mean, factor_.data(), bias_.data(), inv_std_.data()};
+    const float* const constants[] = {a_.mean, factor_.data(), bias_.data()};
     std::vector<double> total;
     if (a_.training && channel_fits()) {
       total = channel_by_channel(constants);
     } else {
-      total = reduce<T, 4, kSums, 3>(chunks_, a_.threads, constants, kFolds, [&](Sums& work) { add(work); });
+      total = reduce<T, 3, kSums, 3>(chunks_, a_.threads, constants, kFolds, [&](Sums& work) { add(work); });
       for (int64_t c = 0; c < channels; ++c) set_means(c, total[c], total[channels + c]);
       if (a_.training) {
         parallel_for(chunks_.groups(), 1, chunks_.size() > kGrain ? a_.threads : 1, [&](int64_t begin, int64_t end) {
-          Ends work(chunks_, {a_.mean, factor_.data(), bias_.data(), mean_grad_.data(), slope_.data()}, nullptr);
+          Ends work(chunks_, {a_.mean, factor_.data(), mean_grad_.data(), slope_.data()}, nullptr);
           for (int64_t chunk = chunks_.group_begin(end) - 1; chunk >= chunks_.group_begin(begin); --chunk) {
             work.start(chunk);
             finish(work);
@@ -149,7 +164,7 @@ class Backward {
     }
     for (int64_t c = 0; c < channels; ++c) {
       a_.grad_bias[c] = static_cast<float>(total[c]);
-      a_.grad_weight[c] = static_cast<float>(total[channels + c]);
+      a_.grad_weight[c] = static_cast<float>(total[channels + c]) * inv_std_[c];
     }
     if (!learned) return;
     double grad_scale = 0, outside = 0;
@@ -171,12 +186,12 @@ class Backward {
   }
 
   // Both passes over one channel, then the next: the second one reads from cache. The same sums in the same order.
-  std::vector<double> channel_by_channel(const float* const (&constants)[4]) {
+  std::vector<double> channel_by_channel(const float* const (&constants)[3]) {
     const int64_t channels = a_.view.channels;
     std::vector<double> total(static_cast<size_t>(kSums * channels));
     parallel_for(channels, 1, chunks_.size() > kGrain ? a_.threads : 1, [&](int64_t begin, int64_t end) {
       Sums work(chunks_, constants, kFolds);
-      Ends ends(chunks_, {a_.mean, factor_.data(), bias_.data(), mean_grad_.data(), slope_.data()}, nullptr);
+      Ends ends(chunks_, {a_.mean, factor_.data(), mean_grad_.data(), slope_.data()}, nullptr);
       for (int64_t c = begin; c < end; ++c) {
         double sums[kSums] = {};
         for (int64_t group = 0; group < chunks_.groups(); ++group) {
@@ -201,29 +216,38 @@ class Backward {
     return total;
   }
 
+  // product: of gradients and centred values.
   void set_means(int64_t c, double grad, double product) {
     const float count = static_cast<float>(a_.view.size / a_.view.channels);
     mean_grad_[c] = static_cast<float>(grad) / count;
-    slope_[c] = static_cast<float>(product) / count * inv_std_[c];
+    slope_[c] = static_cast<float>(product) * inv_std_[c] / count * inv_std_[c];
   }
+
+  // Which elements of a chunk pass a gradient: the first pass finds out, the second one reads it. A word per vector.
+  uint16_t* passing(int64_t chunk) const { return passing_.get() + (chunk * chunks_.capacity() >> shift_); }
 
   // The sums over a chunk; where statistics are frozen its gradient, too.
   void add(Sums& work) const {
     const T* x = work.gather(0, a_.x);
     const T* grad_out = work.gather(1, a_.grad_out);
     T* out = work.place(2, a_.grad_x);
-    work.run([&](int64_t i, const Vec* k, Vec* sums) {
-      const Vec grad = load_vec(grad_out + i), centred = load_vec(x + i) - k[0];
-      const Vec y = activate(centred * k[1] + k[2], a_.activation);
-      const LearnedGradient g = learned_gradient(y, grad, inv_, zero_point_, rounding_);
-      const Vec inner = activation_gradient(g.x, y, a_.activation);
+    const bool training = a_.training;
+    const int shift = shift_;
+    uint16_t* const passing = training ? this->passing(work.chunk()) : nullptr;
+    work.run([=, of = layer_](int64_t i, const Vec* k, Vec* sums) DFQ_INLINE {
+      const Vec centred = load_vec(x + i) - k[0], grad = load_vec(grad_out + i);
+      const Vec y = of.activation(centred * k[1] + k[2]);
+      const LearnedGradient g = learned_gradient(y, grad, of.inv, of.zero_point, of.rounding);
+      const Mask passes = both(g.inside, of.activation.passes(y));
+      const Vec inner = keep(passes, grad);
       sums[0] = sums[0] + inner;
-      sums[1] = sums[1] + inner * (centred * k[3]);
+      sums[1] = sums[1] + inner * centred;
       if (learned) {
         sums[kSums - 2] = sums[kSums - 2] + g.scale;
         sums[kSums - 1] = sums[kSums - 1] + g.outside;
       }
-      if (!a_.training) store_vec(out + i, inner * k[1]);
+      if (training) passing[i >> shift] = static_cast<uint16_t>(bits_of(passes));
+      else store_vec(out + i, inner * k[1]);
     });
     if (!a_.training) work.scatter(2, a_.grad_x);
   }
@@ -233,21 +257,21 @@ class Backward {
     const T* x = work.gather(0, a_.x);
     const T* grad_out = work.gather(1, a_.grad_out);
     T* out = work.place(2, a_.grad_x);
-    work.run([&](int64_t i, const Vec* k, Vec*) {
-      const Vec centred = load_vec(x + i) - k[0];
-      const Vec y = activate(centred * k[1] + k[2], a_.activation);
-      const LearnedGradient g = learned_gradient(y, load_vec(grad_out + i), inv_, zero_point_, rounding_);
-      const Vec inner = activation_gradient(g.x, y, a_.activation);
-      store_vec(out + i, (inner - k[3] - centred * k[4]) * k[1]);
+    const int shift = shift_;
+    const uint16_t* const passing = this->passing(work.chunk());
+    work.run([=](int64_t i, const Vec* k, Vec*) DFQ_INLINE {
+      const Vec inner = keep_bits(passing[i >> shift], load_vec(grad_out + i));
+      store_vec(out + i, (inner - k[2] - (load_vec(x + i) - k[0]) * k[3]) * k[1]);
     });
     work.scatter(2, a_.grad_x);
   }
 
   const BnActFakeQuantBackward& a_;
   Chunks chunks_;
-  Rounding rounding_;
-  Vec inv_, zero_point_;
+  Layer layer_;
   std::vector<float> inv_std_, factor_, bias_, mean_grad_, slope_;  // slope: of centred values
+  int shift_;  // vectors begin at multiples of 2^shift
+  std::unique_ptr<uint16_t[]> passing_;
 };
 
 }  // namespace

@@ -17,16 +17,17 @@ void forward(const BnActStatsForward& a) {
   const std::vector<float> factor = products(a.weight, inverse_deviations(a.running_var, a.eps, channels));
   const std::vector<float> bias = or_zeros(a.bias, channels);
   const Chunks chunks(a.view);
+  const Activation activation(a.activation);
   measure<T>(a.view, a.x, a.threads, a.mean, a.var, [&](const float* shift) {
     const float* const constants[] = {shift, a.running_mean, factor.data(), bias.data()};
     return reduce<T, 4, 2, 2>(chunks, a.threads, constants, {Fold::kSum, Fold::kSum}, [&](auto& work) {
       const T* x = work.gather(0, a.x);
       T* out = work.place(1, a.out);
-      work.run([&](int64_t i, const Vec* k, Vec* total) {
+      work.run([&, activation](int64_t i, const Vec* k, Vec* total) DFQ_INLINE {
         const Vec value = load_vec(x + i), distance = value - k[0];
         total[0] = total[0] + distance;
         total[1] = total[1] + distance * distance;
-        store_vec(out + i, activate((value - k[1]) * k[2] + k[3], a.activation));
+        store_vec(out + i, activation((value - k[1]) * k[2] + k[3]));
       });
       work.scatter(1, a.out);
     });
@@ -46,7 +47,8 @@ void backward(const BnActStatsBackward& a) {
   }
   const ChannelConstants<6> constants(
       a.view, {a.running_mean, factor.data(), bias.data(), a.batch_mean, slope.data(), shift.data()});
-  for_blocks(a.view.size, a.threads, [&](int64_t start, int64_t n) {
+  const Activation activation(a.activation);
+  for_blocks(a.view.size, a.threads, [&, activation](int64_t start, int64_t n) {
     Reader<T> x_reader, grad_reader;
     Writer<T> writer;
     T* to = static_cast<T*>(a.grad_x) + start;
@@ -56,12 +58,9 @@ void backward(const BnActStatsBackward& a) {
     constants.block(start, n, [&](const auto& k, int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; j += kWidth) {
         const Vec value = load_vec(x + j), multiplier = k.template get<1>(j);
-        Vec grad = load_vec(grad_out + j);
-        if (a.activation != kIdentity) {
-          // the activation's gradient looks at what the forward stored
-          const Vec y = stored<T>(activate((value - k.template get<0>(j)) * multiplier + k.template get<2>(j), a.activation));
-          grad = activation_gradient(grad, y, a.activation);
-        }
+        // the activation's gradient looks at what the forward stored
+        const Vec y = stored<T>(activation((value - k.template get<0>(j)) * multiplier + k.template get<2>(j)));
+        const Vec grad = keep(activation.passes(y), load_vec(grad_out + j));
         const Vec through_statistics = (value - k.template get<3>(j)) * k.template get<4>(j) + k.template get<5>(j);
         store_vec(out + j, grad * multiplier + through_statistics);
       }

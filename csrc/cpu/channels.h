@@ -42,34 +42,35 @@ struct Rounding {
 
 struct LearnedGradient {
   Vec x, scale, outside;  // outside: the gradient where the clamp changed something
+  Mask inside;
 };
 
-static inline LearnedGradient learned_gradient(Vec x, Vec grad, Vec inv, Vec zero_point, const Rounding& rounding) {
+DFQ_INLINE static inline LearnedGradient learned_gradient(Vec x, Vec grad, Vec inv, Vec zero_point,
+                                                          const Rounding& rounding) {
   const Vec scaled = x * inv;
   const Vec rounded = rne(scaled + zero_point);
   const Vec q = clamp(rounded, rounding.low, rounding.high);
-  const uint32_t inside = equal_bits(q, rounded);
-  const Vec grad_inside = keep_bits(inside, grad);
-  return {grad_inside, ((q - zero_point) - keep_bits(inside, scaled)) * grad, grad - grad_inside};
+  const Mask inside = equal(q, rounded);
+  const Vec grad_inside = keep(inside, grad);
+  return {grad_inside, ((q - zero_point) - keep(inside, scaled)) * grad, grad - grad_inside, inside};
 }
 
-static inline Vec activate(Vec y, int activation) {
-  if (activation == kIdentity) return y;
-  y = max_keeping_nan(y, Vec{});
-  return activation == kReLU6 ? min_keeping_nan(y, broadcast(6.0f)) : y;
-}
+// None, ReLU or ReLU6, without a branch: a bound that is NaN neither clips nor compares.
+struct Activation {
+  Vec low, high;
+  explicit Activation(int code)
+      : low(broadcast(code == kIdentity ? std::numeric_limits<float>::quiet_NaN() : 0.0f)),
+        high(broadcast(code == kReLU6 ? 6.0f : std::numeric_limits<float>::quiet_NaN())) {}
+
+  DFQ_INLINE Vec operator()(Vec y) const { return min_keeping_nan(max_keeping_nan(y, low), high); }
+  // Where it passes a gradient, its output being y: where it clipped nothing.
+  DFQ_INLINE Mask passes(Vec y) const { return both(below(y, high), above(y, low)); }
+};
 
 static inline float activate(float y, int activation) {
   if (activation == kIdentity) return y;
   y = y < 0.0f ? 0.0f : y;
   return activation == kReLU6 && y > 6.0f ? 6.0f : y;
-}
-
-// The gradient behind the activation, whose output is y: 0 where it clipped.
-static inline Vec activation_gradient(Vec grad, Vec y, int activation) {
-  if (activation == kIdentity) return grad;
-  const VecInt clipped = activation == kReLU6 ? (VecInt)((y <= Vec{}) | (y >= broadcast(6.0f))) : (VecInt)(y <= Vec{});
-  return select(clipped, Vec{}, grad);
 }
 
 // The range moves towards [low, high]; scale and zero point follow. A non-finite range leaves everything as it is.

@@ -26,12 +26,12 @@ void forward(const FakeQuantForward& a, bool backwards) {
     const T* x = reader.at(static_cast<const T*>(a.x) + start, n);
     T* out = writer.at(to, n);
     channels.block(start, n, [&](const auto& constants, int64_t begin, int64_t end) {
-      const auto quantize = [&, low, high](int64_t j) {  // and the bits of what the clamp left alone
+      const auto quantize = [&, low, high](int64_t j) DFQ_INLINE {  // and the bits of what the clamp left alone
         const Vec zero_point = constants.template get<2>(j);
         const Vec rounded = rne(load_vec(x + j) * constants.template get<0>(j) + zero_point);
         const Vec q = clamp(rounded, low, high);
         store_vec(out + j, (q - zero_point) * constants.template get<1>(j));
-        return equal_bits(q, rounded);
+        return bits_of(equal(q, rounded));
       };
       if (mask) return store_mask(mask, start, begin, end, quantize);
       for (int64_t j = begin; j < end; j += kWidth) quantize(j);
@@ -65,7 +65,7 @@ void backward_learned(const FakeQuantBackward& a) {
     const T* x = work.gather(0, a.x);
     const T* grad = work.gather(1, a.grad_out);
     T* out = work.place(2, a.grad_x);
-    work.run([&](int64_t i, const Vec* k, Vec* sums) {
+    work.run([&](int64_t i, const Vec* k, Vec* sums) DFQ_INLINE {
       const LearnedGradient g = learned_gradient(load_vec(x + i), load_vec(grad + i), k[0], k[1], rounding);
       store_vec(out + i, g.x);
       sums[0] = sums[0] + g.scale;

@@ -62,7 +62,10 @@ class Chunks {
 
   int64_t groups() const { return groups_; }
   int64_t group_begin(int64_t group) const { return count_ * group / groups_; }
-  int64_t channel(int64_t chunk) const { return by_channel_ ? chunk / pieces_ % view_.channels : 0; }
+  int64_t count() const { return count_; }
+  int64_t channel(int64_t chunk) const {
+    return by_channel_ ? (pieces_ == 1 ? chunk : chunk / pieces_) % view_.channels : 0;
+  }
 
   // Calls visit(chunk) for the chunks of a group that belong to a channel, in order.
   template <class Visit>
@@ -90,18 +93,23 @@ class Chunks {
       row((n * view_.channels + channel) * view_.inner + begin, at, length);
     return at;
   }
-  int64_t size(int64_t chunk) const {
-    return rows(chunk, [](int64_t, int64_t, int64_t) {});
-  }
-
-  // Where the chunk lies in the tensor, if kernels may read and write it there in whole vectors; else -1.
-  int64_t in_place(int64_t chunk) const {
-    if (lanes_ % kWidth != 0 || (by_channel_ && rows_ != 1)) return -1;
-    int64_t place = -1;
-    rows(chunk, [&](int64_t offset, int64_t, int64_t n) {
-      if (n % kWidth == 0) place = offset;
-    });
-    return place;
+  // How many elements the chunk has, and where it lies in the tensor if kernels may read and write it there in whole
+  // vectors; else -1.
+  int64_t place(int64_t chunk, int64_t& size) const {
+    if (by_channel_ && rows_ != 1) {
+      size = rows(chunk, [](int64_t, int64_t, int64_t) {});
+      return -1;
+    }
+    int64_t offset;
+    if (by_channel_) {
+      const int64_t line = pieces_ == 1 ? chunk : chunk / pieces_, begin = (chunk - line * pieces_) * piece_;
+      size = view_.inner - begin < piece_ ? view_.inner - begin : piece_;
+      offset = line * view_.inner + begin;
+    } else {
+      offset = chunk * capacity_;
+      size = view_.size - offset < capacity_ ? view_.size - offset : capacity_;
+    }
+    return lanes_ % kWidth == 0 && size % kWidth == 0 ? offset : -1;
   }
 
  private:
@@ -154,13 +162,15 @@ class Workspace {
   // The chunk that the following calls are about.
   void start(int64_t chunk) {
     chunk_ = chunk;
-    place_ = chunks_.in_place(chunk);
-    size_ = chunks_.size(chunk);
+    place_ = chunks_.place(chunk, size_);
     if (!chunks_.by_channel()) return;
     const int64_t channel = chunks_.channel(chunk);
-    set_constants(channel);
+    if (channel != channel_) set_constants(channel);
+    channel_ = channel;
     own_ = totals_.data() + channel * A * stride_;
   }
+
+  int64_t chunk() const { return chunk_; }
 
   // Its elements, readable in whole vectors.
   const T* gather(int b, const void* from) {
@@ -188,7 +198,7 @@ class Workspace {
   // Down the lanes, a few vectors side by side: their totals stay in registers and do not wait for one another.
   template <class Step>
   void run(const Step& step) {
-    constexpr int kBeside = A <= 2 ? 4 : 2;  // as many as the registers hold
+    constexpr int kBeside = K + A <= 5 ? 4 : 2;  // as many as the registers hold
     const int64_t lanes = lanes_, whole = size_ / lanes * lanes, vectors = lanes / kWidth * kWidth, rest = size_ - whole;
     if (vectors < lanes)  // first, because a step may write past these lanes into the next row's
       for (int64_t row = 0; row < whole; row += lanes) partial(row, vectors, lanes - vectors, step);
@@ -276,7 +286,7 @@ class Workspace {
   }
 
   const Chunks& chunks_;
-  int64_t lanes_, stride_, chunk_ = 0, place_ = -1, size_ = 0;
+  int64_t lanes_, stride_, chunk_ = 0, place_ = -1, size_ = 0, channel_ = -1;
   const float* values_[K > 0 ? K : 1];
   Fold folds_[A > 0 ? A : 1];
   float* own_ = nullptr;  // the accumulators of the chunk's lanes

@@ -32,6 +32,9 @@ static inline Vec load_vec(const float* from) {
 static inline void store_vec(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
 static inline Vec broadcast(float value) { return value - Vec{}; }  // value - 0: exact, keeps -0 and NaN
 
+// Inner loops are compiled into the loop around them, or sums leave their registers at every vector.
+#define DFQ_INLINE __attribute__((always_inline))
+
 // All bits of a lane set or none, from a comparison of two Vecs.
 static inline Vec select(VecInt mask, Vec yes, Vec no) { return mask ? yes : no; }
 
@@ -39,7 +42,6 @@ static inline Vec select(VecInt mask, Vec yes, Vec no) { return mask ? yes : no;
 static inline Vec rne(Vec v) { return (Vec)_mm512_roundscale_ps((__m512)v, 8); }
 static inline Vec max_keeping_nan(Vec v, Vec bound) { return (Vec)_mm512_max_ps((__m512)bound, (__m512)v); }
 static inline Vec min_keeping_nan(Vec v, Vec bound) { return (Vec)_mm512_min_ps((__m512)bound, (__m512)v); }
-static inline uint32_t equal_bits(Vec a, Vec b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_EQ_OQ); }
 static inline Vec keep_bits(uint32_t bits, Vec v) {
   return (Vec)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), (__m512)v);
 }
@@ -47,9 +49,6 @@ static inline Vec keep_bits(uint32_t bits, Vec v) {
 static inline Vec rne(Vec v) { return (Vec)_mm256_round_ps((__m256)v, 8); }
 static inline Vec max_keeping_nan(Vec v, Vec bound) { return (Vec)_mm256_max_ps((__m256)bound, (__m256)v); }
 static inline Vec min_keeping_nan(Vec v, Vec bound) { return (Vec)_mm256_min_ps((__m256)bound, (__m256)v); }
-static inline uint32_t equal_bits(Vec a, Vec b) {
-  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_EQ_OQ)));
-}
 static inline Vec keep_bits(uint32_t bits, Vec v) {
   const __m256i place = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i all = _mm256_set1_epi32(static_cast<int>(bits));
@@ -82,11 +81,6 @@ static inline Vec min_keeping_nan(Vec v, Vec bound) {
   const Halves a = halves(bound), b = halves(v);
   return join(_mm_min_ps(a.low, b.low), _mm_min_ps(a.high, b.high));
 }
-static inline uint32_t equal_bits(Vec v, Vec w) {
-  const Halves a = halves(v), b = halves(w);
-  return static_cast<uint32_t>(_mm_movemask_ps(_mm_cmpeq_ps(a.low, b.low)) |
-                               _mm_movemask_ps(_mm_cmpeq_ps(a.high, b.high)) << 4);
-}
 static inline Vec keep_bits(uint32_t bits, Vec v) {
   const __m128i all = _mm_set1_epi32(static_cast<int>(bits));
   const __m128i low = _mm_setr_epi32(1, 2, 4, 8), high = _mm_setr_epi32(16, 32, 64, 128);
@@ -101,18 +95,41 @@ static inline Vec rne(Vec v) {
 }
 static inline Vec max_keeping_nan(Vec v, Vec bound) { return v < bound ? bound : v; }
 static inline Vec min_keeping_nan(Vec v, Vec bound) { return v > bound ? bound : v; }
-static inline uint32_t equal_bits(Vec a, Vec b) {
-  const VecInt equal = a == b;
-  uint32_t bits = 0;
-  for (int i = 0; i < kWidth; ++i) bits |= static_cast<uint32_t>(equal[i] & 1) << i;
-  return bits;
-}
 static inline Vec keep_bits(uint32_t bits, Vec v) {
   for (int i = 0; i < kWidth; ++i)
     if (!(bits >> i & 1)) v[i] = 0.0f;
   return v;
 }
 #endif
+
+// Which lanes a comparison holds for. above and below: also where one of the two is NaN.
+#if defined(__AVX512F__)
+typedef __mmask16 Mask;
+static inline Mask equal(Vec a, Vec b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_EQ_OQ); }
+static inline Mask above(Vec v, Vec bound) { return _mm512_cmp_ps_mask((__m512)v, (__m512)bound, _CMP_NLE_UQ); }
+static inline Mask below(Vec v, Vec bound) { return _mm512_cmp_ps_mask((__m512)v, (__m512)bound, _CMP_NGE_UQ); }
+static inline Vec keep(Mask mask, Vec v) { return (Vec)_mm512_maskz_mov_ps(mask, (__m512)v); }
+static inline uint32_t bits_of(Mask mask) { return mask; }
+#else
+typedef VecInt Mask;
+static inline Mask equal(Vec a, Vec b) { return a == b; }
+static inline Mask above(Vec v, Vec bound) { return ~(v <= bound); }
+static inline Mask below(Vec v, Vec bound) { return ~(v >= bound); }
+static inline Vec keep(Mask mask, Vec v) { return (Vec)((VecInt)v & mask); }
+static inline uint32_t bits_of(Mask mask) {
+#if defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
+#elif defined(__SSE4_1__)
+  const Halves h = halves((Vec)mask);
+  return static_cast<uint32_t>(_mm_movemask_ps(h.low) | _mm_movemask_ps(h.high) << 4);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kWidth; ++i) bits |= static_cast<uint32_t>(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+#endif
+static inline Mask both(Mask a, Mask b) { return a & b; }
 
 static inline Vec clamp(Vec v, Vec low, Vec high) { return min_keeping_nan(max_keeping_nan(v, low), high); }
 
