@@ -5,8 +5,6 @@
 //            grad_x written
 //   block    chunks of 4096; values 1024
 //   order    sums as reduce.h says; a batch norm is monotone per channel, so the extremes of x give those of y, exactly
-#include <memory>
-
 #include "statistics.h"
 
 namespace dfq {
@@ -14,29 +12,33 @@ namespace DFQ_ISA {
 
 namespace {
 
+template <class T>
+bool channel_holds_nan(const View& view, const T* x, int64_t channel) {
+  for (int64_t at = channel * view.inner; at < view.size; at += view.channels * view.inner)
+    if (holds_nan(x + at, view.inner)) return true;
+  return false;
+}
+
 // Statistics of x if training, and the least and largest x of every channel if observed; a NaN makes them NaN.
 template <class T, bool training, bool observe>
 void look_at(const BnActFakeQuantForward& a, std::vector<float>& least, std::vector<float>& most) {
-  constexpr int sums = training ? 2 : 0, count = sums + (observe ? 3 : 0);
+  constexpr int sums = training ? 2 : 1, count = sums + (observe ? 2 : 0);
   const Chunks chunks(a.view);
   Fold folds[count];
   std::fill(folds, folds + count, Fold::kSum);
-  if (observe) folds[count - 3] = Fold::kLeast, folds[count - 2] = Fold::kMost;
+  if (observe) folds[count - 2] = Fold::kLeast, folds[count - 1] = Fold::kMost;
   std::vector<double> total;
   const auto pass = [&](const float* shift) {
     total = reduce<T, 1, count, 1>(chunks, a.threads, {shift}, folds, [&](auto& work) {
       const T* x = work.gather(0, a.x);
       work.run([&](int64_t i, const Vec* k, Vec* at) DFQ_INLINE {
         const Vec value = load_vec(x + i);
-        if (training) {
-          const Vec distance = value - k[0];
-          at[0] = at[0] + distance;
-          at[1] = at[1] + distance * distance;
-        }
+        const Vec distance = training ? value - k[0] : value;
+        at[0] = at[0] + distance;
+        if (training) at[1] = at[1] + distance * distance;
         if (observe) {
-          at[count - 3] = min_keeping_nan(at[count - 3], value);
-          at[count - 2] = max_keeping_nan(at[count - 2], value);
-          at[count - 1] = select((VecInt)(value != value), value, at[count - 1]);
+          at[count - 2] = min_keeping_nan(value, at[count - 2]);
+          at[count - 1] = max_keeping_nan(value, at[count - 1]);
         }
       });
     });
@@ -45,10 +47,10 @@ void look_at(const BnActFakeQuantForward& a, std::vector<float>& least, std::vec
   if (training) measure<T>(a.view, a.x, a.threads, a.mean, a.var, pass);
   else pass(a.mean);
   for (int64_t c = 0; observe && c < a.view.channels; ++c) {
-    const double* const found = &total[(count - 3) * a.view.channels + c];
-    const bool nan = found[2 * a.view.channels] != 0;
-    least[c] = nan ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(found[0]);
-    most[c] = nan ? least[c] : static_cast<float>(found[a.view.channels]);
+    const double* const found = &total[c];
+    const bool nan = !std::isfinite(found[0]) && channel_holds_nan(a.view, static_cast<const T*>(a.x), c);
+    least[c] = nan ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(found[(count - 2) * a.view.channels]);
+    most[c] = nan ? least[c] : static_cast<float>(found[(count - 1) * a.view.channels]);
   }
 }
 
@@ -72,18 +74,21 @@ void quantize(const BnActFakeQuantForward& a, const std::vector<float>& factor, 
   const ChannelConstants<3> constants(a.view, {a.mean, factor.data(), bias.data()});
   const Vec inv = broadcast(1.0f / *a.range.scale), scale = broadcast(*a.range.scale);
   const Vec zero_point = broadcast(*a.range.zero_point);
-  const Vec low = broadcast(a.range.quant_min), high = broadcast(a.range.quant_max);
+  // rounding is monotone, so the activation's bounds can wait until everything is rounded: they are integers then
   const Activation activation(a.activation);
-  for_blocks(a.view.size, a.threads, [&, inv, scale, zero_point, low, high, activation](int64_t start, int64_t n) {
+  const Vec least = broadcast(a.range.quant_min), most = broadcast(a.range.quant_max);
+  const Vec low = clamp(rne(activation(-broadcast(kInfinity)) * inv + zero_point), least, most);
+  const Vec high = clamp(rne(activation(broadcast(kInfinity)) * inv + zero_point), least, most);
+  for_blocks(a.view.size, a.threads, [&, inv, scale, zero_point, low, high](int64_t start, int64_t n) {
     Reader<T> reader;
     Writer<T> writer;
     T* to = static_cast<T*>(a.out) + start;
     const T* x = reader.at(static_cast<const T*>(a.x) + start, n);
     T* out = writer.at(to, n);
-    constants.block(start, n, [&](const auto& k, int64_t begin, int64_t end) {
+    constants.block(start, n, [=](const auto& k, int64_t begin, int64_t end) DFQ_INLINE {
       for (int64_t j = begin; j < end; j += kWidth) {
         const Vec affine = (load_vec(x + j) - k.template get<0>(j)) * k.template get<1>(j) + k.template get<2>(j);
-        const Vec q = clamp(rne(activation(affine) * inv + zero_point), low, high);
+        const Vec q = clamp(rne(affine * inv + zero_point), low, high);
         store_vec(out + j, (q - zero_point) * scale);
       }
     });
@@ -94,8 +99,8 @@ void quantize(const BnActFakeQuantForward& a, const std::vector<float>& factor, 
 template <class T>
 void forward(const BnActFakeQuantForward& a) {
   const int64_t channels = a.view.channels;
-  std::vector<float> least(static_cast<size_t>(channels), std::numeric_limits<float>::infinity());
-  std::vector<float> most(static_cast<size_t>(channels), -std::numeric_limits<float>::infinity());
+  std::vector<float> least(static_cast<size_t>(channels), kInfinity);
+  std::vector<float> most(static_cast<size_t>(channels), -kInfinity);
   if (a.training && a.observe) look_at<T, true, true>(a, least, most);
   else if (a.training) look_at<T, true, false>(a, least, most);
   else if (a.observe) look_at<T, false, true>(a, least, most);
@@ -110,20 +115,20 @@ void forward(const BnActFakeQuantForward& a) {
   const std::vector<float> factor = products(a.weight, inverse_deviations(a.var, a.eps, channels));
   const std::vector<float> bias = or_zeros(a.bias, channels);
   if (a.observe) {
-    float low = std::numeric_limits<float>::infinity(), high = -low;
+    float low = kInfinity, high = -low;
     range_of_outputs(a, factor, bias, least, most, low, high);
     move_range(a.range, low, high);
   }
   quantize<T>(a, factor, bias);
 }
 
-// What is one number for the whole layer.
-struct Layer {
+// What the gradient of a learned range needs.
+struct Range {
   Vec inv, zero_point;
   Rounding rounding;
   Activation activation;
 
-  explicit Layer(const BnActFakeQuantBackward& a)
+  explicit Range(const BnActFakeQuantBackward& a)
       : inv(broadcast(1.0f / *a.scale)), zero_point(broadcast(*a.zero_point)), rounding(a.quant_min, a.quant_max),
         activation(a.activation) {}
 };
@@ -134,14 +139,13 @@ class Backward {
  public:
   static constexpr int kSums = learned ? 4 : 2;
   using Sums = Workspace<T, 3, kSums, 3>;
-  using Ends = Workspace<T, 4, 0, 3>;
+  using Ends = Workspace<T, 5, 0, 3>;
 
   explicit Backward(const BnActFakeQuantBackward& a)
-      : a_(a), chunks_(a.view), layer_(a), inv_std_(inverse_deviations(a.var, a.eps, a.view.channels)),
+      : a_(a), chunks_(a.view), passing_(a.activation, *a.scale, *a.zero_point, a.quant_min, a.quant_max), range_(a),
+        inv_std_(inverse_deviations(a.var, a.eps, a.view.channels)),
         factor_(products(a.weight, inv_std_)), bias_(or_zeros(a.bias, a.view.channels)), mean_grad_(bias_.size()),
-        slope_(bias_.size()), shift_(chunks_.lanes() % kWidth == 0 ? __builtin_ctz(kWidth) : 0) {
-    if (a.training) passing_.reset(new uint16_t[(chunks_.count() * chunks_.capacity() >> shift_) + 1]);
-  }
+        slope_(bias_.size()) {}
 
   void run() {
     const int64_t channels = a_.view.channels;
@@ -154,7 +158,7 @@ class Backward {
       for (int64_t c = 0; c < channels; ++c) set_means(c, total[c], total[channels + c]);
       if (a_.training) {
         parallel_for(chunks_.groups(), 1, chunks_.size() > kGrain ? a_.threads : 1, [&](int64_t begin, int64_t end) {
-          Ends work(chunks_, {a_.mean, factor_.data(), mean_grad_.data(), slope_.data()}, nullptr);
+          Ends work(chunks_, {a_.mean, factor_.data(), bias_.data(), mean_grad_.data(), slope_.data()}, nullptr);
           for (int64_t chunk = chunks_.group_begin(end) - 1; chunk >= chunks_.group_begin(begin); --chunk) {
             work.start(chunk);
             finish(work);
@@ -191,7 +195,7 @@ class Backward {
     std::vector<double> total(static_cast<size_t>(kSums * channels));
     parallel_for(channels, 1, chunks_.size() > kGrain ? a_.threads : 1, [&](int64_t begin, int64_t end) {
       Sums work(chunks_, constants, kFolds);
-      Ends ends(chunks_, {a_.mean, factor_.data(), mean_grad_.data(), slope_.data()}, nullptr);
+      Ends ends(chunks_, {a_.mean, factor_.data(), bias_.data(), mean_grad_.data(), slope_.data()}, nullptr);
       for (int64_t c = begin; c < end; ++c) {
         double sums[kSums] = {};
         for (int64_t group = 0; group < chunks_.groups(); ++group) {
@@ -223,31 +227,24 @@ class Backward {
     slope_[c] = static_cast<float>(product) * inv_std_[c] / count * inv_std_[c];
   }
 
-  // Which elements of a chunk pass a gradient: the first pass finds out, the second one reads it. A word per vector.
-  uint16_t* passing(int64_t chunk) const { return passing_.get() + (chunk * chunks_.capacity() >> shift_); }
-
   // The sums over a chunk; where statistics are frozen its gradient, too.
   void add(Sums& work) const {
     const T* x = work.gather(0, a_.x);
     const T* grad_out = work.gather(1, a_.grad_out);
     T* out = work.place(2, a_.grad_x);
     const bool training = a_.training;
-    const int shift = shift_;
-    uint16_t* const passing = training ? this->passing(work.chunk()) : nullptr;
-    work.run([=, of = layer_](int64_t i, const Vec* k, Vec* sums) DFQ_INLINE {
-      const Vec centred = load_vec(x + i) - k[0], grad = load_vec(grad_out + i);
-      const Vec y = of.activation(centred * k[1] + k[2]);
-      const LearnedGradient g = learned_gradient(y, grad, of.inv, of.zero_point, of.rounding);
-      const Mask passes = both(g.inside, of.activation.passes(y));
-      const Vec inner = keep(passes, grad);
+    work.run([=, passing = passing_, range = range_](int64_t i, const Vec* k, Vec* sums) DFQ_INLINE {
+      const Vec centred = load_vec(x + i) - k[0], affine = centred * k[1] + k[2], grad = load_vec(grad_out + i);
+      const Vec inner = keep(passing(affine), grad);
       sums[0] = sums[0] + inner;
       sums[1] = sums[1] + inner * centred;
       if (learned) {
+        const LearnedGradient g =
+            learned_gradient(range.activation(affine), grad, range.inv, range.zero_point, range.rounding);
         sums[kSums - 2] = sums[kSums - 2] + g.scale;
         sums[kSums - 1] = sums[kSums - 1] + g.outside;
       }
-      if (training) passing[i >> shift] = static_cast<uint16_t>(bits_of(passes));
-      else store_vec(out + i, inner * k[1]);
+      if (!training) store_vec(out + i, inner * k[1]);
     });
     if (!a_.training) work.scatter(2, a_.grad_x);
   }
@@ -257,21 +254,19 @@ class Backward {
     const T* x = work.gather(0, a_.x);
     const T* grad_out = work.gather(1, a_.grad_out);
     T* out = work.place(2, a_.grad_x);
-    const int shift = shift_;
-    const uint16_t* const passing = this->passing(work.chunk());
-    work.run([=](int64_t i, const Vec* k, Vec*) DFQ_INLINE {
-      const Vec inner = keep_bits(passing[i >> shift], load_vec(grad_out + i));
-      store_vec(out + i, (inner - k[2] - (load_vec(x + i) - k[0]) * k[3]) * k[1]);
+    work.run([=, passing = passing_](int64_t i, const Vec* k, Vec*) DFQ_INLINE {
+      const Vec centred = load_vec(x + i) - k[0];
+      const Vec inner = keep(passing(centred * k[1] + k[2]), load_vec(grad_out + i));
+      store_vec(out + i, (inner - k[3] - centred * k[4]) * k[1]);
     });
     work.scatter(2, a_.grad_x);
   }
 
   const BnActFakeQuantBackward& a_;
   Chunks chunks_;
-  Layer layer_;
+  Passing passing_;
+  Range range_;
   std::vector<float> inv_std_, factor_, bias_, mean_grad_, slope_;  // slope: of centred values
-  int shift_;  // vectors begin at multiples of 2^shift
-  std::unique_ptr<uint16_t[]> passing_;
 };
 
 }  // namespace

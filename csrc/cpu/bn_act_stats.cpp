@@ -55,7 +55,7 @@ void backward(const BnActStatsBackward& a) {
     const T* x = x_reader.at(static_cast<const T*>(a.x) + start, n);
     const T* grad_out = grad_reader.at(static_cast<const T*>(a.grad_out) + start, n);
     T* out = writer.at(to, n);
-    constants.block(start, n, [&](const auto& k, int64_t begin, int64_t end) {
+    constants.block(start, n, [=](const auto& k, int64_t begin, int64_t end) DFQ_INLINE {
       for (int64_t j = begin; j < end; j += kWidth) {
         const Vec value = load_vec(x + j), multiplier = k.template get<1>(j);
         // the activation's gradient looks at what the forward stored

@@ -41,7 +41,7 @@ void backward(const BnStatsBackward& a) {
     T* to = static_cast<T*>(a.grad_x) + start;
     const T* x = reader.at(static_cast<const T*>(a.x) + start, n);
     T* out = writer.at(to, n);
-    constants.block(start, n, [&](const auto& k, int64_t begin, int64_t end) {
+    constants.block(start, n, [=](const auto& k, int64_t begin, int64_t end) DFQ_INLINE {
       for (int64_t j = begin; j < end; j += kWidth)
         store_vec(out + j, (load_vec(x + j) - k.template get<0>(j)) * k.template get<1>(j) + k.template get<2>(j));
     });

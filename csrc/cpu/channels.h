@@ -1,5 +1,6 @@
 // The arithmetic that several operators share, one vector or one channel at a time.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -9,6 +10,7 @@
 namespace dfq {
 namespace DFQ_ISA {
 
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kScaleFloor = 0x1p-23f;   // of a range that is a single point
 
 static inline std::vector<float> reciprocals(const float* values, int64_t n) {
@@ -42,7 +44,6 @@ struct Rounding {
 
 struct LearnedGradient {
   Vec x, scale, outside;  // outside: the gradient where the clamp changed something
-  Mask inside;
 };
 
 DFQ_INLINE static inline LearnedGradient learned_gradient(Vec x, Vec grad, Vec inv, Vec zero_point,
@@ -52,7 +53,7 @@ DFQ_INLINE static inline LearnedGradient learned_gradient(Vec x, Vec grad, Vec i
   const Vec q = clamp(rounded, rounding.low, rounding.high);
   const Mask inside = equal(q, rounded);
   const Vec grad_inside = keep(inside, grad);
-  return {grad_inside, ((q - zero_point) - keep(inside, scaled)) * grad, grad - grad_inside, inside};
+  return {grad_inside, ((q - zero_point) - keep(inside, scaled)) * grad, grad - grad_inside};
 }
 
 // None, ReLU or ReLU6, without a branch: a bound that is NaN neither clips nor compares.
@@ -72,6 +73,42 @@ static inline float activate(float y, int activation) {
   y = y < 0.0f ? 0.0f : y;
   return activation == kReLU6 && y > 6.0f ? 6.0f : y;
 }
+
+// The least float, in order, for which `reached` holds, which holds for all above it; infinity if for none.
+template <class Reached>
+static float first_float(const Reached& reached) {
+  const auto at = [](int32_t place) {  // floats in order: the negative ones have their other bits inverted
+    const int32_t bits = place >= 0 ? place : place ^ 0x7fffffff;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  };
+  int64_t low = -0x7f800000, high = 0x7f800000;
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (reached(at(static_cast<int32_t>(middle)))) high = middle;
+    else low = middle + 1;
+  }
+  return at(static_cast<int32_t>(low));
+}
+
+// The values whose gradient passes an activation and a fake quantization behind it. Both are monotone, rounding
+// included, so the values are an interval: two comparisons instead of the arithmetic.
+struct Passing {
+  Vec low, high;
+
+  Passing(int activation, float scale, float zero_point, float quant_min, float quant_max) {
+    const float inv = 1.0f / scale;
+    const auto rounded = [=](float y) { return __builtin_rintf(y * inv + zero_point); };
+    const float first = first_float(
+        [&](float y) { return (activation == kIdentity || y > 0.0f) && rounded(y) >= quant_min; });
+    const float behind = first_float(
+        [&](float y) { return (activation == kReLU6 && y >= 6.0f) || rounded(y) > quant_max; });
+    low = broadcast(first);
+    high = broadcast(std::nextafter(behind, -kInfinity));
+  }
+  DFQ_INLINE Mask operator()(Vec y) const { return within(y, low, high); }
+};
 
 // The range moves towards [low, high]; scale and zero point follow. A non-finite range leaves everything as it is.
 static inline void move_range(const MovingRange& r, float low, float high) {
@@ -98,26 +135,48 @@ static inline void move_range(const MovingRange& r, float low, float high) {
   *r.zero_point = zero_point;
 }
 
-// Least and largest value, by lanes; a NaN makes both NaN.
-struct Extremes {
-  Vec low = broadcast(std::numeric_limits<float>::infinity()), high = -low;
-  VecInt nan = VecInt{};
+// Whether a NaN is among n values: asked only where a sum of them is not finite.
+template <class T>
+static bool holds_nan(const T* x, int64_t n) {
+  return std::any_of(x, x + n, [](T value) { return std::isnan(to_float(value)); });
+}
 
-  void add(Vec v) {
-    low = min_keeping_nan(low, v);
-    high = max_keeping_nan(high, v);
-    nan = nan | (VecInt)(v != v);
+// Least and largest of n values; a NaN makes both NaN.
+template <class T>
+static void extremes_of(const T* x, int64_t n, float& least, float& most) {
+  constexpr int kBeside = 4;  // what a minimum has to wait for
+  Vec low[kBeside], high[kBeside], sum[kBeside];
+  for (int b = 0; b < kBeside; ++b) {
+    low[b] = broadcast(kInfinity);
+    high[b] = -low[b];
+    sum[b] = Vec{};
   }
-  // Folds the lanes into [least, most].
-  void fold(float& least, float& most) const {
-    for (int i = 0; i < kWidth; ++i) {
-      least = low[i] < least ? low[i] : least;
-      most = high[i] > most ? high[i] : most;
+  const int64_t whole = n / (kBeside * kWidth) * (kBeside * kWidth);
+  for (int64_t j = 0; j < whole; j += kBeside * kWidth)
+#pragma GCC unroll 4
+    for (int b = 0; b < kBeside; ++b) {
+      const Vec value = load_vec(x + j + b * kWidth);
+      low[b] = min_keeping_nan(value, low[b]);
+      high[b] = max_keeping_nan(value, high[b]);
+      sum[b] = sum[b] + value;
     }
-    for (int i = 0; i < kWidth; ++i)
-      if (nan[i]) least = most = std::numeric_limits<float>::quiet_NaN();
+  for (int b = 1; b < kBeside; ++b) {
+    low[0] = min_keeping_nan(low[b], low[0]);
+    high[0] = max_keeping_nan(high[b], high[0]);
+    sum[0] = sum[0] + sum[b];
   }
-};
+  float total = 0;
+  least = kInfinity;
+  most = -least;
+  const auto take = [&](float from, float to, float value) {
+    least = from < least ? from : least;
+    most = to > most ? to : most;
+    total += value;
+  };
+  for (int i = 0; i < kWidth; ++i) take(low[0][i], high[0][i], sum[0][i]);
+  for (int64_t j = whole; j < n; ++j) take(to_float(x[j]), to_float(x[j]), to_float(x[j]));
+  if (!std::isfinite(total) && holds_nan(x, n)) least = most = std::numeric_limits<float>::quiet_NaN();
+}
 
 }  // namespace DFQ_ISA
 }  // namespace dfq

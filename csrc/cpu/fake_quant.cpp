@@ -25,8 +25,8 @@ void forward(const FakeQuantForward& a, bool backwards) {
     T* to = static_cast<T*>(a.out) + start;
     const T* x = reader.at(static_cast<const T*>(a.x) + start, n);
     T* out = writer.at(to, n);
-    channels.block(start, n, [&](const auto& constants, int64_t begin, int64_t end) {
-      const auto quantize = [&, low, high](int64_t j) DFQ_INLINE {  // and the bits of what the clamp left alone
+    channels.block(start, n, [=](const auto& constants, int64_t begin, int64_t end) DFQ_INLINE {
+      const auto quantize = [=, &constants](int64_t j) DFQ_INLINE {  // and the bits of what the clamp left alone
         const Vec zero_point = constants.template get<2>(j);
         const Vec rounded = rne(load_vec(x + j) * constants.template get<0>(j) + zero_point);
         const Vec q = clamp(rounded, low, high);

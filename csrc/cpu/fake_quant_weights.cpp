@@ -14,14 +14,8 @@ template <class T>
 void quantize_row(const T* from, T* to, int64_t n, float quant_max, float* scale_out) {
   Reader<T> reader;
   Writer<T> writer;
-  Extremes extremes;  // a NaN in the row makes its scale and every value NaN, as the reference's maximum does
-  for (int64_t start = 0; start < n; start += kBlock) {
-    const int64_t count = n - start < kBlock ? n - start : kBlock;
-    const T* x = reader.at(from + start, count);  // zeros behind the end change no magnitude
-    for (int64_t j = 0; j < count; j += kWidth) extremes.add(load_vec(x + j));
-  }
-  float least = 0.0f, most = 0.0f;
-  extremes.fold(least, most);
+  float least, most;  // a NaN in the row makes its scale and every value NaN, as the reference's maximum does
+  extremes_of(from, n, least, most);
   float scale = (-least > most ? -least : most) / quant_max;
   scale = scale < kScaleFloor ? kScaleFloor : scale;
   *scale_out = scale;

@@ -130,6 +130,14 @@ static inline uint32_t bits_of(Mask mask) {
 }
 #endif
 static inline Mask both(Mask a, Mask b) { return a & b; }
+static inline Mask within(Vec v, Vec low, Vec high) {  // false for NaN
+#if defined(__AVX512F__)
+  const Mask from = _mm512_cmp_ps_mask((__m512)v, (__m512)low, _CMP_GE_OQ);
+  return _mm512_mask_cmp_ps_mask(from, (__m512)v, (__m512)high, _CMP_LE_OQ);
+#else
+  return (v >= low) & (v <= high);
+#endif
+}
 
 static inline Vec clamp(Vec v, Vec low, Vec high) { return min_keeping_nan(max_keeping_nan(v, low), high); }
 
