@@ -1,9 +1,8 @@
 // bn_act_fake_quant: a student's batch norm, activation, range update and fake quantization.
 //   math     y = act((x - mean) * (weight * inv_std) + bias), inv_std = 1 / sqrt(var + eps); range and values from y
 //   traffic  forward: x read for statistics and extremes (not where both are given), x read, out written;
-//            backward: grad_out and x read for the sums, in training once more (from cache where a channel fits),
-//            grad_x written
-//   block    chunks of 4096; values 1024
+//            backward: grad_out and x read for the sums, in training once more, grad_x written
+//   block    chunks of about 2048
 //   order    sums as reduce.h says; a batch norm is monotone per channel, so the extremes of x give those of y, exactly
 #include "statistics.h"
 
@@ -71,7 +70,6 @@ void range_of_outputs(const BnActFakeQuantForward& a, const std::vector<float>& 
 
 template <class T>
 void quantize(const BnActFakeQuantForward& a, const std::vector<float>& factor, const std::vector<float>& bias) {
-  const ChannelConstants<3> constants(a.view, {a.mean, factor.data(), bias.data()});
   const Vec inv = broadcast(1.0f / *a.range.scale), scale = broadcast(*a.range.scale);
   const Vec zero_point = broadcast(*a.range.zero_point);
   // rounding is monotone, so the activation's bounds can wait until everything is rounded: they are integers then
@@ -79,21 +77,16 @@ void quantize(const BnActFakeQuantForward& a, const std::vector<float>& factor, 
   const Vec least = broadcast(a.range.quant_min), most = broadcast(a.range.quant_max);
   const Vec low = clamp(rne(activation(-broadcast(kInfinity)) * inv + zero_point), least, most);
   const Vec high = clamp(rne(activation(broadcast(kInfinity)) * inv + zero_point), least, most);
-  for_blocks(a.view.size, a.threads, [&, inv, scale, zero_point, low, high](int64_t start, int64_t n) {
-    Reader<T> reader;
-    Writer<T> writer;
-    T* to = static_cast<T*>(a.out) + start;
-    const T* x = reader.at(static_cast<const T*>(a.x) + start, n);
-    T* out = writer.at(to, n);
-    constants.block(start, n, [=](const auto& k, int64_t begin, int64_t end) DFQ_INLINE {
-      for (int64_t j = begin; j < end; j += kWidth) {
-        const Vec affine = (load_vec(x + j) - k.template get<0>(j)) * k.template get<1>(j) + k.template get<2>(j);
-        const Vec q = clamp(rne(affine * inv + zero_point), low, high);
-        store_vec(out + j, (q - zero_point) * scale);
-      }
+  const float* const constants[] = {a.mean, factor.data(), bias.data()};
+  for_chunks<T, 3, 2>(Chunks(a.view), a.threads, constants, [&](auto& work) {
+    const T* x = work.gather(0, a.x);
+    T* out = work.place(1, a.out);
+    work.run([=](int64_t i, const Vec* k, Vec*) DFQ_INLINE {
+      const Vec affine = (load_vec(x + i) - k[0]) * k[1] + k[2];
+      store_vec(out + i, (clamp(rne(affine * inv + zero_point), low, high) - zero_point) * scale);
     });
-    writer.done(to, n);
-  }, true);
+    work.scatter(1, a.out);
+  });
 }
 
 template <class T>
@@ -133,39 +126,24 @@ struct Range {
         activation(a.activation) {}
 };
 
-// One layer's backward. Two passes over every chunk: sums, and in training the gradient that they enter.
+// One layer's backward: sums, and in training a second pass for the gradient that they enter.
 template <class T, bool learned>
 class Backward {
  public:
   static constexpr int kSums = learned ? 4 : 2;
   using Sums = Workspace<T, 3, kSums, 3>;
-  using Ends = Workspace<T, 5, 0, 3>;
 
   explicit Backward(const BnActFakeQuantBackward& a)
       : a_(a), chunks_(a.view), passing_(a.activation, *a.scale, *a.zero_point, a.quant_min, a.quant_max), range_(a),
         inv_std_(inverse_deviations(a.var, a.eps, a.view.channels)),
-        factor_(products(a.weight, inv_std_)), bias_(or_zeros(a.bias, a.view.channels)), mean_grad_(bias_.size()),
-        slope_(bias_.size()) {}
+        factor_(products(a.weight, inv_std_)), bias_(or_zeros(a.bias, a.view.channels)) {}
 
   void run() {
     const int64_t channels = a_.view.channels;
     const float* const constants[] = {a_.mean, factor_.data(), bias_.data()};
-    std::vector<double> total;
-    if (a_.training && channel_fits()) {
-      total = channel_by_channel(constants);
-    } else {
-      total = reduce<T, 3, kSums, 3>(chunks_, a_.threads, constants, kFolds, [&](Sums& work) { add(work); });
-      for (int64_t c = 0; c < channels; ++c) set_means(c, total[c], total[channels + c]);
-      if (a_.training) {
-        parallel_for(chunks_.groups(), 1, chunks_.size() > kGrain ? a_.threads : 1, [&](int64_t begin, int64_t end) {
-          Ends work(chunks_, {a_.mean, factor_.data(), bias_.data(), mean_grad_.data(), slope_.data()}, nullptr);
-          for (int64_t chunk = chunks_.group_begin(end) - 1; chunk >= chunks_.group_begin(begin); --chunk) {
-            work.start(chunk);
-            finish(work);
-          }
-        });
-      }
-    }
+    const std::vector<double> total =
+        reduce<T, 3, kSums, 3>(chunks_, a_.threads, constants, kFolds, [&](Sums& work) { add(work); });
+    if (a_.training) finish(total);
     for (int64_t c = 0; c < channels; ++c) {
       a_.grad_bias[c] = static_cast<float>(total[c]);
       a_.grad_weight[c] = static_cast<float>(total[channels + c]) * inv_std_[c];
@@ -182,50 +160,6 @@ class Backward {
 
  private:
   static constexpr Fold kFolds[kSums] = {};  // sums
-
-  // Whether a channel's x, grad_out and grad_x stay in the second-level cache, and there are channels for all threads.
-  bool channel_fits() const {
-    const int64_t channels = a_.view.channels;
-    return chunks_.by_channel() && channels >= 4 * a_.threads && a_.view.size / channels * 12 <= int64_t(3) << 19;
-  }
-
-  // Both passes over one channel, then the next: the second one reads from cache. The same sums in the same order.
-  std::vector<double> channel_by_channel(const float* const (&constants)[3]) {
-    const int64_t channels = a_.view.channels;
-    std::vector<double> total(static_cast<size_t>(kSums * channels));
-    parallel_for(channels, 1, chunks_.size() > kGrain ? a_.threads : 1, [&](int64_t begin, int64_t end) {
-      Sums work(chunks_, constants, kFolds);
-      Ends ends(chunks_, {a_.mean, factor_.data(), bias_.data(), mean_grad_.data(), slope_.data()}, nullptr);
-      for (int64_t c = begin; c < end; ++c) {
-        double sums[kSums] = {};
-        for (int64_t group = 0; group < chunks_.groups(); ++group) {
-          double part[kSums] = {};
-          work.clear(c);
-          chunks_.chunks_of(group, c, [&](int64_t chunk) {
-            work.start(chunk);
-            add(work);
-          });
-          work.fold(c, part);
-          for (int i = 0; i < kSums; ++i) sums[i] += part[i];
-        }
-        for (int i = 0; i < kSums; ++i) total[i * channels + c] = sums[i];
-        set_means(c, sums[0], sums[1]);
-        for (int64_t group = 0; group < chunks_.groups(); ++group)
-          chunks_.chunks_of(group, c, [&](int64_t chunk) {
-            ends.start(chunk);
-            finish(ends);
-          });
-      }
-    });
-    return total;
-  }
-
-  // product: of gradients and centred values.
-  void set_means(int64_t c, double grad, double product) {
-    const float count = static_cast<float>(a_.view.size / a_.view.channels);
-    mean_grad_[c] = static_cast<float>(grad) / count;
-    slope_[c] = static_cast<float>(product) * inv_std_[c] / count * inv_std_[c];
-  }
 
   // The sums over a chunk; where statistics are frozen its gradient, too.
   void add(Sums& work) const {
@@ -250,23 +184,33 @@ class Backward {
   }
 
   // The gradient of x in training: (inner - mean(inner) - normalized mean(inner normalized)) factor.
-  void finish(Ends& work) const {
-    const T* x = work.gather(0, a_.x);
-    const T* grad_out = work.gather(1, a_.grad_out);
-    T* out = work.place(2, a_.grad_x);
-    work.run([=, passing = passing_](int64_t i, const Vec* k, Vec*) DFQ_INLINE {
-      const Vec centred = load_vec(x + i) - k[0];
-      const Vec inner = keep(passing(centred * k[1] + k[2]), load_vec(grad_out + i));
-      store_vec(out + i, (inner - k[3] - centred * k[4]) * k[1]);
+  void finish(const std::vector<double>& total) {
+    const int64_t channels = a_.view.channels;
+    const float count = static_cast<float>(a_.view.size / channels);
+    std::vector<float> mean_grad(static_cast<size_t>(channels)), slope(mean_grad);  // slope: of centred values
+    for (int64_t c = 0; c < channels; ++c) {
+      mean_grad[c] = static_cast<float>(total[c]) / count;
+      slope[c] = static_cast<float>(total[channels + c]) * inv_std_[c] / count * inv_std_[c];
+    }
+    const float* const constants[] = {a_.mean, factor_.data(), bias_.data(), mean_grad.data(), slope.data()};
+    for_chunks<T, 5, 3>(chunks_, a_.threads, constants, [&](auto& work) {
+      const T* x = work.gather(0, a_.x);
+      const T* grad_out = work.gather(1, a_.grad_out);
+      T* out = work.place(2, a_.grad_x);
+      work.run([=, passing = passing_](int64_t i, const Vec* k, Vec*) DFQ_INLINE {
+        const Vec centred = load_vec(x + i) - k[0];
+        const Vec inner = keep(passing(centred * k[1] + k[2]), load_vec(grad_out + i));
+        store_vec(out + i, (inner - k[3] - centred * k[4]) * k[1]);
+      });
+      work.scatter(2, a_.grad_x);
     });
-    work.scatter(2, a_.grad_x);
   }
 
   const BnActFakeQuantBackward& a_;
   Chunks chunks_;
   Passing passing_;
   Range range_;
-  std::vector<float> inv_std_, factor_, bias_, mean_grad_, slope_;  // slope: of centred values
+  std::vector<float> inv_std_, factor_, bias_;
 };
 
 }  // namespace

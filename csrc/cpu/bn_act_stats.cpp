@@ -2,7 +2,7 @@
 //   math     out = act((x - running_mean) * (weight / sqrt(running_var + eps)) + bias); mean, var = bn_stats(x)
 //            grad_x = act'(out) grad_out * multiplier + (x - mean) (2 / n grad_var) + grad_mean / n
 //   traffic  forward: x read, out written; backward: grad_out and x read, grad_x written
-//   block    chunks of 4096; backward 1024
+//   block    chunks of about 2048
 //   order    as reduce.h says, about a shift as statistics.h says
 #include "statistics.h"
 
@@ -45,27 +45,21 @@ void backward(const BnActStatsBackward& a) {
     slope[c] = 2.0f / count * a.grad_var[c];
     shift[c] = a.grad_mean[c] / count;
   }
-  const ChannelConstants<6> constants(
-      a.view, {a.running_mean, factor.data(), bias.data(), a.batch_mean, slope.data(), shift.data()});
+  const float* const constants[] = {a.running_mean, factor.data(),  bias.data(),
+                                    a.batch_mean,   slope.data(), shift.data()};
   const Activation activation(a.activation);
-  for_blocks(a.view.size, a.threads, [&, activation](int64_t start, int64_t n) {
-    Reader<T> x_reader, grad_reader;
-    Writer<T> writer;
-    T* to = static_cast<T*>(a.grad_x) + start;
-    const T* x = x_reader.at(static_cast<const T*>(a.x) + start, n);
-    const T* grad_out = grad_reader.at(static_cast<const T*>(a.grad_out) + start, n);
-    T* out = writer.at(to, n);
-    constants.block(start, n, [=](const auto& k, int64_t begin, int64_t end) DFQ_INLINE {
-      for (int64_t j = begin; j < end; j += kWidth) {
-        const Vec value = load_vec(x + j), multiplier = k.template get<1>(j);
-        // the activation's gradient looks at what the forward stored
-        const Vec y = stored<T>(activation((value - k.template get<0>(j)) * multiplier + k.template get<2>(j)));
-        const Vec grad = keep(activation.passes(y), load_vec(grad_out + j));
-        const Vec through_statistics = (value - k.template get<3>(j)) * k.template get<4>(j) + k.template get<5>(j);
-        store_vec(out + j, grad * multiplier + through_statistics);
-      }
+  for_chunks<T, 6, 3>(Chunks(a.view), a.threads, constants, [&](auto& work) {
+    const T* x = work.gather(0, a.x);
+    const T* grad_out = work.gather(1, a.grad_out);
+    T* out = work.place(2, a.grad_x);
+    work.run([=](int64_t i, const Vec* k, Vec*) DFQ_INLINE {
+      const Vec value = load_vec(x + i);
+      // the activation's gradient looks at what the forward stored
+      const Vec y = stored<T>(activation((value - k[0]) * k[1] + k[2]));
+      const Vec grad = keep(activation.passes(y), load_vec(grad_out + i));
+      store_vec(out + i, grad * k[1] + ((value - k[3]) * k[4] + k[5]));
     });
-    writer.done(to, n);
+    work.scatter(2, a.grad_x);
   });
 }
 

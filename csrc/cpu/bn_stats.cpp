@@ -1,7 +1,7 @@
 // bn_stats: mean and biased variance of every channel.
 //   math     mean = sum(x) / n, var = sum((x - mean)^2) / n; grad_x = (x - mean) (2 / n grad_var) + grad_mean / n
 //   traffic  forward: x read; backward: x read, grad_x written
-//   block    chunks of 4096; backward 1024
+//   block    chunks of about 2048
 //   order    as reduce.h says, about a shift as statistics.h says
 #include "statistics.h"
 
@@ -34,18 +34,13 @@ void backward(const BnStatsBackward& a) {
     slope[c] = 2.0f / count * a.grad_var[c];
     shift[c] = a.grad_mean[c] / count;
   }
-  const ChannelConstants<3> constants(a.view, {a.mean, slope.data(), shift.data()});
-  for_blocks(a.view.size, a.threads, [&](int64_t start, int64_t n) {
-    Reader<T> reader;
-    Writer<T> writer;
-    T* to = static_cast<T*>(a.grad_x) + start;
-    const T* x = reader.at(static_cast<const T*>(a.x) + start, n);
-    T* out = writer.at(to, n);
-    constants.block(start, n, [=](const auto& k, int64_t begin, int64_t end) DFQ_INLINE {
-      for (int64_t j = begin; j < end; j += kWidth)
-        store_vec(out + j, (load_vec(x + j) - k.template get<0>(j)) * k.template get<1>(j) + k.template get<2>(j));
+  for_chunks<T, 3, 2>(Chunks(a.view), a.threads, {a.mean, slope.data(), shift.data()}, [&](auto& work) {
+    const T* x = work.gather(0, a.x);
+    T* out = work.place(1, a.grad_x);
+    work.run([=](int64_t i, const Vec* k, Vec*) DFQ_INLINE {
+      store_vec(out + i, (load_vec(x + i) - k[0]) * k[1] + k[2]);
     });
-    writer.done(to, n);
+    work.scatter(1, a.grad_x);
   });
 }
 

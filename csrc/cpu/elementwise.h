@@ -97,16 +97,14 @@ static inline void store_mask(uint8_t* mask, int64_t start, int64_t begin, int64
   for (; j < end; j += kWidth) store_bits(mask, start + j, bits(j));
 }
 
-// Calls body(start, n) for every block of the tensor. Backwards: from each thread's last block to its first, which finds
-// in the cache what a pass forwards has left there.
+// Calls body(start, n) for every block of the tensor, in memory order: what prefetchers follow, even where a pass before
+// this one has left the tensor's end in the cache.
 template <class Body>
-static void for_blocks(int64_t size, int threads, const Body& body, bool backwards = false) {
+static void for_blocks(int64_t size, int threads, const Body& body) {
   const int64_t blocks = (size + kBlock - 1) / kBlock;
   parallel_for(blocks, kGrain / kBlock, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t start = (backwards ? end - 1 - (b - begin) : b) * kBlock;
+    for (int64_t start = begin * kBlock; start < end * kBlock; start += kBlock)
       body(start, size - start < kBlock ? size - start : kBlock);
-    }
   });
 }
 

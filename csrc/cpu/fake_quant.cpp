@@ -2,7 +2,7 @@
 //   math     q = clamp(rne(x * inv + zero_point), quant_min, quant_max); out = (q - zero_point) * scale; inv = 1 / scale
 //   traffic  forward: x read, out written, one bit per element; backward: grad and bits read, grad_x written;
 //            learned: x and grad read, grad_x written
-//   block    1024 elements of memory order; chunks of 4096 where sums are taken
+//   block    1024 elements of memory order; chunks of about 2048 where sums are taken
 //   order    every operation rounded on its own, no contraction; sums as reduce.h says
 #include "channels.h"
 #include "kernels.h"
@@ -14,7 +14,7 @@ namespace DFQ_ISA {
 namespace {
 
 template <class T>
-void forward(const FakeQuantForward& a, bool backwards) {
+void forward(const FakeQuantForward& a) {
   const std::vector<float> inv = reciprocals(a.scale, a.view.channels);
   const ChannelConstants<3> channels(a.view, {inv.data(), a.scale, a.zero_point});
   const Vec low = broadcast(a.quant_min), high = broadcast(a.quant_max);
@@ -37,7 +37,7 @@ void forward(const FakeQuantForward& a, bool backwards) {
       for (int64_t j = begin; j < end; j += kWidth) quantize(j);
     });
     writer.done(to, n);
-  }, backwards);
+  });
 }
 
 template <class T>
@@ -82,11 +82,7 @@ void backward_learned(const FakeQuantBackward& a) {
 }  // namespace
 
 void fake_quant_forward(const FakeQuantForward& a) {
-  with_type(a.dtype, [&](auto type) { forward<decltype(type)>(a, false); });
-}
-
-void fake_quant_forward_again(const FakeQuantForward& a) {
-  with_type(a.dtype, [&](auto type) { forward<decltype(type)>(a, true); });
+  with_type(a.dtype, [&](auto type) { forward<decltype(type)>(a); });
 }
 
 void mask_backward(const MaskBackward& a) {

@@ -19,8 +19,6 @@ namespace DFQ_ISA {
 #define DFQ_DECLARE(name, arguments) void name(const arguments&);
 DFQ_KERNELS(DFQ_DECLARE)
 #undef DFQ_DECLARE
-// fake_quant_forward from the tensor's end to its beginning: after a pass over x, whose end is still in the cache.
-void fake_quant_forward_again(const FakeQuantForward&);
 }  // namespace DFQ_ISA
 #endif
 

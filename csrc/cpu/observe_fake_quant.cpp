@@ -4,6 +4,7 @@
 //   block    32768 elements for the range, 1024 for the values
 //   order    minimum and maximum are exact in any order; parameters on one thread
 #include "channels.h"
+#include "kernels.h"
 
 namespace dfq {
 namespace DFQ_ISA {
@@ -34,8 +35,8 @@ void observe(const ObserveFakeQuantForward& a) {
 void observe_fake_quant_forward(const ObserveFakeQuantForward& a) {
   with_type(a.dtype, [&](auto type) { observe<decltype(type)>(a); });
   const View view{a.size, 1, a.size};
-  fake_quant_forward_again({a.dtype, a.threads, view, a.x, a.range.scale, a.range.zero_point, a.range.quant_min,
-                            a.range.quant_max, a.out, a.mask});
+  fake_quant_forward({a.dtype, a.threads, view, a.x, a.range.scale, a.range.zero_point, a.range.quant_min,
+                      a.range.quant_max, a.out, a.mask});
 }
 
 }  // namespace DFQ_ISA

@@ -62,17 +62,8 @@ class Chunks {
 
   int64_t groups() const { return groups_; }
   int64_t group_begin(int64_t group) const { return count_ * group / groups_; }
-  int64_t count() const { return count_; }
   int64_t channel(int64_t chunk) const {
     return by_channel_ ? (pieces_ == 1 ? chunk : chunk / pieces_) % view_.channels : 0;
-  }
-
-  // Calls visit(chunk) for the chunks of a group that belong to a channel, in order.
-  template <class Visit>
-  void chunks_of(int64_t group, int64_t channel, const Visit& visit) const {
-    const int64_t begin = group_begin(group), end = group_begin(group + 1), image = view_.channels * pieces_;
-    for (int64_t first = begin / image * image + channel * pieces_; first < end; first += image)
-      for (int64_t chunk = std::max(first, begin); chunk < std::min(first + pieces_, end); ++chunk) visit(chunk);
   }
 
   // Calls row(offset in the tensor, offset in the chunk, elements) for the contiguous pieces of a chunk; returns its size.
@@ -150,13 +141,10 @@ class Workspace {
     }
   }
 
-  // Forgets the accumulators: of all channels, or of one.
+  // Forgets the accumulators.
   void clear() {
     for (size_t at = 0, a = 0; at < totals_.size(); at += stride_, a = a + 1 == A ? 0 : a + 1)
       std::fill(&totals_[at], &totals_[at] + stride_, neutral(folds_[a]));
-  }
-  void clear(int64_t channel) {
-    for (int a = 0; a < A; ++a) std::fill_n(&totals_[(channel * A + a) * stride_], stride_, neutral(folds_[a]));
   }
 
   // The chunk that the following calls are about.
@@ -169,8 +157,6 @@ class Workspace {
     channel_ = channel;
     own_ = totals_.data() + channel * A * stride_;
   }
-
-  int64_t chunk() const { return chunk_; }
 
   // Its elements, readable in whole vectors.
   const T* gather(int b, const void* from) {
@@ -209,7 +195,7 @@ class Workspace {
     for (int64_t at = 0; at < rest; at += kWidth) partial(whole, at, rest - at, step);
   }
 
-  // Takes the lanes into `to`: A * channels places; or those of one channel into A places.
+  // Takes the lanes into the A * channels places of `to`.
   void fold(double* to) {
     const int64_t channels = chunks_.channels();
     if (chunks_.by_channel()) {
@@ -230,9 +216,6 @@ class Workspace {
         }
       }
     }
-  }
-  void fold(int64_t channel, double* to) {
-    for (int a = 0; a < A; ++a) fold_lanes(channel, a, to[a]);
   }
 
  private:
@@ -262,7 +245,7 @@ class Workspace {
   // The whole rows of `beside` vectors of lanes.
   template <int beside, class Step>
   void columns(int64_t lane, int64_t whole, const Step& step) {
-    Vec k[beside][K > 0 ? K : 1], total[beside][A > 0 ? A : 1];
+    Vec k[beside][K], total[beside][A > 0 ? A : 1];
     for (int b = 0; b < beside; ++b) {
       for (int i = 0; i < K; ++i) k[b][i] = load_vec(constants_.data() + i * stride_ + lane + b * kWidth);
       for (int a = 0; a < A; ++a) total[b][a] = load_vec(own_ + a * stride_ + lane + b * kWidth);
@@ -278,7 +261,7 @@ class Workspace {
   // One vector whose first `valid` elements count.
   template <class Step>
   void partial(int64_t row, int64_t lane, int64_t valid, const Step& step) {
-    Vec k[K > 0 ? K : 1], before[A > 0 ? A : 1], total[A > 0 ? A : 1];
+    Vec k[K], before[A > 0 ? A : 1], total[A > 0 ? A : 1];
     for (int i = 0; i < K; ++i) k[i] = load_vec(constants_.data() + i * stride_ + lane);
     for (int a = 0; a < A; ++a) total[a] = before[a] = load_vec(own_ + a * stride_ + lane);
     step(row + lane, k, total);
@@ -287,12 +270,24 @@ class Workspace {
 
   const Chunks& chunks_;
   int64_t lanes_, stride_, chunk_ = 0, place_ = -1, size_ = 0, channel_ = -1;
-  const float* values_[K > 0 ? K : 1];
+  const float* values_[K];
   Fold folds_[A > 0 ? A : 1];
   float* own_ = nullptr;  // the accumulators of the chunk's lanes
   std::vector<float> constants_, totals_;
   std::vector<T> buffers_;
 };
+
+// Calls body(work) for every chunk of the tensor, without sums.
+template <class T, int K, int B, class Body>
+static void for_chunks(const Chunks& chunks, int threads, const float* const (&values)[K], const Body& body) {
+  parallel_for(chunks.groups(), 1, chunks.size() > kGrain ? threads : 1, [&](int64_t begin, int64_t end) {
+    Workspace<T, K, 0, B> work(chunks, values, nullptr);
+    for (int64_t chunk = chunks.group_begin(begin); chunk < chunks.group_begin(end); ++chunk) {
+      work.start(chunk);
+      body(work);
+    }
+  });
+}
 
 // Calls body(work) for every chunk of the tensor and gives total[a * channels + c].
 template <class T, int K, int A, int B, class Body>
