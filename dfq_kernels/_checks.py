@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,24 +19,21 @@ def check_float(op: str, name: str, x: object) -> None:
         raise ValueError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
     if x.layout is not torch.strided:
         raise ValueError(f"{op}: {name} must be a dense tensor, got {x.layout}")
-    check_storage(op, {name: x})
+    check_storage(op, name, x)
 
 
-def check_storage(op: str, tensors: Mapping[str, Tensor | None]) -> None:
+def check_storage(op: str, name: str, x: Tensor) -> None:
     """All elements are in memory: a storage can be freed behind a tensor's back, and torch itself crashes then."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():  # wrapped tensors have none
         return
-    for name, x in tensors.items():
-        if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
-            continue
-        held = x.untyped_storage().nbytes()
-        if x.is_contiguous():
-            needed = x.storage_offset() * x.itemsize + x.nbytes
-        else:
-            last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-            needed = (x.storage_offset() + last + 1) * x.itemsize if x.numel() else 0
-        if held < needed:
-            raise ValueError(f"{op}: {name} must have a storage of {needed} bytes, got one of {held}")
+    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+        return
+    held, needed = x.untyped_storage().nbytes(), x.storage_offset() * x.itemsize + x.nbytes
+    if held < needed or not x.is_contiguous():
+        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        needed = (x.storage_offset() + last + 1) * x.itemsize if x.numel() else 0
+    if held < needed:
+        raise ValueError(f"{op}: {name} must have a storage of {needed} bytes, got one of {held}")
 
 
 def widest(tensors: Sequence[Tensor]) -> Tensor:
@@ -77,7 +74,7 @@ def check_scalar(op: str, x: Tensor, **tensors: Tensor) -> None:
         if tensor.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{op}: {name} must be float32, got {tensor.dtype}")
         check_device(op, name, tensor, x)
-    check_storage(op, tensors)
+        check_storage(op, name, tensor)
 
 
 def check_written(op: str, **tensors: Tensor | None) -> None:

@@ -6,9 +6,13 @@ caches are cold, as they are behind every large tensor.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 
 def plain(x: Tensor) -> bool:
@@ -30,3 +34,13 @@ def recorded(*tensors: Tensor | None) -> bool:
             if tensor is not None and tensor.requires_grad:
                 return True
     return forward_ad._current_level >= 0 or not plain(next(tensor for tensor in tensors if tensor is not None))
+
+
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`once_differentiable`, which costs as much as a small kernel, only where a second derivative is recorded."""
+    guarded = once_differentiable(backward)
+
+    def call(ctx: Any, *grads: Tensor) -> Any:
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+    return call

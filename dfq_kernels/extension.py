@@ -140,6 +140,11 @@ def optional(values: Tensor | None) -> Tensor | None:
     return None if values is None else fp32(values)
 
 
+def shaped(values: Tensor, other: Tensor) -> Tensor:
+    """`values` in the shape of `other`."""
+    return values if values.shape == other.shape else values.reshape(other.shape)
+
+
 def mask_like(x: Tensor) -> Tensor:
     """Room for one bit per element, in whole pairs of bytes."""
     return x.new_empty((x.numel() + 15) // 16 * 2, dtype=torch.uint8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -262,6 +263,55 @@ def free_gigabytes() -> float:
 
 
 @native_only
+@native_only
+@pytest.mark.parametrize("activation", [None, "relu", "relu6"])
+@pytest.mark.parametrize(
+    ("quant_min", "quant_max", "zero_point"),
+    [(0, 15, 0.0), (0, 15, 3.0), (0, 15, 15.0), (0, 15, 40.0), (-8, 7, -8.0), (-8, 7, 0.0), (-3, 2, -1.0)],
+)
+@pytest.mark.parametrize("scale", [0.25, 0.1, 0.7, 6.0, 1e-30, 1e30])
+def test_values_at_every_bound_and_their_neighbours(
+    activation: str | None, quant_min: int, quant_max: int, zero_point: float, scale: float
+) -> None:
+    """Batch norm is the identity, so x is what meets activation and clamp: ties, bounds, one float off, not numbers."""
+    halves = (torch.arange(2 * quant_min - 4, 2 * quant_max + 6) / 2 - zero_point) * torch.tensor(scale)
+    special = [0.0, -0.0, 6.0, 1e-45, -1e-45, float("inf"), float("-inf"), float("nan"), 3e38, -3e38]
+    at = torch.cat([halves, torch.tensor(special)])
+    beside = [torch.nextafter(at, torch.tensor(float(side))) for side in ("inf", "-inf")]
+    x = torch.cat([at, *beside])[:, None].expand(-1, 2).contiguous()
+    settings = {"eps": 1e-30, "activation": activation, "observe": False}
+    found = {}
+    for backend in ("native", "reference"):
+        leaf = x.clone().requires_grad_()
+        out = k.bn_act_fake_quant(
+            leaf, None, None, torch.zeros(2), torch.ones(2), torch.tensor(0.0), torch.tensor(0.0), torch.tensor(scale),
+            torch.tensor(zero_point), quant_min=quant_min, quant_max=quant_max, backend=backend, **settings,
+        )  # fmt: skip
+        (grad,) = torch.autograd.grad(out, leaf, torch.full_like(out, 3.0))
+        found[backend] = out.detach(), grad
+    for mine, reference in zip(*found.values(), strict=True):
+        assert torch.equal(mine.nan_to_num(nan=-1e9), reference.nan_to_num(nan=-1e9))
+
+
+@native_only
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm of the binutils")
+def test_inner_loops_are_not_calls() -> None:
+    """A step that the compiler leaves as a function takes its sums through memory, at half the speed."""
+    command = ["nm", "--demangle", str(extension.native().__file__)]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert any("dfq::baseline::" in name for name in names)
+    assert [name for name in names if re.search(r"::operator\(\)\(long, float __vector\(\d+\) const\*", name)] == []
+
+
+@native_only
+def test_a_second_derivative_is_refused() -> None:
+    x = torch.randn(3, 4, 5, 5, requires_grad=True)
+    var = k.bn_stats(x, backend="native")[1]
+    (grad,) = torch.autograd.grad(var, x, torch.ones_like(var, requires_grad=True), create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        grad.sum().backward()
+
+
 @pytest.mark.skipif(free_gigabytes() < 18, reason=f"needs 18 GiB of memory, there are {free_gigabytes():.0f}")
 def test_more_than_2_to_the_31_elements() -> None:
     """Values at the ends and where 32 bits would wrap reach their places, forward, backward and in statistics."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dfq_kernels._checks import (
     check_activation,
@@ -20,7 +19,7 @@ from dfq_kernels._checks import (
     check_scalar,
     check_written,
 )
-from dfq_kernels._eager import recorded
+from dfq_kernels._eager import once, recorded
 from dfq_kernels.dispatch import resolve
 
 OP = "bn_act_fake_quant"
@@ -132,15 +131,14 @@ class BnActFakeQuant(torch.autograd.Function):
         out, mean, var = impl.forward(
             x, weight, bias, running_mean, running_var, running_min, running_max, scale, zero_point, *settings
         )
-        # copies: the next call may move the stored statistics and the range before this one's backward
-        copies = (mean.clone(), var.clone(), scale.detach().clone(), zero_point.detach().clone())
-        ctx.save_for_backward(x, weight, bias, *copies)
+        # a copy: the next call may move the range before this one's backward
+        ctx.save_for_backward(x, weight, bias, mean, var, scale.detach().clone(), zero_point.detach().clone())
         training, _, eps, activation, _, _, quant_min, quant_max, _ = settings
         ctx.settings, ctx.impl = (training, eps, activation, quant_min, quant_max), impl
         return out
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
         grad_x, grad_weight, grad_bias, grad_scale, grad_zero_point = ctx.impl.backward(

@@ -16,6 +16,7 @@ from dfq_kernels.extension import (
     native,
     optional,
     register,
+    shaped,
     view,
     where,
     workspace,
@@ -54,13 +55,13 @@ def forward(
     quant_max: int,
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(out, mean, var)`, the statistics that normalised; stored statistics and range are updated in place."""
+    """`(out, mean, var)`, copies of the statistics that normalised; stored ones and range are updated in place."""
     x, weight, bias = dense(x), optional(weight), optional(bias)
-    out, mean, var = _fake_forward(x)
+    if training:
+        out, mean, var = _fake_forward(x)
+    else:
+        out, mean, var = torch.empty_like(x), running_mean.float().clone(), running_var.float().clone()
     updated = Updated((running_mean, running_var, running_min, running_max, scale, zero_point))
-    if not training:
-        mean.copy_(running_mean)
-        var.copy_(running_var)
     stored_mean, stored_var, *parameters = [value.data_ptr() for value in updated.values]
     shape = view(x, 1)
     room = workspace(x, shape)
@@ -130,4 +131,4 @@ def backward(
     grad_x, grad_weight, grad_bias, grad_scale, grad_zero_point = _backward(
         grad_out, x, weight, bias, mean, var, scale, zero_point, *settings
     )
-    return grad_x, grad_weight, grad_bias, grad_scale.reshape(scale.shape), grad_zero_point.reshape(zero_point.shape)
+    return grad_x, grad_weight, grad_bias, shaped(grad_scale, scale), shaped(grad_zero_point, zero_point)

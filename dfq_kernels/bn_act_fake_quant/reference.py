@@ -32,14 +32,14 @@ def forward(
     quant_max: int,
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(out, mean, var)`, the statistics that normalised; stored statistics and range are updated in place."""
+    """`(out, mean, var)`, copies of the statistics that normalised; stored ones and range are updated in place."""
     if training:
         mean, var = bn_stats.forward(x)
         count = x.numel() // x.shape[1]
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
         running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
     else:
-        mean, var = running_mean, running_var
+        mean, var = running_mean.clone(), running_var.clone()
     y = normalize(x, weight, bias, mean, var, eps, activation)
     if observe:
         update_range(*torch.aminmax(y), running_min, running_max, averaging_constant)

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dfq_kernels._checks import check_activation, check_channels, check_eps, check_float, check_per_channel
-from dfq_kernels._eager import recorded
+from dfq_kernels._eager import once, recorded
 from dfq_kernels.dispatch import resolve
 
 OP = "bn_act_stats"
@@ -89,7 +88,7 @@ class BnActStats(torch.autograd.Function):
         return out, mean, var
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_out: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = ctx.impl.backward(grad_out, grad_mean, grad_var, *ctx.saved_tensors, *ctx.settings)
         return grad_x, None, None, None, None, None, None, None

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dfq_kernels._checks import check_device, check_eps, check_float, widest
+from dfq_kernels._eager import once
 from dfq_kernels.dispatch import resolve
 
 OP = "bn_stat_loss"
@@ -79,7 +79,7 @@ class BnStatLoss(torch.autograd.Function):
         return impl.forward(*_quarters(tensors), eps)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         grad_means, grad_vars = ctx.impl.backward(grad_out, *_quarters(ctx.saved_tensors), ctx.eps)
         return None, None, *grad_means, *grad_vars, *[None] * (2 * len(grad_means))

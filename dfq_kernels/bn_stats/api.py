@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dfq_kernels._checks import check_channels, check_float
-from dfq_kernels._eager import recorded
+from dfq_kernels._eager import once, recorded
 from dfq_kernels.dispatch import resolve
 
 OP = "bn_stats"
@@ -53,6 +52,6 @@ class BnStats(torch.autograd.Function):
         return mean, var
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor, None]:
         return ctx.impl.backward(grad_mean, grad_var, *ctx.saved_tensors), None

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dfq_kernels._checks import check_device, check_float, check_quant_range, check_storage
-from dfq_kernels._eager import recorded
+from dfq_kernels._eager import once, recorded
 from dfq_kernels.dispatch import resolve
 
 OP = "fake_quant"
@@ -80,7 +79,7 @@ def _parameter(x: Tensor, name: str, value: Tensor | float, axis: int | None) ->
         shape = () if axis is None else (x.shape[axis],)
         return torch.full(shape, float(value), dtype=torch.float32, device=x.device)
     if value.dtype == torch.float32 and axis is None and value.numel() == 1 and value.device == x.device:
-        check_storage(OP, {name: value})
+        check_storage(OP, name, value)
         return value
     if axis is None and value.numel() != 1:
         raise ValueError(f"{OP}: {name} must have one element when axis is None, got shape {tuple(value.shape)}")
@@ -89,7 +88,7 @@ def _parameter(x: Tensor, name: str, value: Tensor | float, axis: int | None) ->
     if axis is not None and value.shape == ():
         value = value.expand(x.shape[axis])
     check_device(OP, name, value, x)
-    check_storage(OP, {name: value})
+    check_storage(OP, name, value)
     if value.is_complex() or value.dtype == torch.bool or (name == "scale" and not value.is_floating_point()):
         raise ValueError(f"{OP}: {name} must be a float tensor, got {value.dtype}")
     return value if value.is_floating_point() else value.float()
@@ -114,7 +113,7 @@ class FakeQuant(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.learned:
             (inside,) = ctx.saved_tensors

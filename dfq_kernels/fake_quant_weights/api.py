@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dfq_kernels._checks import check_device, check_float, widest
-from dfq_kernels._eager import recorded
+from dfq_kernels._eager import once, recorded
 from dfq_kernels.dispatch import resolve
 
 OP = "fake_quant_weights"
@@ -72,6 +71,6 @@ class FakeQuantWeights(torch.autograd.Function):
         return *outs, *scales
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *grads[: len(grads) // 2]

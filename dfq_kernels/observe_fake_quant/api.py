@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dfq_kernels._checks import check_float, check_fraction, check_quant_range, check_scalar, check_written
-from dfq_kernels._eager import recorded
+from dfq_kernels._eager import once, recorded
 from dfq_kernels.dispatch import resolve
 
 OP = "observe_fake_quant"
@@ -94,7 +93,7 @@ class ObserveFakeQuant(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (inside,) = ctx.saved_tensors
         return ctx.impl.backward(grad_out, inside, ctx.stride), None, None, None, None, None, None
