@@ -25,7 +25,6 @@ void quantize_row(const T* from, T* to, int64_t n, float quant_max, float* scale
     const T* x = reader.at(from + start, count);
     T* out = writer.at(to + start, count);
     for (int64_t j = 0; j < count; j += kWidth) {
-      __builtin_prefetch(from + start + j + n);  // the next row, which nobody has asked for yet
       store_vec(out + j, clamp(rne(load_vec(x + j) * inv), low, high) * factor);
     }
     writer.done(to + start, count);
