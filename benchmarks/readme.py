@@ -10,8 +10,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 ACCURACY = ROOT / "benchmarks" / "results" / "accuracy-fashion-mnist.json"
-KERNELS = ROOT / "benchmarks" / "results" / "kernels-cpu-intel-xeon-processor.json"
-STEPS = ROOT / "benchmarks" / "results" / "steps-cpu-intel-xeon-processor.json"
+KERNELS = ROOT / "benchmarks" / "results" / "kernels-cpu-amd-epyc.json"
+STEPS = ROOT / "benchmarks" / "results" / "steps-cpu-amd-epyc.json"
 PRESETS = ("W8A8", "W4A8", "W4A4", "W3A3", "W2A4")
 
 
