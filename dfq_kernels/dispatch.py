@@ -9,12 +9,12 @@ from __future__ import annotations
 import importlib
 import os
 from functools import cache
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 
 from dfq_kernels import extension
+from dfq_kernels.memory import DTYPES
 
 _BEST_FIRST = {"cuda": ("native", "triton", "reference"), "cpu": ("native", "reference")}
 
@@ -49,14 +49,24 @@ def missing(op: str, backend: str, device_type: str, dtype: torch.dtype = torch.
             return f"no kernels for device type {device_type}"
         if backend == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return "Triton runs on the CPU only interpreted (TRITON_INTERPRET=1)"
-        if find_spec(f"dfq_kernels.{op}.{backend}") is None:
-            return f"this version has no {backend} kernel for it"
+        if backend == "triton" and (reason := _no_triton()) is not None:
+            return reason
         if backend == "native" and (reason := extension.missing(device_type)) is not None:
             return reason
-        if dtype not in extension.DTYPES:
+        if dtype not in DTYPES:
             return f"it runs float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if device_type == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    return None
+
+
+@cache
+def _no_triton() -> str | None:
+    """Why Triton cannot be used; None if it can."""
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # a broken install raises whatever it likes
+        return f"Triton cannot be imported: {str(error).splitlines()[0]}"
     return None
 
 

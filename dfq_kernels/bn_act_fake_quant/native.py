@@ -5,36 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dfq_kernels.extension import (
-    ACTIVATIONS,
-    DTYPES,
-    Updated,
-    address,
-    dense,
-    fp32,
-    in_order_of,
-    native,
-    optional,
-    register,
-    shaped,
-    view,
-    where,
-    workspace,
-)
+from dfq_kernels.bn_act_fake_quant import schema
+from dfq_kernels.extension import ACTIVATIONS, address, native, where, workspace
+from dfq_kernels.memory import DTYPES, Updated, dense, fp32, in_order_of, optional, shaped, view
+from dfq_kernels.registration import register
 
 
-def _fake_forward(x: Tensor, *settings: object) -> tuple[Tensor, Tensor, Tensor]:
-    mean = x.new_empty(x.shape[1], dtype=torch.float32)
-    return torch.empty_like(x), mean, torch.empty_like(mean)
-
-
-@register(
-    "bn_act_fake_quant(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, Tensor(b!) running_var, "
-    "Tensor(c!) running_min, Tensor(d!) running_max, Tensor(e!) scale, Tensor(f!) zero_point, bool training, "
-    "float momentum, float eps, str? activation, bool observe, float averaging_constant, int quant_min, "
-    "int quant_max, bool symmetric) -> (Tensor, Tensor, Tensor)",
-    _fake_forward,
-)
+@register(schema.FORWARD, "native")
 def forward(
     x: Tensor,
     weight: Tensor | None,
@@ -58,7 +35,7 @@ def forward(
     """`(out, mean, var)`, copies of the statistics that normalised; stored ones and range are updated in place."""
     x, weight, bias = dense(x), optional(weight), optional(bias)
     if training:
-        out, mean, var = _fake_forward(x)
+        out, mean, var = schema.allocate(x)
     else:
         out, mean, var = torch.empty_like(x), running_mean.float().clone(), running_var.float().clone()
     updated = Updated((running_mean, running_var, running_min, running_max, scale, zero_point))
@@ -74,17 +51,7 @@ def forward(
     return out, mean, var
 
 
-def _fake_backward(grad_out: Tensor, x: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    channel, scalar = x.new_empty(x.shape[1], dtype=torch.float32), x.new_zeros((), dtype=torch.float32)
-    return torch.empty_like(x), channel, torch.empty_like(channel), scalar, torch.zeros_like(scalar)
-
-
-@register(
-    "bn_act_fake_quant_backward(Tensor grad_out, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
-    "Tensor scale, Tensor zero_point, bool training, float eps, str? activation, int quant_min, int quant_max, "
-    "bool learned) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fake_backward,
-)
+@register(schema.BACKWARD, "native")
 def _backward(
     grad_out: Tensor,
     x: Tensor,
@@ -103,7 +70,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, weight, bias, mean, var = dense(x), optional(weight), optional(bias), fp32(mean), fp32(var)
     scale, zero_point, grad_out = fp32(scale), fp32(zero_point), in_order_of(x, grad_out)
-    grads = _fake_backward(grad_out, x)
+    grads = schema.allocate_grads(grad_out, x)
     grad_x, grad_weight, grad_bias, *of_range = [grad.data_ptr() for grad in grads]
     shape = view(x, 1)
     room = workspace(x, shape)

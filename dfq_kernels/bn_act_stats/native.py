@@ -5,38 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dfq_kernels.extension import (
-    ACTIVATIONS,
-    DTYPES,
-    address,
-    dense,
-    fp32,
-    in_order_of,
-    native,
-    optional,
-    register,
-    view,
-    where,
-    workspace,
-)
+from dfq_kernels.bn_act_stats import schema
+from dfq_kernels.extension import ACTIVATIONS, address, native, where, workspace
+from dfq_kernels.memory import DTYPES, dense, fp32, in_order_of, optional, view
+from dfq_kernels.registration import register
 
 
-def _fake_forward(x: Tensor, *parameters: object) -> tuple[Tensor, Tensor, Tensor]:
-    mean = x.new_empty(x.shape[1], dtype=torch.float32)
-    return torch.empty_like(x), mean, torch.empty_like(mean)
-
-
-@register(
-    "bn_act_stats(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, float eps, "
-    "str? activation) -> (Tensor, Tensor, Tensor)",
-    _fake_forward,
-)
+@register(schema.FORWARD, "native")
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float, activation: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(out, batch_mean, batch_var)`."""
     x, weight, bias, mean, var = dense(x), optional(weight), optional(bias), fp32(mean), fp32(var)
-    out, batch_mean, batch_var = _fake_forward(x)
+    out, batch_mean, batch_var = schema.allocate(x)
     shape = view(x, 1)
     room = workspace(x, shape)
     native().bn_act_stats_forward(
@@ -47,15 +28,7 @@ def forward(
     return out, batch_mean, batch_var
 
 
-def _fake_backward(grad_out: Tensor, grad_mean: Tensor, grad_var: Tensor, x: Tensor, *rest: object) -> Tensor:
-    return torch.empty_like(x)
-
-
-@register(
-    "bn_act_stats_backward(Tensor grad_out, Tensor grad_mean, Tensor grad_var, Tensor x, Tensor batch_mean, "
-    "Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, float eps, str? activation) -> Tensor",
-    _fake_backward,
-)
+@register(schema.BACKWARD, "native")
 def backward(
     grad_out: Tensor,
     grad_mean: Tensor,

@@ -5,20 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dfq_kernels.extension import DTYPES, dense, fp32, in_order_of, mask_like, native, register, view, where, workspace
+from dfq_kernels.extension import native, where, workspace
+from dfq_kernels.fake_quant import schema
+from dfq_kernels.memory import DTYPES, dense, fp32, in_order_of, mask_like, view
+from dfq_kernels.registration import register
 
 
-def _fake_forward(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), mask_like(x)
-
-
-@register(
-    "fake_quant(Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, int? axis) "
-    "-> (Tensor, Tensor)",
-    _fake_forward,
-)
+@register(schema.FORWARD, "native")
 def forward(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None
 ) -> tuple[Tensor, Tensor]:
@@ -32,11 +25,7 @@ def forward(
     return out, mask
 
 
-def _fake_backward(grad_out: Tensor, inside: Tensor, size: list[int], stride: list[int]) -> Tensor:
-    return torch.empty_strided(size, stride, dtype=grad_out.dtype, device=grad_out.device)
-
-
-@register("mask_backward(Tensor grad_out, Tensor inside, SymInt[] size, SymInt[] stride) -> Tensor", _fake_backward)
+@register(schema.MASK_BACKWARD, "native")
 def _mask_backward(grad_out: Tensor, inside: Tensor, size: list[int], stride: list[int]) -> Tensor:
     grad_x = torch.empty_strided(size, stride, dtype=grad_out.dtype, device=grad_out.device)
     grad_out = in_order_of(grad_x, grad_out)
@@ -52,17 +41,7 @@ def backward(grad_out: Tensor, inside: Tensor, stride: tuple[int, ...]) -> Tenso
     return _mask_backward(grad_out, inside, grad_out.shape, stride)
 
 
-def _fake_backward_learned(
-    grad_out: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(scale), torch.empty_like(zero_point)
-
-
-@register(
-    "fake_quant_backward(Tensor grad_out, Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, "
-    "int? axis) -> (Tensor, Tensor, Tensor)",
-    _fake_backward_learned,
-)
+@register(schema.BACKWARD, "native")
 def backward_learned(
     grad_out: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,33 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from dfq_kernels.extension import DTYPES, native, register, where
+from dfq_kernels.extension import native, where
+from dfq_kernels.fake_quant_weights import schema
+from dfq_kernels.memory import DTYPES
+from dfq_kernels.registration import register
 
 
-def _rows(weight: Tensor) -> Tensor:
-    """A dense weight whose output channels are contiguous."""
-    if weight.is_contiguous() or (weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)):
-        return weight
-    return weight.contiguous()
-
-
-def _allocate(weights: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    scales = [torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device) for weight in weights]
-    return [torch.empty_like(weight) for weight in weights], scales
-
-
-def _fake(weights: Sequence[Tensor], bits: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-    return _allocate(weights)
-
-
-@register("fake_quant_weights(Tensor[] weights, int[] bits) -> (Tensor[], Tensor[])", _fake)
+@register(schema.FORWARD, "native")
 def forward(weights: Sequence[Tensor], bits: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
     """`(outs, scales)`, one of each per weight."""
-    weights = [_rows(weight) for weight in weights]
-    outs, scales = _allocate(weights)
+    weights = [schema.rows(weight) for weight in weights]
+    outs, scales = schema.allocate(weights, bits)
     for dtype in {weight.dtype for weight in weights}:
         chosen = [index for index, weight in enumerate(weights) if weight.dtype == dtype]
         native().fake_quant_weights(

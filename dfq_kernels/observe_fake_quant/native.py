@@ -5,20 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dfq_kernels.extension import DTYPES, Updated, dense, mask_like, native, register, where, workspace
+from dfq_kernels.extension import native, where, workspace
 from dfq_kernels.fake_quant import native as fake_quant
+from dfq_kernels.memory import DTYPES, Updated, dense, mask_like
+from dfq_kernels.observe_fake_quant import schema
+from dfq_kernels.registration import register
 
 
-def _fake(x: Tensor, *settings: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), mask_like(x)
-
-
-@register(
-    "observe_fake_quant(Tensor x, Tensor(a!) running_min, Tensor(b!) running_max, Tensor(c!) scale, "
-    "Tensor(d!) zero_point, float averaging_constant, int quant_min, int quant_max, bool symmetric) "
-    "-> (Tensor, Tensor)",
-    _fake,
-)
+@register(schema.FORWARD, "native")
 def forward(
     x: Tensor,
     running_min: Tensor,

@@ -1,0 +1,26 @@
+"""What every backend of `fake_quant_weights` has: arguments, results and their shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dfq_kernels.registration import Schema
+
+
+def rows(weight: Tensor) -> Tensor:
+    """A dense weight whose output channels are contiguous."""
+    if weight.is_contiguous() or (weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)):
+        return weight
+    return weight.contiguous()
+
+
+def allocate(weights: Sequence[Tensor], bits: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """`(outs, scales)`, not yet written."""
+    scales = [torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device) for weight in weights]
+    return [torch.empty_like(weight) for weight in weights], scales
+
+
+FORWARD = Schema("fake_quant_weights", "(Tensor[] weights, int[] bits) -> (Tensor[], Tensor[])", allocate)

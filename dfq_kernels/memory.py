@@ -1,0 +1,68 @@
+"""Dense tensors as kernels see them: `(size, channels, inner)`, element i in memory order belonging to channel
+`i // inner % channels`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # what kernels store, with the native module's codes
+
+
+def dense(x: Tensor) -> Tensor:
+    """`x`, or a copy of it, whose elements fill their memory without gaps or overlaps."""
+    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    if torch.ops.aten.is_non_overlapping_and_dense(x):
+        return x
+    return x.clone(memory_format=torch.preserve_format)
+
+
+def view(x: Tensor, axis: int | None) -> tuple[int, int, int]:
+    """`(size, channels, inner)` of a dense tensor."""
+    size = x.numel()
+    if axis is None or x.shape[axis] == 1:
+        return size, 1, size
+    return size, x.shape[axis], x.stride(axis)
+
+
+def in_order_of(x: Tensor, other: Tensor) -> Tensor:
+    """`other` with the type and the memory order of the dense `x`."""
+    if other.stride() == x.stride() and other.dtype == x.dtype:
+        return other
+    return torch.empty_like(x).copy_(other)
+
+
+def fp32(values: Tensor) -> Tensor:
+    """Contiguous fp32."""
+    return values if values.dtype == torch.float32 and values.is_contiguous() else values.float().contiguous()
+
+
+def optional(values: Tensor | None) -> Tensor | None:
+    """`fp32` of what may be None."""
+    return None if values is None else fp32(values)
+
+
+class Updated:
+    """fp32 copies of tensors that a kernel updates, where they are not fp32 themselves; written back by `done`."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tensors
+        self.values = [fp32(tensor) for tensor in tensors]
+
+    def done(self) -> None:
+        for tensor, value in zip(self.tensors, self.values, strict=True):
+            if value.data_ptr() != tensor.data_ptr():
+                tensor.copy_(value)
+
+
+def shaped(values: Tensor, other: Tensor) -> Tensor:
+    """`values` in the shape of `other`."""
+    return values if values.shape == other.shape else values.reshape(other.shape)
+
+
+def mask_like(x: Tensor) -> Tensor:
+    """Room for one bit per element, in whole pairs of bytes."""
+    return x.new_empty((x.numel() + 15) // 16 * 2, dtype=torch.uint8)

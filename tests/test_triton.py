@@ -1,0 +1,86 @@
+"""The Triton kernels without a GPU: what the compiler makes of them, and everything else without Triton.
+
+What they compute is tested by the conformance suite, interpreted on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dfq_kernels import dispatch
+from dfq_kernels.dispatch import TABLE
+
+ROOT = Path(__file__).parent.parent
+REASON = dispatch.missing("fake_quant", "triton", "cpu")
+triton_only = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+ARCHS = ("sm_80", "sm_90", "sm_100")
+
+
+def in_fresh_process(*arguments: str, **environment: str) -> str:
+    """What Python prints; Triton compiles there instead of interpreting."""
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**variables, **environment})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@triton_only
+def test_every_kernel_compiles_for_every_architecture() -> None:
+    rows = [json.loads(line) for line in in_fresh_process("-m", "tests.triton_compile", *ARCHS).splitlines()]
+    for arch in ARCHS:
+        assert {row["kernel"].split()[0] for row in rows if row["arch"] == arch} == set(TABLE)
+    for row in rows:
+        assert (row["stack"], row["local"]) == (0, 0), f"{row['kernel']} on {row['arch']} keeps values in local memory"
+        assert row["registers"] <= 128, row
+        # the logarithm of the loss is a polynomial of the library's
+        assert row["fused"] == 0 or row["kernel"].startswith("bn_stat_loss forward"), row
+        assert row["vector_loads"] > 0 or row["kind"] == "finish", row
+
+
+def test_without_triton_everything_else_works(tmp_path: Path) -> None:
+    """Triton's import fails in a fresh process: the operators run, and the support matrix says why it is not there."""
+    (tmp_path / "triton.py").write_text("raise ImportError('no Triton here')\n")
+    paths = f"{tmp_path}{os.pathsep}{ROOT}"
+    script = (
+        "import torch, dfq, dfq_kernels as k\n"
+        "x = torch.randn(2, 3, 4, 4, requires_grad=True)\n"
+        "k.fake_quant(x, 0.1, 0.0).sum().backward()\n"
+        "print(k.dispatch.missing('fake_quant', 'triton', 'cpu'))\n"
+    )
+    text = in_fresh_process("-c", script, PYTHONPATH=paths, TRITON_INTERPRET="1")
+    assert "Triton cannot be imported: no Triton here" in text
+
+
+@triton_only
+@pytest.mark.parametrize("elements", [32, 2048])
+@pytest.mark.parametrize("shape", [(2, 3, 5), (70, 2, 41), (3, 70, 1), (9, 5, 130)])
+def test_tiles_cover_every_element_once(shape: tuple[int, int, int], elements: int) -> None:
+    """In plain arithmetic what the kernels' `tile` does, for both ways of cutting."""
+    from dfq_kernels.tiles import Tiles
+
+    outer, channels, inner = shape
+    tiles = Tiles.of((outer * channels * inner, channels, inner), elements)
+    seen = torch.zeros(outer * channels * inner, dtype=torch.int64)
+    pieces = -(-inner // tiles.width)
+    for unit in range(tiles.units):
+        for slice in range(tiles.slices):
+            steps = range(tiles.steps * slice // tiles.slices, tiles.steps * (slice + 1) // tiles.slices)
+            for step in steps:
+                if tiles.by_channel:
+                    n = torch.arange(tiles.rows)[:, None] + step // pieces * tiles.rows
+                    i = torch.arange(tiles.width)[None, :] + step % pieces * tiles.width
+                    there, offsets = (n < outer) & (i < inner), (n * channels + unit) * inner + i
+                else:
+                    n = torch.arange(tiles.rows)[:, None] + step * tiles.rows
+                    c = torch.arange(tiles.width)[None, :] + unit * tiles.width
+                    there, offsets = (n < outer) & (c < channels), n * channels + c
+                seen.index_put_((offsets[there],), torch.tensor(1), accumulate=True)
+    assert bool((seen == 1).all())

@@ -1,0 +1,115 @@
+"""Compiles every Triton kernel without a GPU: `python -m tests.triton_compile sm_80 sm_90 sm_100`.
+
+Operators are called on CPU tensors while `launch` records instead of running; what it was given is compiled to cubin.
+One JSON line per kernel: how it loads, whether products and sums are fused, and what the assembler says it uses.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dfq_kernels import tiles
+from dfq_kernels.dispatch import TABLE
+
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8"}
+BACKENDS = {op: importlib.import_module(f"dfq_kernels.{op}.triton") for op in TABLE}
+Launch = tuple[Any, str, tuple[Any, ...], dict[str, Any]]
+
+
+def specialized(kernel: Any, arguments: tuple[Any, ...], compile_time: dict[str, Any]) -> ASTSource:
+    """The source as Triton's own launcher would specialize it: None and 1 are constants, multiples of 16 are known."""
+    types: dict[str, str] = dict.fromkeys(compile_time, "constexpr")
+    constants, known = dict(compile_time), {}
+    for index, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
+        if value is None or (isinstance(value, int) and value == 1):
+            types[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            types[name] = POINTERS[value.dtype]
+            known[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            types[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                known[(index,)] = [["tt.divisibility", 16]]
+        else:
+            types[name] = "fp32"
+    return ASTSource(kernel, types, constexprs=constants, attrs=known)
+
+
+def record_launches() -> dict[str, Launch]:
+    """Every kernel that the operators launch, by operator, name, storage type and compile-time arguments."""
+    found: dict[str, Launch] = {}
+
+    def record(kernel: Any, name: str, programs: int, like: Any, *arguments: Any, **compile_time: Any) -> None:
+        types = "/".join(POINTERS[a.dtype] for a in arguments[:2] if isinstance(a, torch.Tensor))
+        key = f"{kernel.fn.__module__.split('.')[1]} {kernel.fn.__name__} {types} {sorted(compile_time.items())}"
+        found.setdefault(key, (kernel, name, arguments, compile_time))
+
+    for module in (tiles, *BACKENDS.values()):
+        module.launch = record  # type: ignore[attr-defined]
+    for dtype, memory_format in ((torch.float32, torch.contiguous_format), (torch.bfloat16, torch.channels_last)):
+        call_all(torch.randn(64, 32, 16, 16).to(dtype).contiguous(memory_format=memory_format))
+    return found
+
+
+def call_all(x: torch.Tensor) -> None:
+    """Every forward and backward of every operator; results are not looked at."""
+    c, s, lists = torch.ones(32), torch.ones(()), [[torch.ones(32)]] * 4
+    b = BACKENDS
+    for axis, scale in ((None, s), (1, c)):
+        out, mask = b["fake_quant"].forward(x, scale, scale, 0, 15, axis)
+        b["fake_quant"].backward_learned(out, x, scale, scale, 0, 15, axis)
+    b["fake_quant"].backward(x, mask, x.stride())
+    b["observe_fake_quant"].forward(x, *[s.clone() for _ in range(4)], 0.01, 0, 15, False)
+    b["fake_quant_weights"].forward([x], [4])
+    b["bn_stats"].forward(x)
+    b["bn_stats"].backward(c, c, x, c)
+    b["bn_act_stats"].forward(x, c, c, c, c, 1e-5, "relu")
+    b["bn_act_stats"].backward(x, c, c, x, c, c, c, c, c, 1e-5, "relu")
+    b["bn_stat_loss"].forward(*lists, [1e-5])
+    b["bn_stat_loss"].backward(s, *lists, [1e-5])
+    for training in (True, False):
+        ranges = [s.clone() for _ in range(4)]
+        settings = (training, 0.1, 1e-5, "relu", True, 0.01, 0, 15, False)
+        b["bn_act_fake_quant"].forward(x, c, c, c.clone(), c.clone(), *ranges, *settings)
+        b["bn_act_fake_quant"].backward(x, x, c, c, c, c, s, s, training, 1e-5, "relu", 0, 15, training)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and local memory of the compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)[0]
+    return dict(zip(("registers", "stack", "local"), map(int, numbers), strict=True))
+
+
+def main() -> None:
+    for name, (kernel, kind, arguments, compile_time) in record_launches().items():
+        for arch in sys.argv[1:]:
+            target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+            source = specialized(kernel, arguments, compile_time)
+            compiled = triton.compile(source, target=target, options=tiles.options(kind))
+            ptx = compiled.asm["ptx"]
+            print(json.dumps({
+                "kernel": name, "kind": kind, "arch": arch, "fused": len(re.findall(r"\bfma\.[\w.]*f32", ptx)),
+                "vector_loads": len(re.findall(r"ld\.global[.\w:]*\.v[24]\.", ptx)), **resources(compiled.asm["cubin"]),
+            }), flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
