@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types mutants readme accuracy bench sanitize cuda-check gpu clean
+.PHONY: demo test lint types mutants readme accuracy bench sanitize cuda-check gpu tune clean
 
 # torch first and by its exact version, so that a wheel on disk or a mirror is taken and nothing resolves to another one
 .venv/installed: pyproject.toml constraints.txt
@@ -59,6 +59,9 @@ gpu:                           ## with a GPU: builds in place, checks, measures;
 	if command -v compute-sanitizer; then compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest -q -m gpu \
 	  tests/test_conformance.py -k "misaligned or slice or transposed or expanded"; fi
 	$(PYTHON) -m benchmarks.run
+
+tune:                          ## with a GPU: launch configurations of the Triton kernels for its architecture
+	$(PYTHON) -m benchmarks.tune
 
 clean:
 	rm -rf .venv build runs *.egg-info

@@ -105,10 +105,15 @@ def timed(variants: dict[str, Callable[[], object]], seconds: float) -> tuple[di
 
 def measure(row: Row, x: Tensor, seconds: float, compiled: bool) -> list[dict[str, Any]]:
     """Forward and backward of one operator on one tensor."""
-    if not conforms(row, x, "native"):
-        raise SystemExit(f"benchmarks: {row.op} must equal the reference before it is measured")
-    mine, again = fresh(row, x.device), fresh(row, x.device)
-    calls = {"native": lambda t: mine.ours(t, "native"), "torch": row.theirs}
+    backends = [name for name in ("native", "triton") if x.is_cuda or name == "native"]
+    for backend in backends:
+        if not conforms(row, x, backend):
+            raise SystemExit(f"benchmarks: {row.op} {backend} must equal the reference before it is measured")
+    mine, again = {name: fresh(row, x.device) for name in backends}, fresh(row, x.device)
+    calls: dict[str, Callable[[Tensor], Any]] = {
+        name: lambda t, name=name: mine[name].ours(t, name) for name in backends
+    }
+    calls["torch"] = row.theirs
     if compiled:
         torch.compiler.reset()
         calls["compiled"] = torch.compile(lambda t: again.ours(t, "reference"), dynamic=False)

@@ -75,7 +75,8 @@ class Tiles:
     @property
     def shape(self) -> dict[str, Any]:
         """Its compile-time arguments."""
-        return {"R": self.rows, "W": self.width, "BY_CHANNEL": self.by_channel}
+        index = tl.int32 if max(self.outer, self.inner) + self.elements < 2**31 else tl.int64
+        return {"R": self.rows, "W": self.width, "BY_CHANNEL": self.by_channel, "INDEX": index}
 
 
 def _width(neighbours: int, elements: int) -> int:
@@ -88,16 +89,22 @@ def _width(neighbours: int, elements: int) -> int:
 # --- launches -----------------------------------------------------------------------------------------------------
 
 
+FOLDER = Path(__file__).parent / "tuning"
+
+
+def architecture() -> str:
+    """The name of this GPU's file of launch configurations."""
+    if torch.version.hip:
+        return torch.cuda.get_device_properties().gcnArchName.partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability())
+
+
 @cache
 def tuning() -> dict[str, dict[str, int]]:
-    """Per kernel the elements of a tile and the warps of a program: this processor's file, or the default one."""
-    folder = Path(__file__).parent / "tuning"
-    names = ["default"]
-    if torch.cuda.is_available():
-        names.insert(0, torch.cuda.get_device_properties().gcnArchName.partition(":")[0] if torch.version.hip else
-                     "sm_{}{}".format(*torch.cuda.get_device_capability()))  # fmt: skip
-    path = next(path for name in names if (path := folder / f"{name}.json").exists())
-    return json.loads((folder / "default.json").read_text()) | json.loads(path.read_text())
+    """Per kind of kernel the elements of a tile and the warps of a program: of this architecture, or the defaults."""
+    chosen = json.loads((FOLDER / "default.json").read_text())
+    own = FOLDER / f"{architecture()}.json" if torch.cuda.is_available() else None
+    return chosen | json.loads(own.read_text()) if own and own.exists() else chosen
 
 
 def elements(kernel: str) -> int:
@@ -220,16 +227,25 @@ def channels_of(unit, W: tl.constexpr, BY_CHANNEL: tl.constexpr):
 
 
 @triton.jit
-def tile(unit, step, outer, channels, inner, R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr):
-    """Offsets of a unit's elements `[R, W]`, and which of them there are."""
+def first_step(slice, steps, slices):
+    """Where a slice of a unit's steps begins, and the one before it ends."""
+    return (slice.to(tl.int64) * steps // slices).to(tl.int32)
+
+
+@triton.jit
+def tile(
+    unit, step, outer, channels, inner,
+    R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """Offsets of a unit's elements `[R, W]`, and which of them there are; INDEX holds the larger side and a tile."""
     if BY_CHANNEL:
         pieces = tl.cdiv(inner, W)
-        n = (step // pieces) * R + tl.arange(0, R)
-        i = (step % pieces) * W + tl.arange(0, W)
+        n = tl.cast(step // pieces, INDEX) * R + tl.arange(0, R)
+        i = tl.cast(step % pieces, INDEX) * W + tl.arange(0, W)
         offsets = (n.to(tl.int64)[:, None] * channels + unit) * inner + i[None, :]
         there = (n < outer)[:, None] & (i < inner)[None, :]
     else:
-        n = step * R + tl.arange(0, R)
+        n = tl.cast(step, INDEX) * R + tl.arange(0, R)
         c = unit * W + tl.arange(0, W)
         offsets = n.to(tl.int64)[:, None] * channels + c[None, :]
         there = (n < outer)[:, None] & (c < channels)[None, :]

@@ -50,7 +50,7 @@ def test_a_kernel_that_is_not_the_reference_gets_no_number(monkeypatch) -> None:
     assert run.conforms(row, X, "native")
     wrong = replace(row, ours=lambda x, backend: row.ours(x, backend) + (0.05 if backend == "native" else 0))
     monkeypatch.setattr(run, "fresh", lambda *_: wrong)
-    with pytest.raises(SystemExit, match="fake_quant must equal the reference before it is measured"):
+    with pytest.raises(SystemExit, match="fake_quant native must equal the reference before it is measured"):
         run.measure(wrong, X, 0.01, compiled=False)
 
 

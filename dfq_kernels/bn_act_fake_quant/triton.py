@@ -20,6 +20,7 @@ from dfq_kernels.tiles import (
     clamp,
     elements,
     finish,
+    first_step,
     fold,
     fold_least,
     fold_most,
@@ -48,7 +49,8 @@ from dfq_kernels.tiles import (
 @triton.jit
 def look_kernel(
     x, parts, outer, channels, inner, steps, slices,
-    TRAINING: tl.constexpr, OBSERVE: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr,
+    TRAINING: tl.constexpr, OBSERVE: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     # math     moments of x if training, least and largest x of every channel if observed
     # traffic  x read
@@ -59,8 +61,8 @@ def look_kernel(
     pivot = pivot_of(x, c, channels, inner)[None, :]
     count, mean, squares = tl.zeros((R, W), tl.float32), tl.zeros((R, W), tl.float32), tl.zeros((R, W), tl.float32)
     low, high = tl.full((R, W), float("inf"), tl.float32), tl.full((R, W), float("-inf"), tl.float32)
-    for step in range(steps * slice // slices, steps * (slice + 1) // slices):
-        offsets, there = tile(unit, step, outer, channels, inner, R, W, BY_CHANNEL)
+    for step in range(first_step(slice, steps, slices), first_step(slice + 1, steps, slices)):
+        offsets, there = tile(unit, step, outer, channels, inner, R, W, BY_CHANNEL, INDEX)
         values = tl.load(x + offsets, mask=there, other=0.0).to(tl.float32)
         if TRAINING:
             count, mean, squares = take(count, mean, squares, values - pivot, there)
@@ -114,7 +116,7 @@ def look_finish_kernel(
 def quantize_kernel(
     x, weight, bias, mean, var, scale, zero_point, out, outer, channels, inner, steps, eps, quant_min, quant_max,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     # math     out = fake_quant(act((x - mean) * (weight / sqrt(var + eps)) + bias))
     # traffic  x read, out written
@@ -124,7 +126,7 @@ def quantize_kernel(
     c = channels_of(unit, W, BY_CHANNEL)
     inv_std = inverse_deviation(of_channels(var, c, channels, 1.0, True), eps)
     factor = of_channels(weight, c, channels, 1.0, WEIGHT) * inv_std
-    offsets, there = tile(unit, step, outer, channels, inner, R, W, BY_CHANNEL)
+    offsets, there = tile(unit, step, outer, channels, inner, R, W, BY_CHANNEL, INDEX)
     centred = tl.load(x + offsets, mask=there, other=0.0).to(tl.float32) - of_channels(mean, c, channels, 0.0, True)
     y = activate(centred * factor + of_channels(bias, c, channels, 0.0, BIAS), ACTIVATION)
     size, zero = tl.load(scale), tl.load(zero_point)
@@ -136,7 +138,7 @@ def quantize_kernel(
 def sums_kernel(
     grad_out, x, weight, bias, mean, var, scale, zero_point, grad_x, parts, outer, channels, inner, steps, slices, eps,
     quant_min, quant_max, TRAINING: tl.constexpr, LEARNED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr,
+    ACTIVATION: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     # math     inner = act'(y) grad behind the clamp; sums of inner, of inner and centred x, and of LSQ's two terms;
     #          where statistics are frozen grad_x = inner * factor
@@ -152,8 +154,8 @@ def sums_kernel(
     inv, zero = reciprocal(tl.load(scale)), tl.load(zero_point)
     total, product = tl.zeros((R, W), tl.float32), tl.zeros((R, W), tl.float32)
     of_scale, outside = tl.zeros((R, W), tl.float32), tl.zeros((R, W), tl.float32)
-    for step in range(steps * slice // slices, steps * (slice + 1) // slices):
-        offsets, there = tile(unit, step, outer, channels, inner, R, W, BY_CHANNEL)
+    for step in range(first_step(slice, steps, slices), first_step(slice + 1, steps, slices)):
+        offsets, there = tile(unit, step, outer, channels, inner, R, W, BY_CHANNEL, INDEX)
         centred = tl.load(x + offsets, mask=there, other=0.0).to(tl.float32) - average
         y = activate(centred * factor + shift, ACTIVATION)
         grad = tl.load(grad_out + offsets, mask=there, other=0.0).to(tl.float32)
@@ -196,7 +198,7 @@ def sums_finish_kernel(
 def training_kernel(
     grad_out, x, weight, bias, mean, var, scale, zero_point, grad_weight, grad_bias, grad_x, outer, channels, inner,
     steps, eps, quant_min, quant_max, count, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     # math     grad_x = (inner - mean(inner) - normalized mean(inner normalized)) * factor
     # traffic  grad_out and x read, grad_x written
@@ -206,7 +208,7 @@ def training_kernel(
     c = channels_of(unit, W, BY_CHANNEL)
     inv_std = inverse_deviation(of_channels(var, c, channels, 1.0, True), eps)
     factor = of_channels(weight, c, channels, 1.0, WEIGHT) * inv_std
-    offsets, there = tile(unit, step, outer, channels, inner, R, W, BY_CHANNEL)
+    offsets, there = tile(unit, step, outer, channels, inner, R, W, BY_CHANNEL, INDEX)
     centred = tl.load(x + offsets, mask=there, other=0.0).to(tl.float32) - of_channels(mean, c, channels, 0.0, True)
     y = activate(centred * factor + of_channels(bias, c, channels, 0.0, BIAS), ACTIVATION)
     grad = tl.load(grad_out + offsets, mask=there, other=0.0).to(tl.float32)

@@ -19,6 +19,7 @@ from dfq_kernels.tiles import (
     channels_of,
     elements,
     finish,
+    first_step,
     inverse_deviation,
     keep_moments,
     launch,
@@ -34,7 +35,7 @@ from dfq_kernels.tiles import (
 def forward_kernel(
     x, weight, bias, running_mean, running_var, out, parts, outer, channels, inner, steps, slices, eps,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     # math     out = act((x - running_mean) * (weight / sqrt(running_var + eps)) + bias); moments of x
     # traffic  x read, out written
@@ -48,8 +49,8 @@ def forward_kernel(
     shift = of_channels(bias, c, channels, 0.0, BIAS)
     pivot = pivot_of(x, c, channels, inner)[None, :]
     count, mean, squares = tl.zeros((R, W), tl.float32), tl.zeros((R, W), tl.float32), tl.zeros((R, W), tl.float32)
-    for step in range(steps * slice // slices, steps * (slice + 1) // slices):
-        offsets, there = tile(unit, step, outer, channels, inner, R, W, BY_CHANNEL)
+    for step in range(first_step(slice, steps, slices), first_step(slice + 1, steps, slices)):
+        offsets, there = tile(unit, step, outer, channels, inner, R, W, BY_CHANNEL, INDEX)
         values = tl.load(x + offsets, mask=there, other=0.0).to(tl.float32)
         y = activate((values - stored_mean) * factor + shift, ACTIVATION)
         tl.store(out + offsets, narrow(y, out.dtype.element_ty), mask=there)
@@ -62,7 +63,7 @@ def backward_kernel(
     grad_out, grad_mean, grad_var, x, batch_mean, weight, bias, running_mean, running_var, grad_x,
     outer, channels, inner, steps, eps, count,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     # math     grad_x = act'(out) grad_out * factor + (x - batch_mean) (2 / count grad_var) + grad_mean / count
     # traffic  grad_out and x read, grad_x written
@@ -75,7 +76,7 @@ def backward_kernel(
     slope = tl.div_rn(count * 0 + 2.0, count) * of_channels(grad_var, c, channels, 0.0, True)
     shift = of_channels(grad_mean, c, channels, 0.0, True)
     shift = tl.div_rn(shift, shift * 0 + count)
-    offsets, there = tile(unit, step, outer, channels, inner, R, W, BY_CHANNEL)
+    offsets, there = tile(unit, step, outer, channels, inner, R, W, BY_CHANNEL, INDEX)
     values = tl.load(x + offsets, mask=there, other=0.0).to(tl.float32)
     grad = tl.load(grad_out + offsets, mask=there, other=0.0).to(tl.float32)
     if ACTIVATION > 0:

@@ -15,6 +15,7 @@ from dfq_kernels.tiles import (
     channels_of,
     elements,
     finish,
+    first_step,
     keep_moments,
     launch,
     moments_of,
@@ -28,8 +29,9 @@ from dfq_kernels.tiles import (
 
 @triton.jit
 def moments_kernel(
-    x, parts, outer, channels, inner, steps, slices, R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr
-):
+    x, parts, outer, channels, inner, steps, slices,
+    R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
     # math     count, mean and squared deviations of every slice, about the channel's first element
     # traffic  x read
     # grid     units x slices; a program walks over its slice's tiles
@@ -38,8 +40,8 @@ def moments_kernel(
     c = channels_of(unit, W, BY_CHANNEL)
     pivot = pivot_of(x, c, channels, inner)[None, :]
     count, mean, squares = tl.zeros((R, W), tl.float32), tl.zeros((R, W), tl.float32), tl.zeros((R, W), tl.float32)
-    for step in range(steps * slice // slices, steps * (slice + 1) // slices):
-        offsets, there = tile(unit, step, outer, channels, inner, R, W, BY_CHANNEL)
+    for step in range(first_step(slice, steps, slices), first_step(slice + 1, steps, slices)):
+        offsets, there = tile(unit, step, outer, channels, inner, R, W, BY_CHANNEL, INDEX)
         values = tl.load(x + offsets, mask=there, other=0.0).to(tl.float32) - pivot
         count, mean, squares = take(count, mean, squares, values, there)
     keep_moments(parts, slice, slices, c, channels, count, mean, squares, BY_CHANNEL)
@@ -60,7 +62,7 @@ def moments_finish_kernel(parts, x, mean, var, inner, channels, slices, S: tl.co
 @triton.jit
 def backward_kernel(
     grad_mean, grad_var, x, mean, grad_x, outer, channels, inner, steps, count,
-    R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     # math     grad_x = (x - mean) (2 / count grad_var) + grad_mean / count
     # traffic  x read, grad_x written
@@ -71,7 +73,7 @@ def backward_kernel(
     slope = tl.div_rn(count * 0 + 2.0, count) * of_channels(grad_var, c, channels, 0.0, True)
     shift = of_channels(grad_mean, c, channels, 0.0, True)
     shift = tl.div_rn(shift, shift * 0 + count)
-    offsets, there = tile(unit, step, outer, channels, inner, R, W, BY_CHANNEL)
+    offsets, there = tile(unit, step, outer, channels, inner, R, W, BY_CHANNEL, INDEX)
     centred = tl.load(x + offsets, mask=there, other=0.0).to(tl.float32) - of_channels(mean, c, channels, 0.0, True)
     tl.store(grad_x + offsets, narrow(centred * slope + shift, grad_x.dtype.element_ty), mask=there)
 

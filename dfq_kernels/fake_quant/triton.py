@@ -16,6 +16,7 @@ from dfq_kernels.tiles import (
     clamp,
     elements,
     finish,
+    first_step,
     fold,
     keep_part,
     launch,
@@ -72,7 +73,7 @@ def masked_kernel(grad_out, mask, grad_x, size, BLOCK: tl.constexpr):
 @triton.jit
 def learned_kernel(
     grad_out, x, scales, zero_points, grad_x, parts, outer, channels, inner, steps, slices, quant_min, quant_max,
-    R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     # math     LSQ eq. 3: grad_x, and the sums that grad_scale and grad_zero_point are made of
     # traffic  grad_out and x read, grad_x written
@@ -83,8 +84,8 @@ def learned_kernel(
     inv = reciprocal(of_channels(scales, c, channels, 1.0, True))
     zero_point = of_channels(zero_points, c, channels, 0.0, True)
     grad_scale, outside = tl.zeros((R, W), tl.float32), tl.zeros((R, W), tl.float32)
-    for step in range(steps * slice // slices, steps * (slice + 1) // slices):
-        offsets, there = tile(unit, step, outer, channels, inner, R, W, BY_CHANNEL)
+    for step in range(first_step(slice, steps, slices), first_step(slice + 1, steps, slices)):
+        offsets, there = tile(unit, step, outer, channels, inner, R, W, BY_CHANNEL, INDEX)
         values = tl.load(x + offsets, mask=there, other=0.0).to(tl.float32)
         grad = tl.load(grad_out + offsets, mask=there, other=0.0).to(tl.float32)
         inside, of_scale, clipped = learned_gradient(values, grad, inv, zero_point, quant_min, quant_max)
