@@ -66,7 +66,7 @@ def _no_triton() -> str | None:
     try:
         importlib.import_module("triton")
     except Exception as error:  # a broken install raises whatever it likes
-        return f"Triton cannot be imported: {str(error).splitlines()[0]}"
+        return f"Triton cannot be imported: {(str(error).splitlines() or [type(error).__name__])[0]}"
     return None
 
 

@@ -30,7 +30,7 @@ def missing(device_type: str) -> str | None:
     except ImportError as error:
         if (note := _note()) is not None:
             return f"the native module was not built: {note}"
-        return f"the native module cannot be loaded: {str(error).splitlines()[0]}"
+        return f"the native module cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}"
     if device_type == "cuda" and not module.cuda:
         return f"the native module was built without CUDA kernels: {_note()}"
     return None

@@ -46,15 +46,20 @@ def optional(values: Tensor | None) -> Tensor | None:
 
 
 class Updated:
-    """fp32 copies of tensors that a kernel updates, where they are not fp32 themselves; written back by `done`."""
+    """fp32 copies, where they are not fp32 themselves, of tensors that a kernel updates; written back by `done`.
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors = tensors
+    Args:
+        tensors: what the kernel reads.
+        written: whether it updates them, too; if not they are left alone.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], written: bool = True) -> None:
+        self.tensors, self.written = tensors, written
         self.values = [fp32(tensor) for tensor in tensors]
 
     def done(self) -> None:
         for tensor, value in zip(self.tensors, self.values, strict=True):
-            if value.data_ptr() != tensor.data_ptr():
+            if self.written and value.data_ptr() != tensor.data_ptr():
                 tensor.copy_(value)
 
 

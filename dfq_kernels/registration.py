@@ -24,7 +24,7 @@ class Schema(NamedTuple):
 def register(schema: Schema, backend: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Defines `dfq_kernels::<name>_<backend>`, with what it does on CPU and GPU and on tensors without values.
 
-    The first argument is a tensor, or a list of them; plain eager calls do not go through the dispatcher.
+    The first argument is a tensor, or a list of them; plain eager calls on a tensor do not go through the dispatcher.
     """
     name = f"{schema.name}_{backend}"
 

@@ -5,7 +5,8 @@ side (NCHW, or one scale for the whole tensor), `W` neighbouring channels where 
 elements are tiles of `R` images by `W` neighbours, counted by steps; a reduction gives every slice of steps to a
 program, and a second kernel joins the slices in order: the same bits whatever runs first.
 
-Nothing here is of one vendor: rounding is arithmetic, not a library's; division and square root round to nearest.
+Nothing here is of one vendor: rounding is arithmetic, not a library's. Division and square root round to nearest, but
+for the divisions inside of a slice's statistics and of the loss, which have a bound anyway.
 Launches switch off the fusion of products and sums, because every operation is rounded on its own.
 """
 
@@ -25,7 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 1024  # that a reduction is spread over: the same on every device, because the order of sums depends on it
+PROGRAMS = (
+    1024  # that a reduction is spread over; the order of sums depends on it and on the launch configuration alone
+)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}
 
@@ -47,7 +50,8 @@ class Tiles:
         """Tiles of at most about `elements`, a power of two."""
         size, channels, inner = view
         outer, by_channel = size // (channels * inner), channels == 1 or inner > 1
-        small = by_channel and size // channels <= elements  # one tile, whatever it pads
+        whole = triton.next_power_of_2(outer) * triton.next_power_of_2(inner)
+        small = by_channel and whole <= elements  # one tile, whatever it pads
         width = triton.next_power_of_2(inner) if small else _width(inner if by_channel else channels, elements)
         width = min(width, elements)
         rows = min(elements // width, triton.next_power_of_2(outer))
@@ -173,8 +177,14 @@ def clamp(x, low, high):
 
 
 @triton.jit
+def quotient(a, b):
+    """`a / b` rounded to nearest; a: a tensor, b: of its shape or one number."""
+    return tl.div_rn(a, tl.where(a == a, b, a))
+
+
+@triton.jit
 def reciprocal(x):
-    return tl.div_rn(x * 0 + 1.0, x)
+    return tl.div_rn(tl.where(x == x, 1.0, x), x)
 
 
 @triton.jit
@@ -239,7 +249,7 @@ def tile(
 ):  # fmt: skip
     """Offsets of a unit's elements `[R, W]`, and which of them there are; INDEX holds the larger side and a tile."""
     if BY_CHANNEL:
-        pieces = tl.cdiv(inner, W)
+        pieces = (inner - 1) // W + 1  # not inner + W - 1, which may be too large for 32 bits
         n = tl.cast(step // pieces, INDEX) * R + tl.arange(0, R)
         i = tl.cast(step % pieces, INDEX) * W + tl.arange(0, W)
         offsets = (n.to(tl.int64)[:, None] * channels + unit) * inner + i[None, :]
@@ -299,7 +309,8 @@ def take(count, mean, squares, value, there):
     """One more value in every lane."""
     count = tl.where(there, count + 1.0, count)
     delta = value - mean
-    mean = tl.where(there, mean + delta / tl.maximum(count, 1.0), mean)
+    moved = tl.where(tl.abs(mean) < float("inf"), mean + delta / tl.maximum(count, 1.0), mean + value)
+    mean = tl.where(there, moved, mean)
     squares = tl.where(there, squares + delta * (value - mean), squares)
     return count, mean, squares
 
@@ -321,15 +332,16 @@ def moments_of(parts, slices, c, channels, S: tl.constexpr):
     count = parts_of(parts, 0, slices, c, channels, S, 0.0)
     mean = parts_of(parts, 1, slices, c, channels, S, 0.0)
     total = tl.sum(count, 0)
-    joined = tl.sum(count * mean, 0) / total
+    joined = quotient(tl.sum(count * mean, 0), total)
     delta = mean - joined[None, :]
     squares = tl.sum(parts_of(parts, 2, slices, c, channels, S, 0.0) + count * delta * delta, 0)
-    return joined, squares / total
+    return joined, quotient(squares, total)
 
 
 @triton.jit
 def pivot_of(x, c, channels, inner):
-    """A channel's first element: moments are taken about it, so that a mean far from 0 costs no digits."""
+    """A channel's first element: moments are taken about it, so that a mean far from 0 costs no digits (but an outlier
+    there costs some of the mean's)."""
     first = tl.load(x + c.to(tl.int64) * inner, mask=c < channels, other=0.0).to(tl.float32)
     return tl.where(tl.abs(first) < float("inf"), first, 0.0)  # and not NaN
 

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dfq_kernels as k
 from dfq_kernels import extension
+from dfq_kernels.dispatch import missing
 from dfq_kernels.specs import all_specs, batch_norm, fresh_range
 from tests.conftest import SEED
 from tests.test_conformance import run
@@ -167,6 +168,7 @@ def _all_results(op: str, values: Tensor) -> list[Tensor]:
 LEVELS = """
 import hashlib, torch
 from dfq_kernels import extension
+from dfq_kernels.dispatch import missing
 from dfq_kernels.specs import all_specs
 from tests.test_native import digest
 print(extension.native().isa, digest())
@@ -208,17 +210,35 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@native_only
-def test_registered_operators_pass_opcheck() -> None:
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_registered_operators_pass_opcheck(backend: str) -> None:
+    if (reason := missing("fake_quant", backend, "cpu")) is not None:
+        pytest.skip(reason)
     recorder = Recorder()
     with recorder:
         for spec in all_specs().values():
-            run(spec, next(case for case in spec.cases if case.gradients), "native", "cpu")
+            run(spec, next(case for case in spec.cases if case.gradients), backend, "cpu")
         x = torch.randn(3, 4, requires_grad=True)
-        k.fake_quant(x, 0.1, 0, backend="native").sum().backward()  # a mask instead of a learned scale
+        k.fake_quant(x, 0.1, 0, backend=backend).sum().backward()  # a mask instead of a learned scale
     assert len(recorder.calls) == 13  # seven operators, their backwards; the identity has none
-    for func, args in recorder.calls.items():
+    weights = getattr(torch.ops.dfq_kernels, f"fake_quant_weights_{backend}").default
+    calls = [*recorder.calls.items(), (weights, ([torch.randn(5, 7).t(), torch.randn(2, 3, 4)], [4, 4]))]
+    for func, args in calls:
         torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
+@pytest.mark.parametrize("backend", ["native", "triton", "reference"])
+def test_what_a_call_does_not_update_is_left_alone(backend: str) -> None:
+    """Frozen statistics and a learned range keep type, value and version; an expanded one will do."""
+    if (reason := missing("fake_quant", backend, "cpu")) is not None:
+        pytest.skip(reason)
+    x, stored = torch.randn(4, 6, 3, 3), torch.full((6,), 0.1, dtype=torch.float64)
+    expanded, scale = torch.ones(1).expand(6), torch.tensor(0.1, dtype=torch.float64)
+    zero = torch.zeros(())
+    versions = [tensor._version for tensor in (stored, expanded, scale)]
+    k.bn_act_fake_quant(x, None, None, stored, expanded, zero, zero, scale, zero, observe=False, backend=backend)
+    assert [tensor._version for tensor in (stored, expanded, scale)] == versions
+    assert float(stored[0]) == 0.1 and float(scale) == 0.1
 
 
 @native_only
@@ -262,7 +282,6 @@ def free_gigabytes() -> float:
     return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable")), 0.0)
 
 
-@native_only
 @native_only
 @pytest.mark.parametrize("activation", [None, "relu", "relu6"])
 @pytest.mark.parametrize(
@@ -312,6 +331,7 @@ def test_a_second_derivative_is_refused() -> None:
         grad.sum().backward()
 
 
+@native_only
 @pytest.mark.skipif(free_gigabytes() < 18, reason=f"needs 18 GiB of memory, there are {free_gigabytes():.0f}")
 def test_more_than_2_to_the_31_elements() -> None:
     """Values at the ends and where 32 bits would wrap reach their places, forward, backward and in statistics."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import dfq_kernels
 from dfq_kernels import dispatch
 from dfq_kernels.dispatch import TABLE
 
@@ -57,6 +58,30 @@ def test_without_triton_everything_else_works(tmp_path: Path) -> None:
     )
     text = in_fresh_process("-c", script, PYTHONPATH=paths, TRITON_INTERPRET="1")
     assert "Triton cannot be imported: no Triton here" in text
+
+
+@triton_only
+def test_infinities_are_what_the_reference_makes_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a lane that sees several values, in a stored variance, in a gradient."""
+    from dfq_kernels import tiles
+
+    monkeypatch.setattr(tiles, "PROGRAMS", 1)
+    infinity, x = float("inf"), torch.randn(2, 2, 64, 64)
+    x[0, 0, 0, 0], x[1, 1, 5, 5] = infinity, float("nan")
+    found = [dfq_kernels.bn_stats(x, backend=backend)[0] for backend in ("triton", "reference")]
+    assert torch.equal(found[0].isnan(), torch.tensor([False, True])) and found[0][0] == found[1][0] == infinity
+    stored = torch.tensor([infinity, 1.0])
+    outs = [
+        dfq_kernels.bn_act_stats(torch.ones(3, 2, 2, 2), None, None, torch.zeros(2), stored, backend=backend)[0]
+        for backend in ("triton", "reference")
+    ]
+    assert torch.equal(*outs)
+    grads = []
+    for backend in ("triton", "reference"):
+        leaf = torch.randn(3, 2, 2, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        mean, _ = dfq_kernels.bn_stats(leaf, backend=backend)
+        grads += torch.autograd.grad(mean, leaf, torch.tensor([infinity, 1.0]))
+    assert torch.equal(*grads)
 
 
 @triton_only

@@ -3,7 +3,7 @@
 //   traffic  forward: x read for statistics and extremes (not where both are given), x read, out written;
 //            backward: grad_out and x read for the sums, in training once more, grad_x written
 //   block    chunks of about 2048
-//   order    sums as reduce.h says; a batch norm is monotone per channel, so the extremes of x give those of y, exactly
+//   order    sums as reduce.h says, of gradients times centred values, normalized when they are summed; a batch norm is monotone per channel, so the extremes of x give those of y, exactly
 #include "statistics.h"
 
 namespace dfq {

@@ -92,8 +92,8 @@ static float first_float(const Reached& reached) {
   return at(static_cast<int32_t>(low));
 }
 
-// The values whose gradient passes an activation and a fake quantization behind it. Both are monotone, rounding
-// included, so the values are an interval: two comparisons instead of the arithmetic.
+// The values whose gradient passes an activation and a fake quantization behind it. With a scale > 0 both are monotone,
+// rounding included, so the values are an interval: two comparisons instead of the arithmetic.
 struct Passing {
   Vec low, high;
 

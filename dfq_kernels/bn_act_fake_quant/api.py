@@ -61,7 +61,8 @@ def bn_act_fake_quant(
         x: `[N, C, ...]`, not empty; float32, bfloat16 or float16; arithmetic in fp32.
         weight, bias: `[C]` or None (1 and 0).
         running_mean, running_var: `[C]`, the stored statistics; **updated in place** if training.
-        running_min, running_max, scale, zero_point: float32, one element each; **updated in place** if observe.
+        running_min, running_max, scale, zero_point: float32, one element each; **updated in place** if observe; scale
+            finite and at least 2^-126 (not read: no host sync).
         training: normalise with the batch's statistics; needs two values per channel.
         momentum: weight of this batch in the stored statistics, in [0, 1].
         eps: finite and > 0.

@@ -38,8 +38,9 @@ def forward(
         out, mean, var = schema.allocate(x)
     else:
         out, mean, var = torch.empty_like(x), running_mean.float().clone(), running_var.float().clone()
-    updated = Updated((running_mean, running_var, running_min, running_max, scale, zero_point))
-    stored_mean, stored_var, *parameters = [value.data_ptr() for value in updated.values]
+    stored = Updated((running_mean, running_var), training)
+    moving = Updated((running_min, running_max, scale, zero_point), observe)
+    stored_mean, stored_var, *parameters = [value.data_ptr() for value in (*stored.values, *moving.values)]
     shape = view(x, 1)
     room = workspace(x, shape)
     native().bn_act_fake_quant_forward(
@@ -47,7 +48,8 @@ def forward(
         stored_mean, stored_var, training, observe, momentum, eps, ACTIVATIONS[activation], *parameters,
         averaging_constant, quant_min, quant_max, symmetric, out.data_ptr(), mean.data_ptr(), var.data_ptr(),
     )  # fmt: skip
-    updated.done()
+    stored.done()
+    moving.done()
     return out, mean, var
 
 

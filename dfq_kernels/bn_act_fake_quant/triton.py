@@ -38,6 +38,7 @@ from dfq_kernels.tiles import (
     of_channels,
     parts_of,
     pivot_of,
+    quotient,
     reciprocal,
     rne,
     take,
@@ -214,8 +215,8 @@ def training_kernel(
     grad = tl.load(grad_out + offsets, mask=there, other=0.0).to(tl.float32)
     inside, _, _ = learned_gradient(y, grad, reciprocal(tl.load(scale)), tl.load(zero_point), quant_min, quant_max)
     passed = behind_activation(inside, y, ACTIVATION)
-    mean_grad = of_channels(grad_bias, c, channels, 0.0, True) / count
-    slope = of_channels(grad_weight, c, channels, 0.0, True) / count * inv_std
+    mean_grad = quotient(of_channels(grad_bias, c, channels, 0.0, True), count)
+    slope = quotient(of_channels(grad_weight, c, channels, 0.0, True), count) * inv_std
     result = (passed - mean_grad - centred * slope) * factor
     tl.store(grad_x + offsets, narrow(result, grad_x.dtype.element_ty), mask=there)
 
@@ -244,7 +245,8 @@ def forward(
     """`(out, mean, var)`, copies of the statistics that normalised; stored ones and range are updated in place."""
     x, weight, bias = dense(x), optional(weight), optional(bias)
     out, mean, var = schema.allocate(x)
-    updated = Updated((running_mean, running_var, running_min, running_max, scale, zero_point))
+    stored = Updated((running_mean, running_var), training)
+    moving = Updated((running_min, running_max, scale, zero_point), observe)
     if not training:
         mean.copy_(running_mean)
         var.copy_(running_var)
@@ -258,17 +260,18 @@ def forward(
         launch(look_kernel, "reduction", programs, x, x, parts, *tiles, tiles.slices, **looks, **tiles.shape)
         count = x.numel() // tiles.channels
         finish(
-            look_finish_kernel, tiles, parts, x, weight, bias, *updated.values[:2], mean, var, extremes, tiles.inner,
+            look_finish_kernel, tiles, parts, x, weight, bias, *stored.values, mean, var, extremes, tiles.inner,
             momentum, count / max(count - 1, 1), eps, **looks, **layer,
         )  # fmt: skip
         if observe:
-            move_range(extremes, updated.values[2:], averaging_constant, quant_min, quant_max, symmetric)
+            move_range(extremes, moving.values, averaging_constant, quant_min, quant_max, symmetric)
     tiles = Tiles.of(view(x, 1), elements("elementwise"))
     launch(
-        quantize_kernel, "elementwise", tiles.units * tiles.steps, x, x, weight, bias, mean, var, *updated.values[4:],
+        quantize_kernel, "elementwise", tiles.units * tiles.steps, x, x, weight, bias, mean, var, *moving.values[2:],
         out, *tiles, eps, float(quant_min), float(quant_max), **layer, **tiles.shape,
     )  # fmt: skip
-    updated.done()
+    stored.done()
+    moving.done()
     return out, mean, var
 
 

@@ -26,6 +26,8 @@ from dfq_kernels.tiles import (
     narrow,
     of_channels,
     pivot_of,
+    quotient,
+    reciprocal,
     take,
     tile,
 )
@@ -73,9 +75,8 @@ def backward_kernel(
     c = channels_of(unit, W, BY_CHANNEL)
     inv_std = inverse_deviation(of_channels(running_var, c, channels, 1.0, True), eps)
     factor = of_channels(weight, c, channels, 1.0, WEIGHT) * inv_std
-    slope = tl.div_rn(count * 0 + 2.0, count) * of_channels(grad_var, c, channels, 0.0, True)
-    shift = of_channels(grad_mean, c, channels, 0.0, True)
-    shift = tl.div_rn(shift, shift * 0 + count)
+    slope = reciprocal(count) * 2.0 * of_channels(grad_var, c, channels, 0.0, True)
+    shift = quotient(of_channels(grad_mean, c, channels, 0.0, True), count)
     offsets, there = tile(unit, step, outer, channels, inner, R, W, BY_CHANNEL, INDEX)
     values = tl.load(x + offsets, mask=there, other=0.0).to(tl.float32)
     grad = tl.load(grad_out + offsets, mask=there, other=0.0).to(tl.float32)

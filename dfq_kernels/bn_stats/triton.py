@@ -22,6 +22,8 @@ from dfq_kernels.tiles import (
     narrow,
     of_channels,
     pivot_of,
+    quotient,
+    reciprocal,
     take,
     tile,
 )
@@ -70,9 +72,8 @@ def backward_kernel(
     # order    every operation rounded on its own
     unit, step = tl.program_id(0) // steps, tl.program_id(0) % steps
     c = channels_of(unit, W, BY_CHANNEL)
-    slope = tl.div_rn(count * 0 + 2.0, count) * of_channels(grad_var, c, channels, 0.0, True)
-    shift = of_channels(grad_mean, c, channels, 0.0, True)
-    shift = tl.div_rn(shift, shift * 0 + count)
+    slope = reciprocal(count) * 2.0 * of_channels(grad_var, c, channels, 0.0, True)
+    shift = quotient(of_channels(grad_mean, c, channels, 0.0, True), count)
     offsets, there = tile(unit, step, outer, channels, inner, R, W, BY_CHANNEL, INDEX)
     centred = tl.load(x + offsets, mask=there, other=0.0).to(tl.float32) - of_channels(mean, c, channels, 0.0, True)
     tl.store(grad_x + offsets, narrow(centred * slope + shift, grad_x.dtype.element_ty), mask=there)

@@ -18,9 +18,9 @@ def rows(weight: Tensor) -> Tensor:
 
 
 def allocate(weights: Sequence[Tensor], bits: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-    """`(outs, scales)`, not yet written."""
+    """`(outs, scales)` in the memory order of `rows`, not yet written."""
     scales = [torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device) for weight in weights]
-    return [torch.empty_like(weight) for weight in weights], scales
+    return [torch.empty_like(rows(weight)) for weight in weights], scales
 
 
 FORWARD = Schema("fake_quant_weights", "(Tensor[] weights, int[] bits) -> (Tensor[], Tensor[])", allocate)

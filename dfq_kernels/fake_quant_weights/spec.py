@@ -49,6 +49,7 @@ SPEC = OpSpec(
         Case("fp16", _random(torch.float16, 4)),
         Case("dead_channel", _dead_channel),
         Case("ties", _ties),
+        Case("transposed", lambda generator: ({"weight0": randn(generator, 5, 7).t()}, {"bits": 4})),
     ),
     bytes_moved=lambda tensors, _: (2 * nbytes(*tensors.values()), 0),
     mutations=(
