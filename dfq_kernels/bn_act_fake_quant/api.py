@@ -21,6 +21,7 @@ from dfq_kernels._checks import (
 )
 from dfq_kernels._eager import once, recorded
 from dfq_kernels.dispatch import resolve
+from dfq_kernels.memory import shaped
 
 OP = "bn_act_fake_quant"
 
@@ -145,7 +146,9 @@ class BnActFakeQuant(torch.autograd.Function):
         grad_x, grad_weight, grad_bias, grad_scale, grad_zero_point = ctx.impl.backward(
             grad_out, *ctx.saved_tensors, *ctx.settings, needs[7] or needs[8]
         )
+        *_, scale, zero_point = ctx.saved_tensors
         return (
             grad_x, grad_weight if needs[1] else None, grad_bias if needs[2] else None, None, None, None, None,
-            grad_scale if needs[7] else None, grad_zero_point if needs[8] else None, None, None,
+            shaped(grad_scale, scale) if needs[7] else None, shaped(grad_zero_point, zero_point) if needs[8] else None,
+            None, None,
         )  # fmt: skip

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dfq_kernels.bn_act_fake_quant import schema
-from dfq_kernels.memory import Updated, dense, fp32, in_order_of, optional, shaped, view
+from dfq_kernels.memory import Updated, dense, fp32, in_order_of, optional, view
 from dfq_kernels.observe_fake_quant.triton import move_range
 from dfq_kernels.registration import register
 from dfq_kernels.tiles import (
@@ -276,7 +276,7 @@ def forward(
 
 
 @register(schema.BACKWARD, "triton")
-def _backward(
+def backward(
     grad_out: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -292,6 +292,7 @@ def _backward(
     quant_max: int,
     learned: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias, scale and zero_point, the last two of no dimensions, and 0 if not learned."""
     x, weight, bias, mean, var = dense(x), optional(weight), optional(bias), fp32(mean), fp32(var)
     scale, zero_point, grad_out = fp32(scale), fp32(zero_point), in_order_of(x, grad_out)
     grad_x, grad_weight, grad_bias, grad_scale, grad_zero_point = schema.allocate_grads(grad_out, x)
@@ -315,21 +316,3 @@ def _backward(
         grad_scale, outside = of_range.sum(1).unbind()
         grad_scale, grad_zero_point = grad_scale.clone(), -outside * scale.reshape(())
     return grad_x, grad_weight, grad_bias, grad_scale, grad_zero_point
-
-
-def backward(
-    grad_out: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    *settings: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, scale and zero_point, the last two 0 if not learned."""
-    grad_x, grad_weight, grad_bias, grad_scale, grad_zero_point = _backward(
-        grad_out, x, weight, bias, mean, var, scale, zero_point, *settings
-    )
-    return grad_x, grad_weight, grad_bias, shaped(grad_scale, scale), shaped(grad_zero_point, zero_point)
