@@ -3,7 +3,8 @@
 //   traffic  forward: x read for statistics and extremes (not where both are given), x read, out written;
 //            backward: grad_out and x read for the sums, in training once more, grad_x written
 //   block    chunks of about 2048
-//   order    sums as reduce.h says, of gradients times centred values, normalized when they are summed; a batch norm is monotone per channel, so the extremes of x give those of y, exactly
+//   order    sums as reduce.h says, of gradients times centred values, normalized when they are summed; a batch norm is
+//            monotone per channel, so the extremes of x give those of y, exactly
 #include "statistics.h"
 
 namespace dfq {
@@ -146,7 +147,7 @@ class Backward {
     if (a_.training) finish(total);
     for (int64_t c = 0; c < channels; ++c) {
       a_.grad_bias[c] = static_cast<float>(total[c]);
-      a_.grad_weight[c] = static_cast<float>(total[channels + c]) * inv_std_[c];
+      a_.grad_weight[c] = static_cast<float>(total[channels + c] * static_cast<double>(inv_std_[c]));
     }
     if (!learned) return;
     double grad_scale = 0, outside = 0;
@@ -190,7 +191,7 @@ class Backward {
     std::vector<float> mean_grad(static_cast<size_t>(channels)), slope(mean_grad);  // slope: of centred values
     for (int64_t c = 0; c < channels; ++c) {
       mean_grad[c] = static_cast<float>(total[c]) / count;
-      slope[c] = static_cast<float>(total[channels + c]) * inv_std_[c] / count * inv_std_[c];
+      slope[c] = static_cast<float>(total[channels + c] * static_cast<double>(inv_std_[c])) / count * inv_std_[c];
     }
     const float* const constants[] = {a_.mean, factor_.data(), bias_.data(), mean_grad.data(), slope.data()};
     for_chunks<T, 5, 3>(chunks_, a_.threads, constants, [&](auto& work) {
