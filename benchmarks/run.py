@@ -23,6 +23,7 @@ from benchmarks.machine import results_file, write_results
 from benchmarks.timing import PER_GRAPH, Seconds, captured, interleaved
 from dfq.cli import keep_freed_memory
 from dfq_kernels.bn_stats import native as bn_stats
+from dfq_kernels.dispatch import missing
 from dfq_kernels.fake_quant import native as fake_quant
 from dfq_kernels.specs import all_specs
 
@@ -105,7 +106,9 @@ def timed(variants: dict[str, Callable[[], object]], seconds: float) -> tuple[di
 
 def measure(row: Row, x: Tensor, seconds: float, compiled: bool) -> list[dict[str, Any]]:
     """Forward and backward of one operator on one tensor."""
-    backends = [name for name in ("native", "triton") if x.is_cuda or name == "native"]
+    backends = ["native"]
+    if x.is_cuda and missing(row.op, "triton", "cuda") is None:
+        backends.append("triton")
     for backend in backends:
         if not conforms(row, x, backend):
             raise SystemExit(f"benchmarks: {row.op} {backend} must equal the reference before it is measured")

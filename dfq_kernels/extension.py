@@ -13,8 +13,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}
-
 
 @cache
 def native() -> ModuleType:

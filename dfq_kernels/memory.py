@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # what kernels store, with the native module's codes
+# what kernels store and what they know behind a batch norm, with their codes (csrc/common/types.h)
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}
 
 
 def dense(x: Tensor) -> Tensor:

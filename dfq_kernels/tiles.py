@@ -26,11 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = (
-    1024  # that a reduction is spread over; the order of sums depends on it and on the launch configuration alone
-)
+# a reduction is spread over at most so many; the order of sums depends on it and on the launch configuration alone
+PROGRAMS = 1024
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dfq_kernels.bn_act_fake_quant import schema
-from dfq_kernels.extension import ACTIVATIONS, address, native, where, workspace
-from dfq_kernels.memory import DTYPES, Updated, dense, fp32, in_order_of, optional, view
+from dfq_kernels.extension import address, native, where, workspace
+from dfq_kernels.memory import ACTIVATIONS, DTYPES, Updated, dense, fp32, in_order_of, optional, view
 from dfq_kernels.registration import register
 
 

@@ -8,11 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from dfq_kernels.bn_act_fake_quant import schema
-from dfq_kernels.memory import Updated, dense, fp32, in_order_of, optional, view
+from dfq_kernels.memory import ACTIVATIONS, Updated, dense, fp32, in_order_of, optional, view
 from dfq_kernels.observe_fake_quant.triton import move_range
 from dfq_kernels.registration import register
 from dfq_kernels.tiles import (
-    ACTIVATIONS,
     Tiles,
     activate,
     behind_activation,

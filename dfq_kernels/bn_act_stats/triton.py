@@ -9,10 +9,9 @@ from torch import Tensor
 
 from dfq_kernels.bn_act_stats import schema
 from dfq_kernels.bn_stats.triton import moments_finish_kernel
-from dfq_kernels.memory import dense, fp32, in_order_of, optional, view
+from dfq_kernels.memory import ACTIVATIONS, dense, fp32, in_order_of, optional, view
 from dfq_kernels.registration import register
 from dfq_kernels.tiles import (
-    ACTIVATIONS,
     Tiles,
     activate,
     behind_activation,
