@@ -32,6 +32,7 @@ from dfq.config import RECIPES, GeneratorConfig, Recipe, quant_config, to_json
 from dfq.data import Batches, load_images
 from dfq.embedded import INPUT_SHAPE, load_teacher
 from dfq.evaluate import accuracy
+from dfq.optimizers import load_optimizer
 from dfq.quant import freeze_ranges, prepare
 from dfq.seeds import random_source
 from dfq.trainer import DataFreeTraining, Source
@@ -132,8 +133,12 @@ class RealImages:
 class LabelTraining(DataFreeTraining):
     """QAT: the same student, optimizers and steps, on real images and their labels."""
 
-    def distance(self, teacher_logits: Tensor, student_logits: Tensor, step: int) -> Tensor:
-        return F.cross_entropy(student_logits.float(), self.pool.labels("student0", step))  # type: ignore[attr-defined]
+    def student_step(self, index: int, step: int) -> Mapping[str, Tensor]:
+        self.labels = self.pool.labels("student0", step)  # type: ignore[attr-defined]
+        return super().student_step(index, step)
+
+    def distance(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+        return F.cross_entropy(student_logits.float(), self.labels)
 
 
 def warm_up(task: DataFreeTraining, source: Source, seed: int) -> None:
@@ -162,7 +167,7 @@ def warm_up(task: DataFreeTraining, source: Source, seed: int) -> None:
         source.generator.load_state_dict(loaded["snapshots"][str(fraction)])
         task.add_snapshot(source)
     source.generator.load_state_dict(loaded["snapshots"]["1.0"])
-    source.optimizer.load_state_dict(loaded["optimizer"])
+    load_optimizer(source.optimizer, loaded["optimizer"])
 
 
 def run(row: Row) -> Mapping[str, Any]:

@@ -76,7 +76,7 @@ def run_loop(
     saved_at = time.monotonic()
     with _signals() as received:
         for index in range(start, task.total_steps):
-            metrics = {name: float(value) for name, value in task.step(index).items()}
+            metrics = _read(task.step(index))
             _refuse_non_finite(metrics, index, task.phase(index), folder)
             folder.log(index, task.phase(index), metrics)
             if observer is not None:
@@ -90,6 +90,12 @@ def run_loop(
             if received and index + 1 < task.total_steps:
                 message = f"interrupted after step {index + 1} of {task.total_steps}; continue with --resume"
                 raise Interrupted(message, received[0])
+
+
+def _read(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """The numbers of a step's metrics, in one transfer: the only time that a step is waited for."""
+    values = torch.stack(list(metrics.values())).tolist() if metrics else []
+    return dict(zip(metrics, values, strict=True))
 
 
 def _restore(task: Trainable, path: Path) -> int:
@@ -166,22 +172,3 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def cosine(index: int, total: int) -> float:
-    """1 at the first step, towards 0 at the last: `(1 + cos(pi index / total)) / 2`."""
-    return 0.5 * (1 + math.cos(math.pi * index / max(total, 1)))
-
-
-def one_cycle(index: int, total: int, warm_up: float = 0.3) -> float:
-    """A cosine up from 1/25 over the first `warm_up` of the run, then a cosine down to 0. Source: arXiv 1708.07120."""
-    peak = max(warm_up * total, 1.0)
-    if index < peak:
-        return 1 / 25 + (1 - 1 / 25) * (1 - cosine(index, int(peak)))
-    return cosine(index - int(peak), total - int(peak))
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Sets every group to its own `peak` times `value`."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * value

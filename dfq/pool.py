@@ -7,9 +7,12 @@ it again. Live members change while they are used; each makes whole batches of i
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from dfq.capture import Capture
 from dfq.device import autocast
 from dfq.generator import Generator
 from dfq.seeds import random_source
@@ -19,26 +22,39 @@ class ImagePool:
     """Images as a function of (seed, purpose, step).
 
     Args:
+        capture: who runs the generators.
         batch_size: images per batch.
         seed: of all noise.
         device, precision: where and how generators run.
     """
 
-    def __init__(self, *, batch_size: int, seed: int, device: torch.device, precision: str) -> None:
+    def __init__(self, capture: Capture, *, batch_size: int, seed: int, device: torch.device, precision: str) -> None:
+        self.capture = capture
         self.batch_size, self.seed, self.device, self.precision = batch_size, seed, device, precision
         self.frozen: list[Generator] = []
         self.live: list[Generator] = []
         self._rounds: dict[str, tuple[int, Tensor]] = {}  # the current one of each purpose
 
-    def draw(self, generator: Generator, purpose: str, member: int, step: int) -> tuple[Tensor, Tensor | None]:
-        """One batch of one generator, and the labels that it was asked for, if it is conditional."""
+    def noise(self, generator: Generator, purpose: str, member: int, step: int) -> tuple[Tensor, Tensor | None]:
+        """A batch's noise, and the labels that a conditional generator is asked for."""
         random = random_source(self.seed, "noise", purpose, member, step, device=self.device)
         z = torch.randn(self.batch_size, generator.noise, generator=random, device=self.device)
-        labels = None
-        if generator.num_classes:
-            labels = torch.randint(generator.num_classes, (self.batch_size,), generator=random, device=self.device)
+        if not generator.num_classes:
+            return z, None
+        size = (self.batch_size,)
+        return z, torch.randint(generator.num_classes, size, generator=random, device=self.device)
+
+    def images(self, generator: Generator, z: Tensor, labels: Tensor | None) -> Tensor:
+        """What a generator makes of noise and labels."""
         with autocast(self.device, self.precision):
-            return generator(z, labels), labels
+            images: Tensor = generator(z, labels)
+        return images
+
+    @torch.no_grad()
+    def draw(self, generator: Generator, purpose: str, member: int, step: int) -> tuple[Tensor, Tensor | None]:
+        """One batch of one generator, and the labels that it was asked for; overwritten by the generator's next one."""
+        z, labels = self.noise(generator, purpose, member, step)
+        return self.capture.run(("images", id(generator)), partial(self.images, generator), z, labels), labels
 
     @torch.no_grad()
     def batch(self, purpose: str, step: int) -> Tensor:

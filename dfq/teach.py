@@ -13,7 +13,7 @@ from dfq.classifier import check_classifier
 from dfq.config import TeachConfig
 from dfq.data import Batches, Images
 from dfq.device import autocast
-from dfq.loop import one_cycle, set_learning_rate
+from dfq.optimizers import load_optimizer, one_cycle, set_learning_rate, sgd
 from dfq.seeds import seeded_initialisation
 
 
@@ -28,13 +28,7 @@ class TeacherTraining:
         self.batches = Batches(images, config.batch_size, seed, augmented=True)
         self.total_steps = config.epochs * self.batches.steps_per_epoch
         self.config, self.seed, self.device, self.precision = config, seed, device, precision
-        self.optimizer = torch.optim.SGD(
-            [{"params": list(self.model.parameters()), "peak": config.learning_rate}],
-            lr=config.learning_rate,
-            momentum=0.9,
-            nesterov=True,
-            weight_decay=config.weight_decay,
-        )
+        self.optimizer = sgd(self.model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
 
     def phase(self, index: int) -> str:
         return f"epoch {index // self.batches.steps_per_epoch + 1}"
@@ -57,4 +51,4 @@ class TeacherTraining:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])

@@ -12,18 +12,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dfq.bn_stats import BnStatistics, freeze
+from dfq.capture import Capture
 from dfq.classifier import check_classifier, check_learns, check_weights
 from dfq.config import GeneratorConfig, QuantConfig, Recipe
 from dfq.device import autocast
 from dfq.generator import Generator
-from dfq.loop import cosine, set_learning_rate
 from dfq.losses import batch_negentropy, distillation, instance_entropy, label_cross_entropy
+from dfq.optimizers import adam, cosine, load_optimizer, set_learning_rate, sgd
 from dfq.pool import ImagePool
 from dfq.quant import learn_ranges, range_parameters, set_adapting
 from dfq.seeds import seeded_initialisation
@@ -50,6 +52,7 @@ class DataFreeTraining:
         input_shape, num_classes: of the teacher.
         steps: student steps.
         seed: of everything random.
+        capture: who runs the steps, as they are or as CUDA graphs; None: as they are.
 
     Raises:
         ValueError: a teacher without batch norms, or with other outputs than `[N, num_classes]`.
@@ -68,6 +71,7 @@ class DataFreeTraining:
         seed: int,
         device: torch.device,
         precision: str,
+        capture: Capture | None = None,
     ) -> None:
         owner, name = ("quantize", "model") if quant else ("distill", "teacher")
         check_weights(teacher, owner=owner, name=name)
@@ -75,12 +79,13 @@ class DataFreeTraining:
         self.bn_statistics = BnStatistics(self.teacher)
         self.recipe, self.quant, self.steps, self.seed = recipe, quant, steps, seed
         self.input_shape, self.num_classes, self.device, self.precision = input_shape, num_classes, device, precision
+        self.capture = capture or Capture("off", device)
         self.students = [student.requires_grad_(True).to(device) for student in students]
         for student in self.students:
             student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._check_models(owner, name)
         self.sources = [self._source(index, config) for index, config in enumerate(recipe.generators)]
-        self.pool = ImagePool(batch_size=recipe.batch_size, seed=seed, device=device, precision=precision)
+        self.pool = ImagePool(self.capture, batch_size=recipe.batch_size, seed=seed, device=device, precision=precision)
         self.pool.live = [source.generator for source in self.sources if source.config.live]
         self.snapshot_owners: list[int] = []
         self.calibrated: dict[str, Tensor] = {}
@@ -121,10 +126,17 @@ class DataFreeTraining:
 
     def generator_step(self, source: Source, phase: str, step: int, students: list[nn.Module]) -> Mapping[str, Tensor]:
         """One step on `alpha L_psi - adversary * sum D`; without students on `L_psi` alone."""
-        recipe = self.recipe
-        total = recipe.warm_up if phase == "warm-up" else self.steps
+        total = self.recipe.warm_up if phase == "warm-up" else self.steps
         set_learning_rate(source.optimizer, 1.0 if phase == "warm-up" and source.config.live else cosine(step, total))
-        images, labels = self.pool.draw(source.generator, phase, source.index, step)
+        z, labels = self.pool.noise(source.generator, phase, source.index, step)
+        update = partial(self._update_generator, source, students)
+        return self.capture.run((phase, f"generator {source.index + 1}"), update, z, labels)
+
+    def _update_generator(
+        self, source: Source, students: list[nn.Module], z: Tensor, labels: Tensor | None
+    ) -> Mapping[str, Tensor]:
+        recipe = self.recipe
+        images = self.pool.images(source.generator, z, labels)
         with self.bn_statistics as statistics, autocast(self.device, self.precision):
             teacher_logits = self.teacher(images)
             terms = {"bn": recipe.bn * statistics.loss()}
@@ -146,23 +158,26 @@ class DataFreeTraining:
 
     def student_step(self, index: int, step: int) -> Mapping[str, Tensor]:
         """One step on `D`, on fresh images, with no graph through the generator."""
-        student, optimizers = self.students[index], self.optimizers[index]
-        for optimizer in optimizers:
+        for optimizer in self.optimizers[index]:
             set_learning_rate(optimizer, cosine(step, self.steps))
         images = self.pool.batch(f"student{index}", step)
+        return self.capture.run(f"student {index + 1}", partial(self._update_student, index), images)
+
+    def _update_student(self, index: int, images: Tensor) -> Mapping[str, Tensor]:
+        student = self.students[index]
         with torch.no_grad(), autocast(self.device, self.precision):
             teacher_logits = self.teacher(images)
         set_adapting(student, True)
-        loss = self.distance(teacher_logits, self._forward(student, images, learning=True), step)
+        loss = self.distance(teacher_logits, self._forward(student, images, learning=True))
         set_adapting(student, False)
         student.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), self.recipe.clip)
-        for optimizer in optimizers:
+        for optimizer in self.optimizers[index]:
             optimizer.step()
         return {f"student{index}/distillation": loss.detach()}
 
-    def distance(self, teacher_logits: Tensor, student_logits: Tensor, step: int) -> Tensor:
+    def distance(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
         """What a student minimises: `D`."""
         return distillation(teacher_logits, student_logits)
 
@@ -218,9 +233,8 @@ class DataFreeTraining:
                 num_classes=self.num_classes if config.conditional else 0,
             )  # fmt: skip
         generator = generator.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        rate = recipe.generator_learning_rate
-        groups = [{"params": list(generator.parameters()), "peak": rate}]
-        return Source(config, generator, torch.optim.Adam(groups, lr=rate, betas=(0.5, 0.999)), index)
+        optimizer = adam(generator.parameters(), recipe.generator_learning_rate, betas=(0.5, 0.999))
+        return Source(config, generator, optimizer, index)
 
     def _check_models(self, owner: str, name: str) -> None:
         sizes = {"input_shape": self.input_shape, "num_classes": self.num_classes, "device": self.device}
@@ -237,17 +251,13 @@ class DataFreeTraining:
 
     def _student_optimizers(self) -> list[tuple[torch.optim.Optimizer, ...]]:
         recipe = self.recipe
-        optimizers = []
+        optimizers: list[tuple[torch.optim.Optimizer, ...]] = []
         for student in self.students:
             ranges = range_parameters(student)
             learned = {id(parameter) for parameter in ranges}
             weights = [parameter for parameter in student.parameters() if id(parameter) not in learned]
-            sgd = torch.optim.SGD(
-                [{"params": weights, "peak": recipe.student_learning_rate}], lr=recipe.student_learning_rate,
-                momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay,
-            )  # fmt: skip
-            adam = [torch.optim.Adam([{"params": ranges, "peak": recipe.range_learning_rate}])] if ranges else []
-            optimizers.append((sgd, *adam))
+            slow = sgd(weights, recipe.student_learning_rate, weight_decay=recipe.weight_decay)
+            optimizers.append((slow, adam(ranges, recipe.range_learning_rate)) if ranges else (slow,))
         return optimizers
 
     # --- resume -------------------------------------------------------------------------------------------------
@@ -264,11 +274,12 @@ class DataFreeTraining:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.capture.reset()
         for source, weights, optimizer in zip(
             self.sources, state["generators"], state["generator_optimizers"], strict=True
         ):
             source.generator.load_state_dict(weights)
-            source.optimizer.load_state_dict(optimizer)
+            load_optimizer(source.optimizer, optimizer)
         self.pool.frozen, self.snapshot_owners = [], []
         for owner, weights in zip(state["snapshot_owners"], state["snapshots"], strict=True):
             self.add_snapshot(self.sources[owner])
@@ -284,4 +295,4 @@ class DataFreeTraining:
             student.load_state_dict(weights)
         for row, saved in zip(self.optimizers, state["optimizers"], strict=True):
             for optimizer, values in zip(row, saved, strict=True):
-                optimizer.load_state_dict(values)
+                load_optimizer(optimizer, values)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # rooms of dfq, lowest first; a module imports from its own floor or below
 FLOORS = [
     {"errors"},
-    {"config", "seeds", "matlab", "device", "classifier"},
+    {"config", "seeds", "matlab", "device", "classifier", "capture", "optimizers"},
     {"readers"},
     {"data", "checkpoint", "models"},
     {"run_folder"},

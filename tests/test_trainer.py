@@ -19,8 +19,9 @@ import dfq
 from dfq.checkpoint import CheckpointError, load_tree
 from dfq.config import RECIPES, GeneratorConfig, LayerBits, quant_config
 from dfq.data import Images
-from dfq.loop import Interrupted, NonFiniteError, cosine, one_cycle
+from dfq.loop import Interrupted, NonFiniteError
 from dfq.models import ModelSpec
+from dfq.optimizers import cosine, one_cycle
 from dfq.quant import prepare
 from dfq.quant.quantizers import weight_layers
 from dfq.trainer import DataFreeTraining

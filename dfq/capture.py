@@ -1,0 +1,139 @@
+"""Steps as captured CUDA graphs: what a step launches is recorded once and replayed, with no Python in between.
+
+A step is a function of tensors that reads everything else (weights, optimizers, schedules, ranges) from tensors that stay
+where they are. Its first `WARM_UP` calls run as they are, on a stream of their own: kernels are loaded, cuDNN chooses,
+optimizers make their state. They are steps like all others; nothing is run twice. The next call is recorded, and from
+then on replayed. Where nothing is captured the same functions are called, so a CPU runs the same code.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from dfq.errors import check, first_line
+
+MODES = ("auto", "on", "off")
+WARM_UP = 3
+
+T = TypeVar("T")
+
+
+class CaptureError(RuntimeError):
+    """A step that had to be captured, and cannot be."""
+
+
+class Recorder(Protocol):
+    """Who records a step."""
+
+    def warm_up(self, function: Callable[[], T]) -> T:
+        """Runs the step where it will be recorded."""
+
+    def record(self, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        """Records the step without running it: what runs it, and its results, which every run writes anew."""
+
+
+class CudaGraphs:
+    """Records into CUDA graphs that share one pool of memory: they run one after the other, never two at once, and the
+    results of each stay allocated."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    def warm_up(self, function: Callable[[], T]) -> T:
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            result = function()
+        current.wait_stream(self.stream)
+        return result
+
+    def record(self, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            result = function()
+        return graph.replay, result
+
+
+class _Recorded:
+    """A recorded step and its own inputs."""
+
+    def __init__(self, function: Callable[..., Any], inputs: tuple[Tensor | None, ...], recorder: Recorder) -> None:
+        self.inputs = [None if value is None else value.clone() for value in inputs]
+        self.replay, self.result = recorder.record(lambda: function(*self.inputs))
+
+    def __call__(self, *inputs: Tensor | None) -> Any:
+        for own, value in zip(self.inputs, inputs, strict=True):
+            if own is not None and value is not None:
+                own.copy_(value)
+        self.replay()
+        return self.result
+
+
+class Capture:
+    """Calls steps, or records and replays them.
+
+    Args:
+        mode: `auto` captures on a GPU, and runs steps as they are where that fails, with one warning; `on` captures or
+            raises; `off` does not.
+        device: where the steps run.
+        recorder: who records; default: CUDA graphs.
+
+    Raises:
+        ValueError: an unknown mode, or `on` without a GPU.
+    """
+
+    def __init__(self, mode: str, device: torch.device, recorder: Recorder | None = None) -> None:
+        check("dfq", "capture", mode, f"one of {', '.join(MODES)}", mode in MODES)
+        on_gpu = device.type == "cuda"
+        check("dfq", "capture", mode, f"auto or off on {device.type}", mode != "on" or on_gpu or recorder is not None)
+        self.mode, self._recorder = mode, recorder
+        if mode == "off":
+            self._recorder = None
+        elif recorder is None and on_gpu:
+            self._recorder = CudaGraphs(device)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what is recorded: the tensors that it reads are others now."""
+        self._calls: Counter[Hashable] = Counter()
+        self._recorded: dict[Hashable, _Recorded] = {}
+
+    @property
+    def recorded(self) -> list[Hashable]:
+        """The names of the steps that are replayed."""
+        return list(self._recorded)
+
+    def run(self, name: Hashable, function: Callable[..., T], *inputs: Tensor | None) -> T:
+        """`function(*inputs)`; a replayed step's results are overwritten by its next call.
+
+        Args:
+            name: of the step; always with the same function and inputs of the same shapes.
+        """
+        if self._recorder is None:
+            return function(*inputs)
+        if name not in self._recorded:
+            self._calls[name] += 1
+            if self._calls[name] <= WARM_UP:
+                return self._recorder.warm_up(lambda: function(*inputs))
+            try:
+                self._recorded[name] = _Recorded(function, inputs, self._recorder)
+            except RuntimeError as error:
+                self._give_up(name, error)
+                return function(*inputs)
+        result: T = self._recorded[name](*inputs)
+        return result
+
+    def _give_up(self, name: Hashable, error: RuntimeError) -> None:
+        reason = f"capture: step {name} cannot be captured: {first_line(error)}"
+        if self.mode == "on":
+            raise CaptureError(reason) from error
+        warnings.warn(f"{reason}; steps run as they are", RuntimeWarning, stacklevel=3)
+        self._recorder = None
+        self.reset()
