@@ -28,8 +28,10 @@ from dfq.data import Images
 from dfq.device import resolve_device, resolve_precision
 from dfq.errors import check, first_line, integer
 from dfq.evaluate import accuracy, check_test_images
+from dfq.execution import Execution
 from dfq.loop import Observer, run_loop
 from dfq.models import ModelSpec, build_model
+from dfq.profiling import Profiled
 from dfq.quant import freeze_ranges, layer_bounds, prepare
 from dfq.report import model_bytes, save_curves, save_image_grid
 from dfq.run_folder import RunFolder, read_config
@@ -74,6 +76,9 @@ def quantize(
     resume: bool = False,
     device: str = "auto",
     precision: str = "auto",
+    capture: str = "auto",
+    compile: bool = False,
+    profile: bool = False,
     spec: ModelSpec | None = None,
     observer: Observer | None = None,
 ) -> Result:
@@ -95,6 +100,10 @@ def quantize(
         resume: continue the run in `out`.
         device: `auto`, `cpu`, `cuda`, `cuda:N`.
         precision: `auto`, `fp32`, `bf16` (autocast in training; judged by the exact forward always).
+        capture: steps as CUDA graphs: `auto` (on a GPU, and where it fails as they are, with a warning), `on` (or an
+            error), `off`; the same bits.
+        compile: networks go through `torch.compile` (a minute at the start).
+        profile: writes a Chrome trace of the last ten steps and a table by operator into `out`.
         spec: how `model` is built by name, so that `dfq evaluate OUT` can build it again.
         observer: sees every step.
 
@@ -105,6 +114,7 @@ def quantize(
         ValueError: an argument out of its rule, a model without batch norms or with an unsupported module
             (`PrepareError`), a folder that cannot be written or resumed (`CheckpointError`).
         NonFiniteError: training diverged; names the term.
+        ExecutionError: a step or network that cannot be captured or compiled, and had to be.
         Interrupted: Ctrl-C or SIGTERM, after saving.
     """
     input_shape, num_classes = _sizes("quantize", input_shape, num_classes)
@@ -122,16 +132,18 @@ def quantize(
     task = DataFreeTraining(
         _copy("quantize", model), list(students), recipe, quant=config, input_shape=input_shape,
         num_classes=num_classes, steps=steps, seed=seed, device=where, precision=resolve_precision(precision, where),
+        execution=Execution(capture, where, compiled=compile),
     )  # fmt: skip
     settings = {
         "command": "quantize", "weights": weights_digest(model), "model": to_json(spec),
         "input_shape": list(input_shape), "num_classes": num_classes,
         "preset": preset, "quant": to_json(config), "recipe": to_json(recipe), "steps": steps, "seed": seed,
-        "device": where.type, "precision": task.precision,
+        "device": where.type, "precision": task.precision, "compile": compile,
     }  # fmt: skip
     started = time.monotonic()
     with RunFolder(Path(out), settings, resume=resume) as folder:
-        run_loop(task, folder, resume=resume, observer=observer)
+        steps_to_run = Profiled(task, folder.path) if profile else task
+        run_loop(steps_to_run, folder, resume=resume, observer=observer)
         student = students[0]
         freeze_ranges(student)
         calibrated = prepare(_copy("quantize", model), config).to(where)
@@ -155,6 +167,8 @@ def distill(
     resume: bool = False,
     device: str = "auto",
     precision: str = "auto",
+    capture: str = "auto",
+    compile: bool = False,
     specs: list[ModelSpec] | None = None,
     observer: Observer | None = None,
 ) -> Result:
@@ -164,15 +178,15 @@ def distill(
         teacher: trained float classifier with batch norms.
         students: freshly initialised classifiers, of any architectures; the first is the product, all of them are what
             live generators disagree with. They are trained in place.
-        input_shape, num_classes, recipe, steps, seed, out, test_images, resume, device, precision, observer:
-            as in `quantize`.
+        input_shape, num_classes, recipe, steps, seed, out, test_images, resume, device, precision, capture, compile,
+            observer: as in `quantize`.
         specs: how teacher and students are built by name.
 
     Returns:
         A `Result`; `result.model` is the first student.
 
     Raises:
-        ValueError, NonFiniteError, Interrupted: as `quantize`.
+        ValueError, NonFiniteError, ExecutionError, Interrupted: as `quantize`.
     """
     input_shape, num_classes = _sizes("distill", input_shape, num_classes)
     steps, seed = integer("distill", "steps", steps, 1), integer("distill", "seed", seed, 0)
@@ -186,13 +200,13 @@ def distill(
     task = DataFreeTraining(
         _copy("distill", teacher), students, replace(recipe, students=len(students)), quant=None,
         input_shape=input_shape, num_classes=num_classes, steps=steps, seed=seed, device=where,
-        precision=resolve_precision(precision, where),
+        precision=resolve_precision(precision, where), execution=Execution(capture, where, compiled=compile),
     )  # fmt: skip
     settings = {
         "command": "distill", "weights": weights_digest(teacher), "model": to_json(specs[1]) if specs else None,
         "specs": to_json(specs or []),
         "quant": None, "input_shape": list(input_shape), "num_classes": num_classes, "recipe": to_json(recipe),
-        "steps": steps, "seed": seed, "device": where.type, "precision": task.precision,
+        "steps": steps, "seed": seed, "device": where.type, "precision": task.precision, "compile": compile,
     }  # fmt: skip
     started = time.monotonic()
     with RunFolder(Path(out), settings, resume=resume) as folder:

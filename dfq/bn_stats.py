@@ -33,11 +33,12 @@ class BnStatistics:
                 "BnStatistics: teacher must have batch norms with stored statistics (the method draws its images from "
                 "them), got none"
             )
+        self._forwards = [self._measuring(layer) for layer in self.layers]  # the same ones always: a compiler looks
 
     def __enter__(self) -> BnStatistics:
         self._measured: list[tuple[BatchNorm, Tensor, Tensor]] = []
-        for layer in self.layers:
-            layer.forward = self._measuring(layer)  # type: ignore[method-assign, assignment]
+        for layer, forward in zip(self.layers, self._forwards, strict=True):
+            layer.forward = forward  # type: ignore[method-assign, assignment]
         return self
 
     def __exit__(

@@ -22,6 +22,7 @@ from dfq.config import PRESETS, RECIPES, LayerBits, TeachConfig, to_json
 from dfq.data import DATASETS, Images, load_images
 from dfq.device import resolve_device, resolve_precision
 from dfq.evaluate import accuracy, check_test_images
+from dfq.execution import MODES, ExecutionError
 from dfq.loop import Interrupted, NonFiniteError
 from dfq.models import MODEL_NAMES, ModelSpec, build_model
 from dfq.progress import ProgressBar, Silent
@@ -90,6 +91,11 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Precision = Annotated[
     str, typer.Option(help="Of training: auto, fp32 or bf16. Accuracy is always judged by the exact forward.")
 ]
+Capture = Annotated[
+    str,
+    typer.Option(help=f"Steps as CUDA graphs: {', '.join(MODES)}. auto: on a GPU, and as they are where that fails."),
+]
+Compile = Annotated[bool, typer.Option("--compile", help="Networks through torch.compile: a minute at the start.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 RecipeName = Annotated[str, typer.Option(help=f"How images are made and students learn: {', '.join(RECIPES)}.")]
 
@@ -149,6 +155,12 @@ def quantize(
     resume: Resume = False,
     device: Device = "auto",
     precision: Precision = "auto",
+    capture: Capture = "auto",
+    compile_networks: Compile = False,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Write a Chrome trace of the last steps and a table by operator into --out."),
+    ] = False,
     json_output: Json = False,
 ) -> None:
     """Quantize a trained classifier without any data."""
@@ -157,7 +169,8 @@ def quantize(
         result = api.quantize(
             network, input_shape=shape, num_classes=spec.num_classes, preset=preset, recipe=recipe, steps=steps,
             seed=seed, out=out, overrides=_layer_bits(layer_bits or []), test_images=test, resume=resume,
-            device=device, precision=precision, spec=spec, observer=observer,
+            device=device, precision=precision, capture=capture, compile=compile_networks, profile=profile, spec=spec,
+            observer=observer,
         )  # fmt: skip
     _show(result, json_output)
 
@@ -182,6 +195,8 @@ def distill(
     resume: Resume = False,
     device: Device = "auto",
     precision: Precision = "auto",
+    capture: Capture = "auto",
+    compile_networks: Compile = False,
     json_output: Json = False,
 ) -> None:
     """Train a smaller float student on a teacher's knowledge without any data."""
@@ -194,8 +209,8 @@ def distill(
     with _observer(json_output) as observer:
         result = api.distill(
             network, students, input_shape=shape, num_classes=spec.num_classes, recipe=recipe, steps=steps, seed=seed,
-            out=out, test_images=test, resume=resume, device=device, precision=precision, specs=[spec, *specs],
-            observer=observer,
+            out=out, test_images=test, resume=resume, device=device, precision=precision, capture=capture,
+            compile=compile_networks, specs=[spec, *specs], observer=observer,
         )  # fmt: skip
     _show(result, json_output)
 
@@ -360,7 +375,7 @@ def main(command: Callable[[], Any] = app) -> None:
     except Interrupted as error:
         errors.print(f"dfq: {error}", markup=False)
         raise SystemExit(128 + error.signal_number) from None
-    except (ValueError, NonFiniteError, BackendError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, NonFiniteError, ExecutionError, BackendError, OSError, torch.OutOfMemoryError) as error:
         errors.print(f"error: {' '.join(str(error).split())}", markup=False)
         raise SystemExit(1) from None
 

@@ -42,7 +42,8 @@ class Generator(nn.Module):
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is not None:
-            one_hot = F.one_hot(labels, self.num_classes).to(z.dtype)
+            classes = torch.arange(self.num_classes, device=labels.device)
+            one_hot = (labels[:, None] == classes).to(z.dtype)  # F.one_hot reads the labels
             z = torch.cat([z, self.noise**0.5 * one_hot], dim=1)  # as long as the noise, or it would drown in it
         x = self.project(z).view(-1, self.width, *self.start).contiguous(memory_format=torch.channels_last)
         for conv, norm in zip(self.convs, self.norms, strict=True):

@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dfq.capture import Capture
 from dfq.device import autocast
+from dfq.execution import Execution
 from dfq.generator import Generator
 from dfq.seeds import random_source
 
@@ -22,14 +22,16 @@ class ImagePool:
     """Images as a function of (seed, purpose, step).
 
     Args:
-        capture: who runs the generators.
+        execution: who runs the generators.
         batch_size: images per batch.
         seed: of all noise.
         device, precision: where and how generators run.
     """
 
-    def __init__(self, capture: Capture, *, batch_size: int, seed: int, device: torch.device, precision: str) -> None:
-        self.capture = capture
+    def __init__(
+        self, execution: Execution, *, batch_size: int, seed: int, device: torch.device, precision: str
+    ) -> None:
+        self.execution = execution
         self.batch_size, self.seed, self.device, self.precision = batch_size, seed, device, precision
         self.frozen: list[Generator] = []
         self.live: list[Generator] = []
@@ -47,14 +49,13 @@ class ImagePool:
     def images(self, generator: Generator, z: Tensor, labels: Tensor | None) -> Tensor:
         """What a generator makes of noise and labels."""
         with autocast(self.device, self.precision):
-            images: Tensor = generator(z, labels)
-        return images
+            return self.execution.call(generator, z, labels)
 
     @torch.no_grad()
     def draw(self, generator: Generator, purpose: str, member: int, step: int) -> tuple[Tensor, Tensor | None]:
         """One batch of one generator, and the labels that it was asked for; overwritten by the generator's next one."""
         z, labels = self.noise(generator, purpose, member, step)
-        return self.capture.run(("images", id(generator)), partial(self.images, generator), z, labels), labels
+        return self.execution.step(("images", id(generator)), partial(self.images, generator), z, labels), labels
 
     @torch.no_grad()
     def batch(self, purpose: str, step: int) -> Tensor:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from dfq.bn_stats import BnStatistics, freeze
-from dfq.capture import Capture
 from dfq.classifier import check_classifier, check_learns, check_weights
 from dfq.config import GeneratorConfig, QuantConfig, Recipe
 from dfq.device import autocast
+from dfq.execution import Execution
 from dfq.generator import Generator
 from dfq.losses import batch_negentropy, distillation, instance_entropy, label_cross_entropy
 from dfq.optimizers import adam, cosine, load_optimizer, set_learning_rate, sgd
@@ -52,7 +52,7 @@ class DataFreeTraining:
         input_shape, num_classes: of the teacher.
         steps: student steps.
         seed: of everything random.
-        capture: who runs the steps, as they are or as CUDA graphs; None: as they are.
+        execution: who runs the steps, as they are or as CUDA graphs; None: as they are.
 
     Raises:
         ValueError: a teacher without batch norms, or with other outputs than `[N, num_classes]`.
@@ -71,7 +71,7 @@ class DataFreeTraining:
         seed: int,
         device: torch.device,
         precision: str,
-        capture: Capture | None = None,
+        execution: Execution | None = None,
     ) -> None:
         owner, name = ("quantize", "model") if quant else ("distill", "teacher")
         check_weights(teacher, owner=owner, name=name)
@@ -79,13 +79,15 @@ class DataFreeTraining:
         self.bn_statistics = BnStatistics(self.teacher)
         self.recipe, self.quant, self.steps, self.seed = recipe, quant, steps, seed
         self.input_shape, self.num_classes, self.device, self.precision = input_shape, num_classes, device, precision
-        self.capture = capture or Capture("off", device)
+        self.execution = execution or Execution("off", device)
         self.students = [student.requires_grad_(True).to(device) for student in students]
         for student in self.students:
             student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._check_models(owner, name)
         self.sources = [self._source(index, config) for index, config in enumerate(recipe.generators)]
-        self.pool = ImagePool(self.capture, batch_size=recipe.batch_size, seed=seed, device=device, precision=precision)
+        self.pool = ImagePool(
+            self.execution, batch_size=recipe.batch_size, seed=seed, device=device, precision=precision
+        )
         self.pool.live = [source.generator for source in self.sources if source.config.live]
         self.snapshot_owners: list[int] = []
         self.calibrated: dict[str, Tensor] = {}
@@ -130,7 +132,7 @@ class DataFreeTraining:
         set_learning_rate(source.optimizer, 1.0 if phase == "warm-up" and source.config.live else cosine(step, total))
         z, labels = self.pool.noise(source.generator, phase, source.index, step)
         update = partial(self._update_generator, source, students)
-        return self.capture.run((phase, f"generator {source.index + 1}"), update, z, labels)
+        return self.execution.step((phase, f"generator {source.index + 1}"), update, z, labels)
 
     def _update_generator(
         self, source: Source, students: list[nn.Module], z: Tensor, labels: Tensor | None
@@ -138,7 +140,7 @@ class DataFreeTraining:
         recipe = self.recipe
         images = self.pool.images(source.generator, z, labels)
         with self.bn_statistics as statistics, autocast(self.device, self.precision):
-            teacher_logits = self.teacher(images)
+            teacher_logits = self.execution.call(self.teacher, images)
             terms = {"bn": recipe.bn * statistics.loss()}
         if labels is None:
             terms["instance"] = recipe.instance * instance_entropy(teacher_logits)
@@ -161,12 +163,12 @@ class DataFreeTraining:
         for optimizer in self.optimizers[index]:
             set_learning_rate(optimizer, cosine(step, self.steps))
         images = self.pool.batch(f"student{index}", step)
-        return self.capture.run(f"student {index + 1}", partial(self._update_student, index), images)
+        return self.execution.step(f"student {index + 1}", partial(self._update_student, index), images)
 
     def _update_student(self, index: int, images: Tensor) -> Mapping[str, Tensor]:
         student = self.students[index]
         with torch.no_grad(), autocast(self.device, self.precision):
-            teacher_logits = self.teacher(images)
+            teacher_logits = self.execution.call(self.teacher, images)
         set_adapting(student, True)
         loss = self.distance(teacher_logits, self._forward(student, images, learning=True))
         set_adapting(student, False)
@@ -223,7 +225,7 @@ class DataFreeTraining:
         """A float student that is not learning is in evaluation: its batch norms stay as they are."""
         student.train(learning or self.quant is not None)
         with autocast(self.device, self.precision):
-            return student(images)
+            return self.execution.call(student, images, fullgraph=self.quant is not None)
 
     def _source(self, index: int, config: GeneratorConfig) -> Source:
         recipe = self.recipe
@@ -274,7 +276,7 @@ class DataFreeTraining:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.capture.reset()
+        self.execution.reset()
         for source, weights, optimizer in zip(
             self.sources, state["generators"], state["generator_optimizers"], strict=True
         ):

@@ -16,12 +16,13 @@ ROOT = Path(__file__).parent.parent
 # rooms of dfq, lowest first; a module imports from its own floor or below
 FLOORS = [
     {"errors"},
-    {"config", "seeds", "matlab", "device", "classifier", "capture", "optimizers"},
+    {"config", "seeds", "matlab", "device", "classifier", "execution", "optimizers"},
     {"readers"},
     {"data", "checkpoint", "models"},
     {"run_folder"},
     {"bn_stats", "losses", "generator", "pool", "quant", "loop", "embedded"},
     {"teach", "trainer", "evaluate", "report"},
+    {"profiling"},
     {"api", "progress"},
     {"cli"},
     {"__main__", "__init__"},

@@ -57,10 +57,11 @@ def test_quantize_writes_its_folder_and_says_where(tmp_path: Path) -> None:
 
 
 def test_json_is_all_that_is_printed(tmp_path: Path) -> None:
-    done = dfq_command(*QUANTIZE, "--out", str(tmp_path / "run"), "--json")
+    done = dfq_command(*QUANTIZE, "--out", str(tmp_path / "run"), "--json", "--profile", "--capture", "auto")
     facts = json.loads(done.stdout)
     assert facts["out"] == str(tmp_path / "run") and set(facts["bytes"]) == {"teacher", "DF-Q", "DF-QAT-KD"}
     assert 0 < facts["bytes"]["DF-QAT-KD"] < facts["bytes"]["teacher"] and done.stderr == ""
+    assert "SGD.step" in (tmp_path / "run" / "profile.txt").read_text()
 
 
 def test_data_gives_shapes_and_accuracies_and_evaluate_repeats_them(tmp_path: Path) -> None:
@@ -164,6 +165,8 @@ WRONG = {
     ],
     "error: dfq: layer_bits must be LAYER=W<bits>A<bits>, got 'fc=2A4'": [*QUANTIZE, "--layer-bits", "fc=2A4"],
     "error: dfq: input_shape must be C,H,W (or --data given), got '1,²,9'": [*QUANTIZE, "--input-shape", "1,²,9"],
+    "error: dfq: capture must be one of auto, on, off, got 'always'": [*QUANTIZE, "--capture", "always"],
+    "error: dfq: capture must be auto or off on cpu, got 'on'": [*QUANTIZE, "--capture", "on", "--device", "cpu"],
     "error: run: nowhere/config.json cannot be read: No such file": ["evaluate", "nowhere"],
 }
 

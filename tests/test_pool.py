@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dfq.capture import Capture
+from dfq.execution import Execution
 from dfq.generator import Generator
 from dfq.pool import ImagePool
 
@@ -12,7 +12,7 @@ from dfq.pool import ImagePool
 def test_each_purpose_keeps_its_round() -> None:
     """Two students that take turns do not make the other's images again."""
     device = torch.device("cpu")
-    pool = ImagePool(Capture("off", device), batch_size=4, seed=0, device=device, precision="fp32")
+    pool = ImagePool(Execution("off", device), batch_size=4, seed=0, device=device, precision="fp32")
     pool.frozen = [Generator((1, 8, 8), noise=8, width=8) for _ in range(3)]
     calls = []
     for member in pool.frozen:

@@ -1,9 +1,11 @@
-"""Steps as captured CUDA graphs: what a step launches is recorded once and replayed, with no Python in between.
+"""How steps run: as they are, with compiled networks, or as captured CUDA graphs.
 
-A step is a function of tensors that reads everything else (weights, optimizers, schedules, ranges) from tensors that stay
-where they are. Its first `WARM_UP` calls run as they are, on a stream of their own: kernels are loaded, cuDNN chooses,
-optimizers make their state. They are steps like all others; nothing is run twice. The next call is recorded, and from
-then on replayed. Where nothing is captured the same functions are called, so a CPU runs the same code.
+Captured, what a step launches is recorded once and replayed, with no Python in between.
+
+A step is a function of tensors that reads everything else (weights, optimizers, schedules, ranges) from tensors that
+stay where they are. Its first `WARM_UP` calls run as they are, on a stream of their own: kernels are loaded, cuDNN
+chooses, optimizers make their state. They are steps like all others; nothing is run twice. The next call is recorded,
+and from then on replayed. Where nothing is captured the same functions are called, so a CPU runs the same code.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfq.errors import check, first_line
 
@@ -24,8 +26,8 @@ WARM_UP = 3
 T = TypeVar("T")
 
 
-class CaptureError(RuntimeError):
-    """A step that had to be captured, and cannot be."""
+class ExecutionError(RuntimeError):
+    """A step that had to be captured or compiled, and cannot be."""
 
 
 class Recorder(Protocol):
@@ -76,24 +78,28 @@ class _Recorded:
         return self.result
 
 
-class Capture:
-    """Calls steps, or records and replays them.
+class Execution:
+    """Calls steps, or records and replays them; calls networks, or what `torch.compile` makes of them.
 
     Args:
         mode: `auto` captures on a GPU, and runs steps as they are where that fails, with one warning; `on` captures or
             raises; `off` does not.
         device: where the steps run.
+        compiled: whether networks are compiled, in the first step that calls them.
         recorder: who records; default: CUDA graphs.
 
     Raises:
         ValueError: an unknown mode, or `on` without a GPU.
     """
 
-    def __init__(self, mode: str, device: torch.device, recorder: Recorder | None = None) -> None:
+    def __init__(
+        self, mode: str, device: torch.device, *, compiled: bool = False, recorder: Recorder | None = None
+    ) -> None:
         check("dfq", "capture", mode, f"one of {', '.join(MODES)}", mode in MODES)
         on_gpu = device.type == "cuda"
         check("dfq", "capture", mode, f"auto or off on {device.type}", mode != "on" or on_gpu or recorder is not None)
-        self.mode, self._recorder = mode, recorder
+        self.mode, self.compiled, self._recorder = mode, compiled, recorder
+        self._networks: dict[nn.Module, Callable[..., Tensor]] = {}
         if mode == "off":
             self._recorder = None
         elif recorder is None and on_gpu:
@@ -110,7 +116,22 @@ class Capture:
         """The names of the steps that are replayed."""
         return list(self._recorded)
 
-    def run(self, name: Hashable, function: Callable[..., T], *inputs: Tensor | None) -> T:
+    def call(self, network: nn.Module, *inputs: Tensor | None, fullgraph: bool = False) -> Tensor:
+        """`network(*inputs)`; compiled, `fullgraph` raises `ExecutionError` where one graph cannot hold it."""
+        if not self.compiled:
+            result: Tensor = network(*inputs)
+            return result
+        from torch._dynamo.exc import TorchDynamoException  # a second to import
+
+        if network not in self._networks:
+            self._networks[network] = torch.compile(network, fullgraph=fullgraph, dynamic=False)
+        try:
+            return self._networks[network](*inputs)
+        except TorchDynamoException as error:
+            reason = f"compile: {type(network).__name__} cannot be compiled: {first_line(error)}"
+            raise ExecutionError(reason) from error
+
+    def step(self, name: Hashable, function: Callable[..., T], *inputs: Tensor | None) -> T:
         """`function(*inputs)`; a replayed step's results are overwritten by its next call.
 
         Args:
@@ -124,6 +145,8 @@ class Capture:
                 return self._recorder.warm_up(lambda: function(*inputs))
             try:
                 self._recorded[name] = _Recorded(function, inputs, self._recorder)
+            except ExecutionError:
+                raise
             except RuntimeError as error:
                 self._give_up(name, error)
                 return function(*inputs)
@@ -133,7 +156,7 @@ class Capture:
     def _give_up(self, name: Hashable, error: RuntimeError) -> None:
         reason = f"capture: step {name} cannot be captured: {first_line(error)}"
         if self.mode == "on":
-            raise CaptureError(reason) from error
+            raise ExecutionError(reason) from error
         warnings.warn(f"{reason}; steps run as they are", RuntimeWarning, stacklevel=3)
         self._recorder = None
         self.reset()
