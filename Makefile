@@ -39,7 +39,7 @@ readme: .venv/installed        ## builds the README's tables from benchmarks/res
 
 bench: .venv/installed         ## kernels and whole steps against what users have, into benchmarks/results: 15 minutes
 	$(BIN)/python -m benchmarks.run --compiled
-	$(BIN)/python -m benchmarks.end_to_end
+	$(BIN)/python -m benchmarks.end_to_end --compiled
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 RUNTIMES = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libstdc++.so)
@@ -59,6 +59,7 @@ gpu:                           ## with a GPU: builds in place, checks, measures;
 	if command -v compute-sanitizer; then compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest -q -m gpu \
 	  tests/test_conformance.py -k "misaligned or slice or transposed or expanded"; fi
 	$(PYTHON) -m benchmarks.run
+	$(PYTHON) -m benchmarks.end_to_end --compiled
 
 tune:                          ## with a GPU: launch configurations of the Triton kernels for its architecture
 	$(PYTHON) -m benchmarks.tune

@@ -1,177 +1,200 @@
-"""Whole training steps against torch.ao and forward hooks: `python -m benchmarks.end_to_end [--out FILE]`.
+"""Whole training steps against torch.ao and forward hooks: `python -m benchmarks.end_to_end [--out FILE] [--compiled]`.
 
-One generator step and one student step of recipe `paper` (WRN-16-1, W4A4, batch 128), the loop of `dfq.trainer` in both
-variants. The baseline's operators are what people have: torch.ao's `FusedMovingAvgObsFakeQuantize` (which takes fp32
-alone: values are converted around it, as its users must), `F.batch_norm`, and forward pre-hooks that take `var_mean`.
+One generator step and one student step of recipe `paper`, the loop of `dfq.trainer` in all variants. On a CPU:
+WRN-16-1, batch 128. On a GPU: networks at CIFAR and ImageNet size, steps as they are, captured and compiled. What a
+step must launch and move at least is computed (`benchmarks.predicted`) and stands beside as `predicted`.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor
-from torch.ao.quantization import (
-    FusedMovingAvgObsFakeQuantize,
-    MovingAverageMinMaxObserver,
-    MovingAveragePerChannelMinMaxObserver,
-)
-from torch.nn import functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import results_file, write_results
+from benchmarks.predicted import predicted
 from benchmarks.timing import interleaved
-from dfq.bn_stats import BnStatistics
+from benchmarks.torch_ao import HookStatistics, TorchAo
 from dfq.cli import keep_freed_memory
 from dfq.config import quant_config, recipe_named
 from dfq.embedded import INPUT_SHAPE, load_teacher
+from dfq.execution import WARM_UP, Execution
+from dfq.models import ModelSpec, build_model
 from dfq.quant import prepare
+from dfq.seeds import seeded_initialisation
 from dfq.trainer import DataFreeTraining
 
-
-class HookStatistics(BnStatistics):
-    """The batch norms' input statistics by forward pre-hooks, and the loss layer by layer."""
-
-    def __enter__(self) -> HookStatistics:
-        self.seen: list[tuple[Any, Tensor, Tensor]] = []
-        self.handles = [layer.register_forward_pre_hook(self._look) for layer in self.layers]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _look(self, layer: Any, inputs: tuple[Tensor, ...]) -> None:
-        var, mean = torch.var_mean(inputs[0].float(), (0, 2, 3), unbiased=False)
-        self.seen.append((layer, mean, var))
-
-    def loss(self) -> Tensor:
-        terms = []
-        for layer, mean, var in self.seen:
-            batch, stored = var.clamp(min=layer.eps), layer.running_var.clamp(min=layer.eps)
-            ratio = (((mean - layer.running_mean) ** 2 + batch) / (2 * stored)) - 0.5 * torch.log(batch / stored) - 0.5
-            terms.append(ratio.sum())
-        return torch.stack(terms).sum() / sum(mean.numel() for _, mean, _ in self.seen)
+PRECISIONS = ("bf16", "fp32", "tf32")  # tf32: fp32 in which a GPU multiplies with 10 bits of mantissa
 
 
-class TorchAo:
-    """The operators that a fake-quantized student calls, made of torch.ao's modules, one for each range."""
+@dataclass(frozen=True)
+class Workload:
+    """A training step that is measured; `size` of its square images."""
 
-    def __init__(self) -> None:
-        self.modules: dict[int, Any] = {}
+    model: str = "wrn-16-1"
+    size: int = 32
+    batch: int = 128
+    precision: str = "bf16"
+    ranges: str = "minmax"
+    preset: str = "W4A4"
 
-    def fake_quant(
-        self, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None = None
-    ) -> Tensor:
-        """With a learned scale, what torch.ao's `_LearnableFakeQuantize` calls."""
-        bounds = (quant_min, quant_max, 1.0)
-        if axis is not None:
-            return torch._fake_quantize_learnable_per_channel_affine(x, scale, zero_point, axis, *bounds)
-        if scale.requires_grad:
-            learned = scale.reshape(1), zero_point.reshape(1)
-            return torch._fake_quantize_learnable_per_tensor_affine(x.float(), *learned, *bounds).to(x.dtype)
-        whole = zero_point.to(torch.int32)
-        return torch.fake_quantize_per_tensor_affine(x.float(), scale, whole, quant_min, quant_max).to(x.dtype)
-
-    def observe_fake_quant(
-        self, x: Tensor, running_min: Tensor, running_max: Tensor, *_: Tensor, quant_min: int, quant_max: int,
-        averaging_constant: float,
-    ) -> Tensor:  # fmt: skip
-        """A new module starts from the range that calibration left."""
-        if id(running_min) not in self.modules:
-            dtype = torch.qint8 if quant_min < 0 else torch.quint8
-            module = FusedMovingAvgObsFakeQuantize(
-                MovingAverageMinMaxObserver, quant_min, quant_max, dtype=dtype, averaging_constant=averaging_constant
-            )
-            module.activation_post_process.min_val.copy_(running_min)
-            module.activation_post_process.max_val.copy_(running_max)
-            self.modules[id(running_min)] = module
-        return self.modules[id(running_min)](x.float()).to(x.dtype)
-
-    def bn_act_fake_quant(
-        self, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, running_min: Tensor,
-        running_max: Tensor, scale: Tensor, zero_point: Tensor, *, training: bool, momentum: float, eps: float,
-        activation: str | None, observe: bool, averaging_constant: float, **bounds: int,
-    ) -> Tensor:  # fmt: skip
-        out = F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
-        out = F.relu(out) if activation == "relu" else out
-        if not observe:
-            return self.fake_quant(out, scale, zero_point, **bounds)
-        return self.observe_fake_quant(out, running_min, running_max, averaging_constant=averaging_constant, **bounds)
-
-    def fake_quant_weights(self, weights: Sequence[Tensor], bits: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-        outs, scales = [], []
-        for weight, width in zip(weights, bits, strict=True):
-            if id(weight) not in self.modules:
-                bound = 2 ** (width - 1) - 1
-                self.modules[id(weight)] = FusedMovingAvgObsFakeQuantize(
-                    MovingAveragePerChannelMinMaxObserver, -bound, bound, dtype=torch.qint8, ch_axis=0,
-                    qscheme=torch.per_channel_symmetric, averaging_constant=1.0,
-                )  # fmt: skip
-            outs.append(self.modules[id(weight)](weight))
-            scales.append(self.modules[id(weight)].scale)
-        return outs, scales
-
-    @contextmanager
-    def in_place_of_ours(self) -> Iterator[None]:
-        """Inside, whoever calls `dfq_kernels` gets these."""
-        names = ("fake_quant", "observe_fake_quant", "bn_act_fake_quant", "fake_quant_weights")
-        with mock.patch.multiple("dfq_kernels", **{name: getattr(self, name) for name in names}):
-            yield
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return INPUT_SHAPE if self.model == "wrn-16-1" else (3, self.size, self.size)
 
 
-def calibrated(ranges: str, precision: str, batch_size: int) -> DataFreeTraining:
-    """The loop of recipe `paper` on the embedded teacher, where the alternation begins."""
-    recipe = replace(recipe_named("paper"), warm_up=1, ranges=ranges, batch_size=batch_size)
-    quant = quant_config("W4A4", ranges=ranges)
+def workloads(device: torch.device) -> list[Workload]:
+    if device.type == "cpu":
+        return [Workload(precision=precision, ranges=ranges) for precision in ("bf16", "fp32")
+                for ranges in ("minmax", "lsq")]  # fmt: skip
+    sizes = [("wrn-16-1", 32, 256), ("wrn-40-2", 32, 256), ("resnet18", 224, 64), ("mobilenet-v2", 224, 64)]
+    return [Workload(*size, precision=precision) for size in sizes for precision in PRECISIONS]
+
+
+def teacher(work: Workload) -> nn.Module:
+    """The embedded teacher, or a network of random weights whose batch norms have seen noise."""
+    if work.model == "wrn-16-1":
+        return load_teacher()
+    with seeded_initialisation(0, "teacher"):
+        model = build_model(ModelSpec(work.model, 3, 1000, "imagenet" if work.size > 64 else "cifar")).train()
+        with torch.no_grad():
+            for _ in range(5):
+                model(torch.randn(8, *work.image_shape))
+    return model.eval()
+
+
+def calibrated(work: Workload, execution: Execution | None = None, device: str = "cpu") -> DataFreeTraining:
+    """The loop of recipe `paper`, where the alternation begins."""
+    recipe = replace(recipe_named("paper"), warm_up=1, ranges=work.ranges, batch_size=work.batch, calibration_batches=2)
+    quant, net = quant_config(work.preset, ranges=work.ranges), teacher(work)
+    classes = net(torch.zeros(1, *work.image_shape)).shape[1]
     task = DataFreeTraining(
-        load_teacher(), [prepare(load_teacher(), quant)], recipe, quant=quant, input_shape=INPUT_SHAPE, num_classes=10,
-        steps=10**6, seed=0, device=torch.device("cpu"), precision=precision,
+        net, [prepare(teacher(work), quant)], recipe, quant=quant, input_shape=work.image_shape, num_classes=classes,
+        steps=10**6, seed=0, device=torch.device(device), precision="bf16" if work.precision == "bf16" else "fp32",
+        execution=execution,
     )  # fmt: skip
     for index in range(task.warm_up_steps + task.calibration_steps):
         task.step(index)
     return task
 
 
-def variants(ranges: str, precision: str, batch_size: int = 128) -> dict[str, Callable[[], float]]:
-    """What makes the next step, ours and torch.ao's; each gives its loss."""
-    ours, theirs = (calibrated(ranges, precision, batch_size) for _ in range(2))
+class MaxAutotune(Execution):
+    """torch.compile's longest search, with CUDA graphs of its own."""
+
+    def call(self, network: nn.Module, *inputs: Tensor | None, fullgraph: bool = False) -> Tensor:
+        if network not in self._networks:
+            self._networks[network] = torch.compile(network, mode="max-autotune", dynamic=False)
+        return super().call(network, *inputs)
+
+
+def variants(work: Workload, device: torch.device, compiled: bool) -> dict[str, Callable[[], Any]]:
+    """What makes a variant's next step, by name; each gives its metrics."""
+    executions = {"dfq-kernels": Execution("off", device), "torch.ao": Execution("off", device)}
+    if device.type == "cuda":
+        executions["dfq-kernels captured"] = Execution("on", device)
+    if compiled:
+        executions["dfq-kernels compiled"] = Execution("off", device, compiled=True)
+        mode = MaxAutotune if device.type == "cuda" else Execution
+        executions["torch.ao compiled"] = mode("off", device, compiled=True)
+        if device.type == "cuda":
+            executions["dfq-kernels compiled and captured"] = Execution("on", device, compiled=True)
+    return {name: _steps(name, work, execution) for name, execution in executions.items()}
+
+
+def _steps(name: str, work: Workload, execution: Execution) -> Callable[[], Any]:
+    task = calibrated(work, execution, execution.device.type)
+    steps = count(task.warm_up_steps + task.calibration_steps)
+    if name.startswith("dfq"):
+        return lambda: task.step(next(steps))
     operators = TorchAo()
-    theirs.bn_statistics = HookStatistics(theirs.teacher)
-    steps = {"dfq-kernels": count(2), "torch.ao": count(2)}
+    task.bn_statistics = HookStatistics(task.teacher)
 
-    def step(name: str, task: DataFreeTraining) -> float:
-        return float(task.step(next(steps[name]))["student0/distillation"])
-
-    def their_step() -> float:
+    def their_step() -> Any:
         with operators.in_place_of_ours():
-            return step("torch.ao", theirs)
+            return task.step(next(steps))
 
-    return {"dfq-kernels": lambda: step("dfq-kernels", ours), "torch.ao": their_step}
+    return their_step
+
+
+def prediction(work: Workload) -> dict[str, Any]:
+    """What a step must launch and move on a GPU, counted on the CPU: the row that a GPU's numbers stand beside."""
+
+    def of(images: int) -> Callable[[], object]:
+        step = _steps("dfq-kernels", replace(work, batch=images), Execution("off", torch.device("cpu")))
+        step()  # optimizers have their state
+        return step
+
+    return {**asdict(work), "variant": "dfq-kernels", "predicted": True, **predicted(of, work.batch)}
+
+
+def on_gpu(step: Callable[[], Any]) -> dict[str, Any]:
+    """Peak memory, kernels and launches of one step."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as seen:
+        step()
+        torch.cuda.synchronize()
+    events = seen.events() or []
+    kernels = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in events)
+    launched = sum(event.name in ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cudaGraphLaunch")
+                   for event in events)  # fmt: skip
+    return {"peak_gigabytes": round(torch.cuda.max_memory_allocated() / 1e9, 2), "kernels": kernels,
+            "launches": launched}  # fmt: skip
+
+
+def measure(work: Workload, device: torch.device, seconds: float, compiled: bool) -> Iterator[dict[str, Any]]:
+    """One row for each variant."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = work.precision == "tf32"
+    torch.compiler.reset()
+    steps, failed = {}, {}
+    for name, step in variants(work, device, compiled).items():
+        try:
+            for _ in range(WARM_UP + 2):
+                step()
+            steps[name] = step
+        except RuntimeError as error:  # a baseline that cannot be compiled is a result, too
+            failed[name] = str(error).splitlines()[0]
+    times = interleaved(steps, seconds=seconds, least=5)
+    ours = times["dfq-kernels"].median
+    for name, step in steps.items():
+        extra = on_gpu(step) if device.type == "cuda" else {}
+        rate = round(1 / times[name].median, 2)
+        yield {**asdict(work), "variant": name, "steps_per_second": rate,
+               "times_eager": round(ours / times[name].median, 2), **extra}  # fmt: skip
+    for name, reason in failed.items():
+        yield {**asdict(work), "variant": name, "failed": reason}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--out", type=Path, help="a JSON file for the results; default: one of this machine's name")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
+    parser.add_argument("--compiled", action="store_true", help="also compiled variants: minutes more")
     arguments = parser.parse_args()
     keep_freed_memory()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results: list[dict[str, Any]] = []
-    for precision in ("bf16", "fp32"):
-        for ranges in ("minmax", "lsq"):
-            times = interleaved(variants(ranges, precision), seconds=arguments.seconds, least=5)
-            rates = {f"{name} steps/s": round(1 / seconds.median, 2) for name, seconds in times.items()}
-            ratio = round(times["torch.ao"].median / times["dfq-kernels"].median, 2)
-            case = {"model": "wrn-16-1", "preset": "W4A4", "batch": 128, "precision": precision, "ranges": ranges}
-            results.append({**case, **rates, "times_torch_ao": ratio})
-            print(json.dumps(results[-1]), flush=True)
+
+    def note(row: dict[str, Any]) -> None:
+        results.append(row)
+        print(json.dumps(row), flush=True)
+
+    for work in workloads(torch.device("cuda")):
+        if work.precision != "tf32":  # fp32's bytes and launches
+            note(prediction(work))
+    for work in workloads(device):
+        for row in measure(work, device, arguments.seconds, arguments.compiled):
+            note(row)
+        gc.collect()
     write_results(arguments.out or results_file("steps"), results)
 
 

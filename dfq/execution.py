@@ -98,7 +98,7 @@ class Execution:
         check("dfq", "capture", mode, f"one of {', '.join(MODES)}", mode in MODES)
         on_gpu = device.type == "cuda"
         check("dfq", "capture", mode, f"auto or off on {device.type}", mode != "on" or on_gpu or recorder is not None)
-        self.mode, self.compiled, self._recorder = mode, compiled, recorder
+        self.mode, self.device, self.compiled, self._recorder = mode, device, compiled, recorder
         self._networks: dict[nn.Module, Callable[..., Tensor]] = {}
         if mode == "off":
             self._recorder = None

@@ -16,7 +16,9 @@ import torch
 from benchmarks import end_to_end, run
 from benchmarks.baselines import rows
 from benchmarks.machine import write_results
+from benchmarks.predicted import Counting
 from benchmarks.timing import Seconds
+from benchmarks.torch_ao import HookStatistics, TorchAo
 from dfq.quant.quantizers import ActivationQuantizer
 from dfq_kernels.dispatch import missing
 from dfq_kernels.specs import all_specs
@@ -72,8 +74,9 @@ def test_results_name_their_machine(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranges", ["minmax", "lsq"])
 def test_torch_ao_s_step_does_the_same(ranges: str) -> None:
     """Same images, same statistics, same activations; torch.ao rounds the scales of symmetric weights its own way."""
-    ours, theirs = (end_to_end.calibrated(ranges, "fp32", 8) for _ in range(2))
-    hooks, operators = end_to_end.HookStatistics(theirs.teacher), end_to_end.TorchAo()
+    work = end_to_end.Workload(precision="fp32", ranges=ranges, batch=8)
+    ours, theirs = (end_to_end.calibrated(work) for _ in range(2))
+    hooks, operators = HookStatistics(theirs.teacher), TorchAo()
     images = ours.pool.batch("test", 0)
     with ours.bn_statistics as mine, hooks as others:
         logits = ours.teacher(images), theirs.teacher(images)
@@ -85,5 +88,37 @@ def test_torch_ao_s_step_does_the_same(ranges: str) -> None:
         their_values, _ = quantizer(images)
     our_values, scale = quantizer(images)
     assert float((our_values - their_values).abs().max()) < 1e-3 * float(scale)
-    for _, step in end_to_end.variants(ranges, "fp32", 8).items():
-        assert math.isfinite(step())
+    steps = end_to_end.variants(work, CPU, compiled=False)
+    assert set(steps) == {"dfq-kernels", "torch.ao"}
+    for step in steps.values():
+        assert math.isfinite(step()["student0/distillation"])
+
+
+@pytest.mark.skipif(missing("fake_quant", "native", "cpu") is not None, reason="no native kernels")
+@pytest.mark.parametrize("layout", run.LAYOUTS)
+@pytest.mark.parametrize("name", ROWS)
+def test_predicted_bytes_are_those_of_the_specs(name: str, layout: str) -> None:
+    """But for the numbers of channels, which the specs leave out."""
+    row = run.fresh(ROWS[name], CPU)
+    x = torch.randn(8, 16, 32, 32).contiguous(memory_format=run.LAYOUTS[layout]).requires_grad_()
+    forward, backward = all_specs()[row.op].bytes_moved({"x": x}, dict(row.settings))
+    with Counting() as counted:
+        outs = row.ours(x, "native")
+    assert counted.bytes_moved == pytest.approx(forward, rel=0.02)
+    outs = [out for out in (outs if isinstance(outs, tuple) else (outs,)) if out.requires_grad]
+    grads = [torch.ones_like(out) for out in outs]
+    with Counting() as counted:
+        torch.autograd.grad(outs, x, grads)
+    assert counted.bytes_moved == pytest.approx(backward, rel=0.02)
+
+
+def test_a_prediction_grows_with_the_batch_and_not_in_launches() -> None:
+    work = end_to_end.Workload(batch=2)
+    few, real = end_to_end.prediction(work), end_to_end.prediction(replace(work, batch=64))
+    assert few["launches"] == real["launches"] > 400
+    step = end_to_end.variants(replace(work, batch=64), CPU, compiled=False)["dfq-kernels"]
+    step()
+    with Counting() as counted:
+        step()
+    assert counted.bytes_moved == pytest.approx(1e9 * real["gigabytes"], rel=1e-3)
+    assert counted.launches == real["launches"]
