@@ -141,6 +141,7 @@ def ninja_file(compiler: str, include: str, levels: list[str], target: Path, nvc
         lines.append(f"build {name}.o: cxx {escape(source)}\n  more = {more}")
 
     add(ROOT / "csrc" / "bindings.cpp", "bindings", include)
+    add(ROOT / "csrc" / "program_bindings.cpp", "program_bindings", include)
     add(ROOT / "csrc" / "cpu" / "select.cpp", "select", "")
     for source in CUDA if nvcc else []:  # first: they take longest
         objects.append(f"{source.stem}_cuda.o")

@@ -41,6 +41,8 @@ void run(const Where& where, void (*CpuKernels::*cpu)(const Arguments&),
 
 }  // namespace
 
+void bind_programs(py::module_& m);  // program_bindings.cpp
+
 PYBIND11_MODULE(_native, m) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.attr("isa") = cpu_kernels().isa;
@@ -50,6 +52,8 @@ PYBIND11_MODULE(_native, m) {
 #else
   m.attr("emulated") = false;
 #endif
+
+  bind_programs(m);
 
   m.def("workspace_bytes", [](int64_t size, int64_t channels, int64_t inner) {
     return cuda_kernels()->workspace_bytes({size, channels, inner});

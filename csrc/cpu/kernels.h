@@ -1,6 +1,7 @@
 // The CPU kernels: one table of functions per instruction-set level.
 #pragma once
 #include "../common/arguments.h"
+#include "program.h"
 
 namespace dfq {
 
@@ -9,6 +10,8 @@ struct CpuKernels {
 #define DFQ_FIELD(name, arguments) void (*name)(const arguments&);
   DFQ_KERNELS(DFQ_FIELD)
 #undef DFQ_FIELD
+  void (*prepare_program)(Program&);  // packs weights the way this level multiplies
+  void (*run_program)(const ProgramRun&);
 };
 
 // The best table that this processor can run.
@@ -19,6 +22,8 @@ namespace DFQ_ISA {
 #define DFQ_DECLARE(name, arguments) void name(const arguments&);
 DFQ_KERNELS(DFQ_DECLARE)
 #undef DFQ_DECLARE
+void prepare_program(Program& program);
+void run_program(const ProgramRun& run);
 }  // namespace DFQ_ISA
 #endif
 

@@ -13,6 +13,8 @@ const CpuKernels table = {
 #define DFQ_ENTRY(name, arguments) name,
     DFQ_KERNELS(DFQ_ENTRY)
 #undef DFQ_ENTRY
+    prepare_program,
+    run_program,
 };
 
 }  // namespace DFQ_ISA

@@ -1,0 +1,120 @@
+// Tiles of integer products: `pixels` x 16 `blocks` accumulators in registers, one broadcast of a pixel's channels
+// against vectors of 16 output channels.
+//
+// kGroup channels are multiplied at once: 4 with VNNI (unsigned x signed bytes, no saturation), else 2 as 16-bit pairs.
+// Weights: [kernel position][channel group][16 output channels][kGroup], so that every load is one vector.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "vector.h"
+
+namespace dfq {
+namespace DFQ_ISA {
+
+constexpr int kLanes = 16;  // output channels of one block
+
+// Where a tile reads: kernel rows and columns in bytes, channels in groups.
+struct Taps {
+  int32_t rows, columns, groups;
+  int64_t row_bytes, column_bytes, pixel_bytes;
+};
+
+#if defined(__AVX512F__)
+#define DFQ_VNNI __attribute__((target("avx512vnni")))
+
+static inline bool has_vnni() {
+  static const bool there = __builtin_cpu_supports("avx512vnni");
+  return there;
+}
+
+template <int kPixels, int kBlocks>
+DFQ_VNNI static void dot4(const uint8_t* x, const Taps& taps, const uint8_t* weight, int64_t block_bytes,
+                          const int32_t* start, int32_t* acc) {
+  __m512i sum[kPixels][kBlocks];
+  for (int b = 0; b < kBlocks; ++b)
+    for (int p = 0; p < kPixels; ++p) sum[p][b] = _mm512_loadu_si512(start + b * kLanes);
+  for (int r = 0; r < taps.rows; ++r)
+    for (int s = 0; s < taps.columns; ++s) {
+      const uint8_t* from = x + r * taps.row_bytes + s * taps.column_bytes;
+      for (int g = 0; g < taps.groups; ++g, from += 4, weight += 64) {
+        __m512i w[kBlocks];
+        for (int b = 0; b < kBlocks; ++b) w[b] = _mm512_loadu_si512(weight + b * block_bytes);
+        for (int p = 0; p < kPixels; ++p) {
+          int32_t four;
+          std::memcpy(&four, from + p * taps.pixel_bytes, 4);
+          const __m512i a = _mm512_set1_epi32(four);
+          for (int b = 0; b < kBlocks; ++b) sum[p][b] = _mm512_dpbusd_epi32(sum[p][b], a, w[b]);
+        }
+      }
+    }
+  for (int p = 0; p < kPixels; ++p)
+    for (int b = 0; b < kBlocks; ++b) _mm512_storeu_si512(acc + (p * kBlocks + b) * kLanes, sum[p][b]);
+}
+#else
+static inline bool has_vnni() { return false; }
+#endif
+
+// Two channels at once in 16 bits: |u8 * s8| sums of two fit 32 bits.
+#if defined(__AVX512F__)
+typedef __m512i Pairs;
+static inline Pairs load_pairs(const void* from) { return _mm512_loadu_si512(from); }
+static inline Pairs same_pair(int32_t pair) { return _mm512_set1_epi32(pair); }
+static inline Pairs add_products(Pairs sum, Pairs a, Pairs b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
+static inline void store_pairs(void* to, Pairs v) { _mm512_storeu_si512(to, v); }
+#elif defined(__AVX2__)
+typedef __m256i Pairs;
+static inline Pairs load_pairs(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+static inline Pairs same_pair(int32_t pair) { return _mm256_set1_epi32(pair); }
+static inline Pairs add_products(Pairs sum, Pairs a, Pairs b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+static inline void store_pairs(void* to, Pairs v) { _mm256_storeu_si256(static_cast<__m256i*>(to), v); }
+#else
+struct Pairs {
+  int32_t lanes[4];
+};
+static inline Pairs load_pairs(const void* from) {
+  Pairs v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+static inline Pairs same_pair(int32_t pair) { return {{pair, pair, pair, pair}}; }
+static inline Pairs add_products(Pairs sum, Pairs a, Pairs b) {
+  for (int i = 0; i < 4; ++i) {
+    const int32_t low = int16_t(a.lanes[i]) * int32_t(int16_t(b.lanes[i]));
+    sum.lanes[i] += low + (a.lanes[i] >> 16) * (b.lanes[i] >> 16);
+  }
+  return sum;
+}
+static inline void store_pairs(void* to, Pairs v) { std::memcpy(to, &v, sizeof v); }
+#endif
+constexpr int kVectors = kLanes * 4 / static_cast<int>(sizeof(Pairs));  // of one block
+
+template <int kPixels, int kBlocks>
+static void dot2(const uint8_t* x, const Taps& taps, const uint8_t* weight, int64_t block_bytes, const int32_t* start,
+                 int32_t* acc) {
+  Pairs sum[kPixels][kBlocks * kVectors];
+  constexpr int kLoad = kLanes / kVectors;  // accumulators of a vector
+  for (int p = 0; p < kPixels; ++p)
+    for (int v = 0; v < kBlocks * kVectors; ++v) sum[p][v] = load_pairs(start + v * kLoad);
+  for (int r = 0; r < taps.rows; ++r)
+    for (int s = 0; s < taps.columns; ++s) {
+      const uint8_t* from = x + r * taps.row_bytes + s * taps.column_bytes;
+      for (int g = 0; g < taps.groups; ++g, from += 2, weight += 64) {
+        Pairs w[kBlocks * kVectors];
+        for (int v = 0; v < kBlocks * kVectors; ++v)
+          w[v] = load_pairs(weight + v / kVectors * block_bytes + v % kVectors * sizeof(Pairs));
+        for (int p = 0; p < kPixels; ++p) {
+          const uint8_t* pixel = from + p * taps.pixel_bytes;
+          const Pairs a = same_pair(pixel[0] | pixel[1] << 16);
+          for (int v = 0; v < kBlocks * kVectors; ++v) sum[p][v] = add_products(sum[p][v], a, w[v]);
+        }
+      }
+    }
+  for (int p = 0; p < kPixels; ++p)
+    for (int v = 0; v < kBlocks * kVectors; ++v) store_pairs(acc + p * kBlocks * kLanes + v * kLoad, sum[p][v]);
+}
+
+using Dot = void (*)(const uint8_t*, const Taps&, const uint8_t*, int64_t, const int32_t*, int32_t*);
+
+}  // namespace DFQ_ISA
+}  // namespace dfq

@@ -1,0 +1,89 @@
+// Programs in Python: planes and steps as plain attributes, and one call that runs all of it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+using namespace dfq;
+
+namespace {
+
+// A program and the arenas of its calls: taken by a call, given back after it, so that several threads may call at once.
+class Runner {
+ public:
+  explicit Runner(Program program) : program_(std::move(program)) { cpu_kernels().prepare_program(program_); }
+
+  void run(uintptr_t images, int64_t count, uintptr_t logits, int threads) {
+    std::vector<std::unique_ptr<uint8_t[]>> arenas;
+    std::vector<uint8_t*> pointers;
+    for (int i = 0; i < threads; ++i) arenas.push_back(take());
+    for (const auto& arena : arenas) pointers.push_back(arena.get());
+    std::atomic<bool> has_nan{false};
+    cpu_kernels().run_program({&program_, count, reinterpret_cast<const float*>(images),
+                               reinterpret_cast<float*>(logits), pointers.data(), threads, &has_nan});
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& arena : arenas) free_.push_back(std::move(arena));
+    if (has_nan) throw std::invalid_argument("engine: images must be numbers, got NaN");
+  }
+
+  // The arena after one image: every plane, in a program whose planes share no memory.
+  py::bytes trace(uintptr_t image, uintptr_t logits) {
+    run(image, 1, logits, 1);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return py::bytes(reinterpret_cast<const char*>(free_.back().get()), static_cast<size_t>(program_.arena_bytes));
+  }
+
+ private:
+  static constexpr int64_t kSlack = 64;  // a last vector may read beyond its plane
+
+  std::unique_ptr<uint8_t[]> take() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (free_.empty()) return std::make_unique<uint8_t[]>(static_cast<size_t>(program_.arena_bytes + kSlack));
+    auto arena = std::move(free_.back());
+    free_.pop_back();
+    return arena;
+  }
+
+  Program program_;
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<uint8_t[]>> free_;
+};
+
+}  // namespace
+
+void bind_programs(py::module_& m) {
+#define DFQ_PLAIN(type, name) .def_readwrite(#name, &type::name)
+  py::class_<Plane>(m, "Plane")
+      .def(py::init<>())
+      DFQ_PLAIN(Plane, offset) DFQ_PLAIN(Plane, height) DFQ_PLAIN(Plane, width) DFQ_PLAIN(Plane, channels)
+      DFQ_PLAIN(Plane, stride) DFQ_PLAIN(Plane, frame_y) DFQ_PLAIN(Plane, frame_x) DFQ_PLAIN(Plane, scale)
+      DFQ_PLAIN(Plane, inverse) DFQ_PLAIN(Plane, zero_point) DFQ_PLAIN(Plane, quant_min) DFQ_PLAIN(Plane, quant_max)
+      DFQ_PLAIN(Plane, shift)
+      .def_property_readonly("bytes", &Plane::bytes);
+  py::class_<Step>(m, "Step")
+      .def(py::init<>())
+      DFQ_PLAIN(Step, kind) DFQ_PLAIN(Step, activation) DFQ_PLAIN(Step, x) DFQ_PLAIN(Step, other) DFQ_PLAIN(Step, outs)
+      DFQ_PLAIN(Step, out_height) DFQ_PLAIN(Step, out_width) DFQ_PLAIN(Step, out_channels) DFQ_PLAIN(Step, kernel_y)
+      DFQ_PLAIN(Step, kernel_x) DFQ_PLAIN(Step, stride_y) DFQ_PLAIN(Step, stride_x) DFQ_PLAIN(Step, pad_y)
+      DFQ_PLAIN(Step, pad_x) DFQ_PLAIN(Step, dilation_y) DFQ_PLAIN(Step, dilation_x) DFQ_PLAIN(Step, groups)
+      DFQ_PLAIN(Step, mult) DFQ_PLAIN(Step, bias) DFQ_PLAIN(Step, mean) DFQ_PLAIN(Step, windows)
+      .def("set_weight", [](Step& step, uintptr_t address, int64_t count) {
+        const auto* from = reinterpret_cast<const int8_t*>(address);
+        step.weight.assign(from, from + count);
+      });
+  py::class_<Program>(m, "Program")
+      .def(py::init<>())
+      DFQ_PLAIN(Program, planes) DFQ_PLAIN(Program, steps) DFQ_PLAIN(Program, arena_bytes)
+      DFQ_PLAIN(Program, image_channels) DFQ_PLAIN(Program, image_height) DFQ_PLAIN(Program, image_width)
+      DFQ_PLAIN(Program, classes);
+#undef DFQ_PLAIN
+  py::class_<Runner>(m, "Runner")
+      .def(py::init<Program>())
+      .def("run", &Runner::run, py::call_guard<py::gil_scoped_release>())
+      .def("trace", &Runner::trace);
+}

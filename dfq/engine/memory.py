@@ -1,0 +1,78 @@
+"""Where the values of a network lie: one arena, planned once, whose bytes are used again when a value is dead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dfq.engine.check import Shape
+from dfq.engine.graph import IMAGES, AveragePool, IntegerGraph, Layer, inputs
+
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Place:
+    """A value of one image: `channels` of `stride` bytes per pixel, inside a frame of zero points.
+
+    offset, size: bytes in the arena, with the frame.
+    """
+
+    height: int
+    width: int
+    channels: int
+    stride: int
+    frame: tuple[int, int]
+    offset: int = 0
+
+    @property
+    def size(self) -> int:
+        return (self.height + 2 * self.frame[0]) * (self.width + 2 * self.frame[1]) * self.stride
+
+
+def plan_memory(graph: IntegerGraph, shapes: dict[str, Shape], *, reuse: bool = True) -> tuple[dict[str, Place], int]:
+    """The place of every value on a grid, and the arena's bytes.
+
+    Args:
+        shapes: of `check_graph`.
+        reuse: whether dead values' bytes are used again; False keeps all values to be looked at.
+    """
+    frames = _frames(graph)
+    dies = {name: index for index, step in enumerate(graph.steps) for name in inputs(step)}
+    places: dict[str, Place] = {}
+    alive: list[tuple[int, Place]] = []  # the last step that reads it, where it lies
+    total = 0
+    for index, step in enumerate(graph.steps):
+        for out in step.outs:
+            if out not in graph.grids:
+                continue
+            alive = [item for item in alive if not reuse or item[0] >= index]
+            place = _put(_place(shapes[out], frames.get(out, (0, 0))), [item[1] for item in alive])
+            places[out] = place
+            alive.append((dies[out], place))
+            total = max(total, place.offset + place.size)
+    return places, total
+
+
+def _frames(graph: IntegerGraph) -> dict[str, tuple[int, int]]:
+    """The widest padding that a value's readers ask for."""
+    frames: dict[str, tuple[int, int]] = {}
+    for step in graph.steps:
+        if isinstance(step, (Layer, AveragePool)) and step.x != IMAGES:
+            old = frames.get(step.x, (0, 0))
+            frames[step.x] = max(old[0], step.padding[0]), max(old[1], step.padding[1])
+    return frames
+
+
+def _place(shape: Shape, frame: tuple[int, int]) -> Place:
+    channels, height, width = shape if len(shape) == 3 else (shape[0], 1, 1)
+    return Place(height, width, channels, -(-channels // 4) * 4, frame)
+
+
+def _put(place: Place, others: list[Place]) -> Place:
+    """The first gap between `others` that is large enough."""
+    offset = 0
+    for other in sorted(others, key=lambda item: item.offset):
+        if offset + place.size <= other.offset:
+            break
+        offset = max(offset, -(-(other.offset + other.size) // ALIGNMENT) * ALIGNMENT)
+    return Place(place.height, place.width, place.channels, place.stride, place.frame, offset)

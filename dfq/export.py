@@ -1,0 +1,306 @@
+"""The fake-quantized graph as an integer network: every constant that its exact forward uses, computed once.
+
+A node of the trained graph is a quantized value, or a step that is still open: its activation, a residual and its
+results may follow. A step is closed by nothing: its place in the order is where its last input is there.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from dfq.engine.graph import (
+    IMAGES,
+    Add,
+    AveragePool,
+    Grid,
+    IntegerGraph,
+    Layer,
+    MaxPool,
+    Quantize,
+    Rescale,
+    Step,
+    inputs,
+)
+from dfq.quant.exactness import layer_bounds
+from dfq.quant.modules import QuantBatchNorm, QuantConv2d, QuantLayer, QuantLinear, per_channel
+from dfq.quant.pooling import QuantAveragePool
+from dfq.quant.quantizers import ActivationQuantizer, weight_layers
+from dfq_kernels.bn_act_stats.reference import multiplier
+
+INT32 = 2.0**31
+
+
+class ExportError(ValueError):
+    """A trained graph that is no integer network."""
+
+
+@dataclass
+class _Open:
+    """A step under construction, and what its value goes through before it is quantized: max pools."""
+
+    step: Step
+    outs: list[str] = field(default_factory=list)
+    pools: tuple[fx.Node, ...] = ()
+
+
+_Item = str | _Open  # a quantized value's name, or a step's raw result
+
+
+@torch.no_grad()
+def export(model: fx.GraphModule, input_shape: tuple[int, int, int], num_classes: int) -> IntegerGraph:
+    """The integer network of a graph that `prepare` made and `freeze_ranges` has fixed.
+
+    Args:
+        model: in evaluation mode, on the CPU.
+        input_shape, num_classes: of its images and logits.
+
+    Raises:
+        ExportError: a value that stays float (`activations="after_relu"`), a layer whose sums pass int32, or a move of
+            values that an integer network has no step for.
+    """
+    return _Exporter(model.eval(), input_shape, num_classes).export()
+
+
+class _Exporter:
+    def __init__(self, model: fx.GraphModule, input_shape: tuple[int, int, int], num_classes: int) -> None:
+        self.model, self.input_shape, self.num_classes = model, input_shape, num_classes
+        self.weights = {name: (quantizer, weight) for name, quantizer, weight in weight_layers(model)}
+        self.bounds = self._check_bounds()
+        self.items: dict[fx.Node, _Item] = {}
+        self.pairs: dict[fx.Node, str] = {}
+        self.order: list[_Open] = []
+        self.grids: dict[str, Grid] = {}
+        self.shapes = self._shapes()
+
+    def export(self) -> IntegerGraph:
+        output = None
+        for node in self.model.graph.nodes:
+            if node.op == "placeholder":
+                self._open(node, Quantize(IMAGES, (), None))
+            elif node.op == "output":
+                output = self._logits(node.all_input_nodes[0])
+            elif node.op == "call_module":
+                self._module(node, self.model.get_submodule(str(node.target)))
+            else:
+                self._function(node)
+        assert output is not None
+        steps = tuple(replace(item.step, outs=tuple(item.outs)) for item in self.order)
+        read = {name for step in steps for name in inputs(step)} | {output}
+        if unread := [name for step in steps for name in step.outs if name not in read]:
+            raise ExportError(f"export: every value must be read, got {unread[0]} that nothing reads")
+        return IntegerGraph(self.input_shape, self.num_classes, self.grids, steps, output, self.bounds)
+
+    def _check_bounds(self) -> dict[str, float]:
+        bounds = {}
+        for item in layer_bounds(self.model):
+            if item.bound is None:
+                raise ExportError(
+                    f"export: the input of {item.layer} must be quantized, got a float one (an integer network needs "
+                    "activations='all')"
+                )
+            if item.bound >= INT32:
+                raise ExportError(f"export: sums of {item.layer} must stay below 2^31, got up to {item.bound:.0f}")
+            bounds[item.layer] = item.bound
+        return bounds
+
+    def _shapes(self) -> dict[fx.Node, torch.Size]:
+        """The shape of every tensor, for one image."""
+        shapes: dict[fx.Node, torch.Size] = {}
+
+        class Shapes(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                result = super().run_node(n)
+                if isinstance(result, Tensor):
+                    shapes[n] = result.shape
+                return result
+
+        Shapes(self.model).run(torch.zeros(1, *self.input_shape))
+        return shapes
+
+    # --- nodes ----------------------------------------------------------------------------------------------------
+
+    def _module(self, node: fx.Node, module: nn.Module) -> None:
+        source = node.all_input_nodes[0] if node.all_input_nodes else None
+        if isinstance(module, ActivationQuantizer):
+            assert source is not None
+            self._quantized(node, self.items[source], module)
+        elif isinstance(module, QuantLayer):
+            self._open(node, self._layer(node, module))
+            self._tail(node, module.tail.activation, module.tail.quantizer)
+        elif isinstance(module, QuantBatchNorm):
+            assert source is not None
+            self._open(node, self._batch_norm(self._value(source), module))
+            self._tail(node, module.activation, module.quantizer)
+        elif isinstance(module, QuantAveragePool):
+            assert source is not None
+            self._open(node, _average_pool(self._value(source), module))
+        elif isinstance(module, nn.MaxPool2d):
+            self._max_pool(node, self.items[node.all_input_nodes[0]])
+        elif isinstance(module, (nn.Flatten, nn.Identity)):
+            self._move(node)
+
+    def _function(self, node: fx.Node) -> None:
+        if node.target is operator.getitem:
+            source = node.args[0]
+            if source in self.pairs and node.args[1] == 0:
+                self.items[node] = self.pairs[source]  # type: ignore[index]
+        elif node.target is operator.add:
+            self._add(node)
+        elif node.target in (F.relu, F.relu6):
+            self._activation(node, "relu" if node.target is F.relu else "relu6")
+        elif node.target is F.max_pool2d:
+            self._max_pool(node, self.items[node.all_input_nodes[0]])
+        elif node.op != "get_attr" and node in self.shapes:
+            self._move(node)
+
+    def _layer(self, node: fx.Node, module: QuantLayer) -> Layer:
+        name = str(node.target)
+        x = self._value(node.all_input_nodes[0])
+        quantizer, weight = self.weights[name]
+        if float(quantizer.zero_point.abs().max()) != 0:
+            raise ExportError(f"export: weights of {name} must be symmetric, got zero points (weight_scheme='affine')")
+        mult, bias = module.tail.constants(module.bias, quantizer.scale)
+        out, scale = quantizer(weight)
+        integers = torch.round(out / per_channel(scale, out, 0)).to(torch.int8)
+        common = {
+            "x": x, "outs": (), "activation": None, "name": name, "weight": integers, "weight_bits": quantizer.bits,
+            "mult": torch.tensor(self.grids[x].scale) * mult, "bias": bias.clone(), "residual": None,
+        }  # fmt: skip
+        if isinstance(module, QuantLinear):
+            if len(self.shapes[node.all_input_nodes[0]]) != 2:
+                raise ExportError(f"export: {name} must see [N, features], got another shape")
+            return Layer(**common)  # type: ignore[arg-type]
+        assert isinstance(module, QuantConv2d)
+        if isinstance(module.padding, str):
+            raise ExportError(f"export: padding of {name} must be numbers, got {module.padding!r}")
+        geometry = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
+        return Layer(**common, **geometry, groups=module.groups)  # type: ignore[arg-type]
+
+    def _batch_norm(self, x: str, module: QuantBatchNorm) -> Rescale:
+        assert module.bn is not None
+        mean, var = module._stored()
+        mult = multiplier(module.bn.weight, var, module.bn.eps)
+        bias = torch.zeros_like(mean) if module.bn.bias is None else module.bn.bias
+        return Rescale(x, (), None, mean.clone(), mult.clone(), bias.clone())
+
+    def _add(self, node: fx.Node) -> None:
+        first, second = (self.items[item] for item in node.all_input_nodes)
+        if isinstance(first, str) and isinstance(second, str):
+            self._open(node, Add(first, (), None, second))
+            return
+        opened, other = (first, second) if isinstance(first, _Open) else (second, first)
+        alone = isinstance(opened, _Open) and isinstance(opened.step, Layer) and not opened.outs and not opened.pools
+        if not alone or not isinstance(other, str) or opened.step.activation or opened.step.residual:  # type: ignore[union-attr]
+            raise ExportError(f"export: one side of {node.name} must be quantized, the other one a layer's sums")
+        assert isinstance(opened, _Open)
+        opened.step = replace(opened.step, residual=other)  # type: ignore[call-arg]
+        self.order.remove(opened)
+        self.order.append(opened)  # its residual is there by now
+        self.items[node] = opened
+
+    def _activation(self, node: fx.Node, activation: str) -> None:
+        item = self.items[node.all_input_nodes[0]]
+        if isinstance(item, str):
+            self._open(node, Rescale(item, (), activation))
+            return
+        if item.outs or item.step.activation or item.pools:
+            raise ExportError(f"export: {node.name} must be the only reader of {node.all_input_nodes[0].name}")
+        item.step = replace(item.step, activation=activation)
+        self.items[node] = item
+
+    def _move(self, node: fx.Node) -> None:
+        """A flattening in front of a linear layer, which flattens by itself; or no move at all."""
+        source = node.all_input_nodes[0]
+        before, after = self.shapes[source], self.shapes[node]
+        if after not in (before, torch.Size((1, before.numel()))):
+            raise ExportError(f"export: {node.name} must keep or flatten a shape, got {tuple(before)}, {tuple(after)}")
+        self.items[node] = self.items[source]
+
+    def _max_pool(self, node: fx.Node, item: _Item) -> None:
+        if isinstance(item, _Open):
+            self.items[node] = replace(item, outs=item.outs, pools=(*item.pools, node))
+            return
+        self.items[node] = self._pooled(item, node)
+
+    # --- values ---------------------------------------------------------------------------------------------------
+
+    def _open(self, node: fx.Node, step: Step) -> None:
+        opened = _Open(step)
+        self.order.append(opened)
+        self.items[node] = opened
+
+    def _tail(self, node: fx.Node, activation: str | None, quantizer: ActivationQuantizer | None) -> None:
+        item = self.items[node]
+        assert isinstance(item, _Open)
+        item.step = replace(item.step, activation=activation)
+        if quantizer is not None:
+            self._quantized(node, item, quantizer)
+
+    def _quantized(self, node: fx.Node, item: _Item, quantizer: ActivationQuantizer) -> None:
+        """Makes the value of a node that gives `(value, scale)`."""
+        name = node.name
+        self.grids[name] = Grid(
+            float(quantizer.scale), int(quantizer.zero_point), quantizer.quant_min, quantizer.quant_max
+        )
+        if isinstance(item, str):
+            item = _Open(Rescale(item, (), None))
+            self.order.append(item)
+        item.outs.append(name)
+        for pool in item.pools:  # rounding commutes with the largest
+            name = self._pooled(name, pool, f"{node.name}_{pool.name}")
+        self.pairs[node] = name
+
+    def _pooled(self, x: str, node: fx.Node, name: str | None = None) -> str:
+        name = name or node.name
+        window = _window(node, self.model)
+        self.grids[name] = self.grids[x]
+        self.order.append(_Open(MaxPool(x, (), None, **window), [name]))
+        return name
+
+    def _value(self, node: fx.Node) -> str:
+        item = self.items[node]
+        if isinstance(item, _Open):
+            raise ExportError(f"export: {node.name} must be quantized where it is read, got a float value")
+        return item
+
+    def _logits(self, node: fx.Node) -> str:
+        item = self.items[node]
+        if not isinstance(item, _Open) or item.outs or item.pools or not isinstance(item.step, (Layer, AveragePool)):
+            raise ExportError("export: the logits must come from a layer or an average pool")
+        item.outs.append("logits")
+        return "logits"
+
+
+def _average_pool(x: str, module: QuantAveragePool) -> AveragePool:
+    if module.kernel_size is not None:
+        return AveragePool(x, (), None, module.kernel_size, module.stride, module.padding)
+    if None in module.output_size:
+        raise ExportError("export: an adaptive pool must have both output sizes, got None")
+    return AveragePool(x, (), None, output=module.output_size)
+
+
+def _window(node: fx.Node, model: fx.GraphModule) -> dict[str, Any]:
+    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+    if node.op == "call_module":
+        module = model.get_submodule(str(node.target))
+        values = {name: getattr(module, name) for name in names}
+    else:
+        values = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
+    stride = values.get("stride")
+    return {
+        "kernel": _pair(values["kernel_size"]),
+        "stride": _pair(values["kernel_size"] if stride in (None, (), []) else stride),
+        "padding": _pair(values.get("padding", 0)), "dilation": _pair(values.get("dilation", 1)),
+        "ceil_mode": bool(values.get("ceil_mode", False)),
+    }  # fmt: skip
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    first, second = value if isinstance(value, (list, tuple)) else (value, value)
+    return int(first), int(second)
