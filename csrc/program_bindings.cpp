@@ -72,6 +72,7 @@ void bind_programs(py::module_& m) {
       DFQ_PLAIN(Step, kernel_x) DFQ_PLAIN(Step, stride_y) DFQ_PLAIN(Step, stride_x) DFQ_PLAIN(Step, pad_y)
       DFQ_PLAIN(Step, pad_x) DFQ_PLAIN(Step, dilation_y) DFQ_PLAIN(Step, dilation_x) DFQ_PLAIN(Step, groups)
       DFQ_PLAIN(Step, mult) DFQ_PLAIN(Step, bias) DFQ_PLAIN(Step, mean) DFQ_PLAIN(Step, windows)
+      DFQ_PLAIN(Step, chained)
       .def("set_weight", [](Step& step, uintptr_t address, int64_t count) {
         const auto* from = reinterpret_cast<const int8_t*>(address);
         step.weight.assign(from, from + count);

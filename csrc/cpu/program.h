@@ -10,7 +10,7 @@
 
 namespace dfq {
 
-constexpr int kMostOuts = 8;  // results of one step
+constexpr int kMostOuts = 4, kMostChained = 4;  // results of one step, steps that are chained to it
 
 struct Plane {
   int64_t offset = 0;  // of the frame's first byte in the arena
@@ -31,6 +31,7 @@ struct Step {
   int kind = 0, activation = 0;
   int x = -1, other = -1;        // planes that are read; other: a residual, or an addition's second side
   std::vector<int> outs;         // planes that are written; empty: the logits
+  std::vector<Step> chained;     // rescale steps whose x is one of `outs`: they run where its integers are in registers
   int32_t out_height = 1, out_width = 1, out_channels = 1;
   int32_t kernel_y = 1, kernel_x = 1, stride_y = 1, stride_x = 1, pad_y = 0, pad_x = 0, dilation_y = 1, dilation_x = 1;
   int32_t groups = 1;

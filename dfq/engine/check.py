@@ -27,7 +27,7 @@ from dfq.engine.graph import (
 Shape = tuple[int, ...]
 LARGEST = 2**31 - 1  # elements of a value, for one image; sums of a layer
 LARGEST_SIDE = 2**16
-MOST_OUTS = 8  # results of one step
+MOST_OUTS = 4  # results of one step
 
 
 class GraphError(ValueError):

@@ -1,13 +1,14 @@
-"""Where the values of a network lie: one arena, planned once, whose bytes are used again when a value is dead."""
+"""What runs together and where values lie: one arena, planned once, whose bytes are used again when a value is dead."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from dfq.engine.check import Shape
-from dfq.engine.graph import IMAGES, AveragePool, IntegerGraph, Layer, inputs
+from dfq.engine.graph import IMAGES, AveragePool, IntegerGraph, Layer, MaxPool, Rescale, Step, inputs
 
 ALIGNMENT = 64
+MOST_CHAINED = 4  # rescale steps of a group
 
 
 @dataclass(frozen=True)
@@ -29,23 +30,57 @@ class Place:
         return (self.height + 2 * self.frame[0]) * (self.width + 2 * self.frame[1]) * self.stride
 
 
-def plan_memory(graph: IntegerGraph, shapes: dict[str, Shape], *, reuse: bool = True) -> tuple[dict[str, Place], int]:
+@dataclass(frozen=True)
+class Group:
+    """A step, and the rescale steps that read a result of it while that is in registers."""
+
+    step: Step
+    chained: tuple[Rescale, ...] = ()
+
+    @property
+    def outs(self) -> tuple[str, ...]:
+        return self.step.outs + tuple(out for step in self.chained for out in step.outs)
+
+    @property
+    def inputs(self) -> list[str]:
+        return [name for step in (self.step, *self.chained) for name in inputs(step)]
+
+
+def fuse(graph: IntegerGraph) -> list[Group]:
+    """The steps in their order, each rescale step with the step that makes what it reads."""
+    groups: list[Group] = []
+    maker: dict[str, int] = {}
+    for step in graph.steps:
+        place = maker.get(step.x)
+        if isinstance(step, Rescale) and place is not None and len(groups[place].chained) < MOST_CHAINED:
+            groups[place] = Group(groups[place].step, (*groups[place].chained, step))
+            continue
+        if not isinstance(step, MaxPool):
+            maker |= dict.fromkeys(step.outs, len(groups))
+        groups.append(Group(step))
+    return groups
+
+
+def plan_memory(
+    graph: IntegerGraph, groups: list[Group], shapes: dict[str, Shape], *, reuse: bool = True
+) -> tuple[dict[str, Place], int]:
     """The place of every value on a grid, and the arena's bytes.
 
     Args:
+        groups: of `fuse`.
         shapes: of `check_graph`.
         reuse: whether dead values' bytes are used again; False keeps all values to be looked at.
     """
     frames = _frames(graph)
-    dies = {name: index for index, step in enumerate(graph.steps) for name in inputs(step)}
+    dies = {name: index for index, group in enumerate(groups) for name in group.inputs}
     places: dict[str, Place] = {}
-    alive: list[tuple[int, Place]] = []  # the last step that reads it, where it lies
+    alive: list[tuple[int, Place]] = []  # the last group that reads it, where it lies
     total = 0
-    for index, step in enumerate(graph.steps):
-        for out in step.outs:
+    for index, group in enumerate(groups):
+        alive = [item for item in alive if not reuse or item[0] >= index]
+        for out in group.outs:
             if out not in graph.grids:
                 continue
-            alive = [item for item in alive if not reuse or item[0] >= index]
             place = _put(_place(shapes[out], frames.get(out, (0, 0))), [item[1] for item in alive])
             places[out] = place
             alive.append((dies[out], place))

@@ -21,7 +21,7 @@ from dfq.engine.graph import (
     Step,
     windows,
 )  # fmt: skip
-from dfq.engine.memory import Place, plan_memory
+from dfq.engine.memory import Group, Place, fuse, plan_memory
 from dfq_kernels.extension import native
 
 LANES = 16  # channels that kernels read constants of at once
@@ -38,11 +38,12 @@ class NativeNetwork:
 
     def __init__(self, graph: IntegerGraph, *, keep: bool = False) -> None:
         self.graph, self.shapes = graph, check_graph(graph)
-        self.places, arena = plan_memory(graph, self.shapes, reuse=not keep)
+        groups = fuse(graph)
+        self.places, arena = plan_memory(graph, groups, self.shapes, reuse=not keep)
         self.index = {name: position for position, name in enumerate(self.places)}
         program = native().Program()
         program.planes = [self._plane(name, place) for name, place in self.places.items()]
-        program.steps = [self._step(step) for step in graph.steps]
+        program.steps = [self._group(group) for group in groups]
         program.arena_bytes, program.classes = arena, graph.num_classes
         program.image_channels, program.image_height, program.image_width = graph.input_shape
         self.runner = native().Runner(program)
@@ -79,6 +80,11 @@ class NativeNetwork:
         plane.zero_point, plane.quant_min, plane.quant_max = grid.zero_point, grid.quant_min, grid.quant_max
         plane.shift = 128 if grid.signed else 0
         return plane
+
+    def _group(self, group: Group) -> Any:
+        made = self._step(group.step)
+        made.chained = [self._step(step) for step in group.chained]
+        return made
 
     def _step(self, step: Step) -> Any:
         made = native().Step()
@@ -125,16 +131,13 @@ def _add(made: Any, step: Add, network: NativeNetwork) -> None:
 
 def _average_pool(made: Any, step: AveragePool, network: NativeNetwork) -> None:
     shape: Shape = network.shapes[step.x]
-    sides = zip(shape[1:], (made.out_height, made.out_width), range(2), strict=True)
-    spans = [
-        windows(side, parts)
-        if step.kernel is None
-        else [
-            (first := index * step.stride[axis] - step.padding[axis], first + step.kernel[axis])
-            for index in range(parts)
-        ]
-        for side, parts, axis in sides
-    ]
+    spans = []
+    for axis, parts in enumerate((made.out_height, made.out_width)):
+        if step.kernel is None:
+            spans.append(windows(shape[axis + 1], parts))
+        else:
+            begins = [index * step.stride[axis] - step.padding[axis] for index in range(parts)]
+            spans.append([(begin, begin + step.kernel[axis]) for begin in begins])
     made.windows = [edge for axis in spans for span in axis for edge in span]
     scale = torch.tensor(network.graph.grids[step.x].scale)
     counts = [float((bottom - top) * (right - left)) for top, bottom in spans[0] for left, right in spans[1]]

@@ -1,0 +1,199 @@
+// Convolutions and linear layers of a program: dense by tiles of products (dot.h), by channel, or one by one.
+#pragma once
+#include "dot.h"
+#include "finish.h"
+
+namespace dfq {
+namespace DFQ_ISA {
+namespace {
+
+bool depthwise(const Program& p, const Step& s) {
+  return s.groups > 1 && s.groups == s.out_channels && s.groups == p.planes[s.x].channels;
+}
+
+bool dense(const Program& p, const Step& s) {
+  return s.groups == 1 || p.planes[s.x].channels / s.groups % 4 == 0;
+}
+
+// acc * mult + bias + residual of one tile's pixels and blocks, then its end.
+void finish_tile(const Work& w, const Finish& finish, const View2d& residual, const int32_t* acc, int pixels, int blocks,
+                 int64_t y, int64_t x, int64_t channel, int64_t channels) {
+  for (int p = 0; p < pixels; ++p)
+    for (int64_t lane = 0; lane < blocks * kLanes && lane < channels; lane += kWidth) {
+      VecInt sum;
+      std::memcpy(&sum, acc + int64_t(p) * blocks * kLanes + lane, sizeof sum);
+      Vec t = __builtin_convertvector(sum, Vec) * load_vec(&w.step.mult[channel + lane]) +
+              load_vec(&w.step.bias[channel + lane]);
+      if (residual.plane) t = t + real(residual, residual.at(y, x + p) + channel + lane);
+      finish(t, x + p, channel + lane);
+    }
+}
+
+template <int kPixels, int kBlocks>
+Dot dot_of() {
+#if defined(__AVX512F__)
+  if (has_vnni()) return dot4<kPixels, kBlocks>;
+#endif
+  return dot2<kPixels, kBlocks>;
+}
+
+struct Tile {
+  int pixels, blocks;
+  Dot dot;
+};
+
+// The tile that covers `width` pixels of `blocks` blocks with the least work; a last one overlaps the one before.
+Tile choose_tile(int64_t width, int64_t blocks) {
+#if defined(__AVX512F__)
+  static const Tile tiles[] = {
+      {16, 1, dot_of<16, 1>()}, {8, 1, dot_of<8, 1>()}, {4, 1, dot_of<4, 1>()}, {1, 1, dot_of<1, 1>()},
+      {8, 2, dot_of<8, 2>()},   {4, 2, dot_of<4, 2>()}, {1, 2, dot_of<1, 2>()}, {6, 4, dot_of<6, 4>()},
+      {4, 4, dot_of<4, 4>()},   {2, 4, dot_of<2, 4>()}, {1, 4, dot_of<1, 4>()},
+  };
+#else
+  static const Tile tiles[] = {{4, 1, dot_of<4, 1>()}, {2, 1, dot_of<2, 1>()}, {1, 1, dot_of<1, 1>()}};
+#endif
+  const Tile* best = nullptr;
+  double least = 0;
+  for (const Tile& tile : tiles) {
+    if (tile.pixels > width || tile.blocks > blocks) continue;
+    const double count = static_cast<double>((width + tile.pixels - 1) / tile.pixels);
+    const double cost = count * (tile.pixels * tile.blocks + tile.pixels + tile.blocks) / tile.blocks;
+    if (!best || cost < least) best = &tile, least = cost;
+  }
+  return *best;
+}
+
+void convolve_dense(const Work& w, int64_t begin, int64_t end) {
+  const Step& s = w.step;
+  const View2d in(w.program.planes[s.x], w.arena);
+  Finish finish(w.program, s, w.arena, w.logits);
+  const View2d residual = s.other < 0 ? View2d() : View2d(w.program.planes[s.other], w.arena);
+  const int64_t inner = s.groups == 1 ? in.pixel : in.plane->channels / s.groups, outer = s.out_channels / s.groups;
+  const int group = has_vnni() ? 4 : 2;
+  const Taps taps{s.kernel_y, s.kernel_x, static_cast<int32_t>(inner / group), s.dilation_y * in.row,
+                  s.dilation_x * in.pixel, s.stride_x * in.pixel};
+  const int64_t block_bytes = int64_t(s.kernel_y) * s.kernel_x * (inner / group) * 64, blocks = (outer + 15) / 16;
+  alignas(64) int32_t acc[32 * kLanes];
+  for (int64_t g = 0; g < s.groups; ++g)
+    for (int64_t b = 0; b < blocks;) {
+      const Tile tile = choose_tile(s.out_width, blocks - b);
+      const int64_t channel = g * outer + b * kLanes, channels = outer - b * kLanes;
+      const uint8_t* weight = &s.packed[(g * blocks + b) * block_bytes];
+      const int32_t* start = &s.start[(g * blocks + b) * kLanes];
+      for (int64_t y = begin; y < end; ++y) {
+        finish.begin_row(y);
+        for (int64_t next = 0; next < s.out_width; next += tile.pixels) {
+          const int64_t x = std::min<int64_t>(next, s.out_width - tile.pixels);
+          const uint8_t* from = in.at(y * s.stride_y - s.pad_y, x * s.stride_x - s.pad_x) + g * inner;
+          tile.dot(from, taps, weight, block_bytes, start, acc);
+          finish_tile(w, finish, residual, acc, tile.pixels, tile.blocks, y, x, channel, channels);
+        }
+      }
+      b += tile.blocks;
+    }
+}
+
+// acc * mult + bias + residual of kWidth channels
+DFQ_INLINE inline Vec scaled(const Step& s, const View2d& residual, VecInt acc, int64_t y, int64_t x, int64_t c) {
+  const Vec t = __builtin_convertvector(acc, Vec) * load_vec(&s.mult[c]) + load_vec(&s.bias[c]);
+  return residual.plane ? t + real(residual, residual.at(y, x) + c) : t;
+}
+
+inline View2d residual_of(const Work& w) {
+  return w.step.other < 0 ? View2d() : View2d(w.program.planes[w.step.other], w.arena);
+}
+
+// One input channel for each output channel: lanes are channels, weights 32-bit [position][channels].
+void convolve_depthwise(const Work& w, int64_t begin, int64_t end) {
+  const Step& s = w.step;
+  const View2d in(w.program.planes[s.x], w.arena), residual = residual_of(w);
+  const int32_t* weight = reinterpret_cast<const int32_t*>(s.packed.data());
+  const int64_t padded = (s.out_channels + 15) / 16 * 16;
+  each_pixel(w, begin, end, s.out_channels, [&](int64_t y, int64_t x, int64_t c) DFQ_INLINE {
+    const uint8_t* from = in.at(y * s.stride_y - s.pad_y, x * s.stride_x - s.pad_x) + c;
+    VecInt sum, product;
+    std::memcpy(&sum, &s.start[c], sizeof sum);
+    for (int64_t r = 0, tap = 0; r < s.kernel_y; ++r)
+      for (int64_t k = 0; k < s.kernel_x; ++k, ++tap) {
+        std::memcpy(&product, weight + tap * padded + c, sizeof product);
+        sum += product * load_bytes(from + r * s.dilation_y * in.row + k * s.dilation_x * in.pixel);
+      }
+    return scaled(s, residual, sum, y, x, c);
+  });
+}
+
+// Groups whose channels fill no register: one output at a time.
+void convolve_any(const Work& w, int64_t begin, int64_t end) {
+  const Step& s = w.step;
+  const View2d in(w.program.planes[s.x], w.arena), residual = residual_of(w);
+  const int64_t inner = in.plane->channels / s.groups, outer = s.out_channels / s.groups;
+  const auto one = [&](int64_t y, int64_t x, int64_t k) {
+    const int8_t* weight = &s.weight[k * s.kernel_y * s.kernel_x * inner];
+    uint32_t total = 0;
+    for (int64_t r = 0; r < s.kernel_y; ++r)
+      for (int64_t c = 0; c < s.kernel_x; ++c) {
+        const uint8_t* from = in.at(y * s.stride_y - s.pad_y + r * s.dilation_y, x * s.stride_x - s.pad_x + c * s.dilation_x);
+        from += k / outer * inner;
+        for (int64_t n = 0; n < inner; ++n, ++weight)
+          total += static_cast<uint32_t>((from[n] - in.plane->stored_zero()) * *weight);
+      }
+    return static_cast<int32_t>(total);
+  };
+  each_pixel(w, begin, end, s.out_channels, [&](int64_t y, int64_t x, int64_t c) {
+    VecInt sum{};
+    for (int64_t i = 0; i < kWidth && c + i < s.out_channels; ++i) sum[i] = one(y, x, c + i);
+    return scaled(s, residual, sum, y, x, c);
+  });
+}
+
+void pack_depthwise(Step& s) {
+  const int64_t padded = (s.out_channels + 15) / 16 * 16, taps = int64_t(s.kernel_y) * s.kernel_x;
+  s.packed.assign(static_cast<size_t>(taps * padded * 4), 0);
+  for (int64_t c = 0; c < s.out_channels; ++c)
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int32_t value = s.weight[c * taps + tap];
+      std::memcpy(&s.packed[(tap * padded + c) * 4], &value, 4);
+    }
+}
+
+void pack_dense(const Program& program, Step& s) {
+  const Plane& in = program.planes[s.x];
+  const int64_t given = in.channels / s.groups, inner = s.groups == 1 ? in.stride : given;
+  const int64_t outer = s.out_channels / s.groups, blocks = (outer + 15) / 16, taps = int64_t(s.kernel_y) * s.kernel_x;
+  const int64_t group = has_vnni() ? 4 : 2, bytes = 4 / group;
+  s.packed.assign(static_cast<size_t>(s.groups * blocks * taps * inner * kLanes * bytes), 0);
+  for (int64_t k = 0; k < s.out_channels; ++k)
+    for (int64_t tap = 0; tap < taps; ++tap)
+      for (int64_t c = 0; c < given; ++c) {
+        const int64_t block = k / outer * blocks + k % outer / kLanes, lane = k % outer % kLanes;
+        const int64_t index = (((block * taps + tap) * (inner / group) + c / group) * kLanes + lane) * group + c % group;
+        const int16_t value = s.weight[(k * taps + tap) * given + c];
+        std::memcpy(&s.packed[index * bytes], &value, static_cast<size_t>(bytes));  // little-endian
+      }
+}
+
+// Accumulators start at minus stored_zero * sum of weights: unsigned integers are multiplied as they are stored.
+void prepare_convolution(const Program& program, Step& s) {
+  const int64_t outer = s.out_channels / s.groups, blocks = (outer + 15) / 16;
+  const int64_t per = static_cast<int64_t>(s.weight.size()) / s.out_channels;
+  const bool by_channel = depthwise(program, s);
+  s.start.assign(static_cast<size_t>(by_channel ? (s.out_channels + 15) / 16 * 16 : s.groups * blocks * kLanes), 0);
+  for (int64_t k = 0; k < s.out_channels; ++k) {
+    uint32_t sum = 0;
+    for (int64_t i = 0; i < per; ++i) sum += static_cast<uint32_t>(int32_t(s.weight[k * per + i]));
+    const int64_t place = by_channel ? k : (k / outer * blocks + k % outer / kLanes) * kLanes + k % outer % kLanes;
+    s.start[place] = static_cast<int32_t>(0u - sum * static_cast<uint32_t>(program.planes[s.x].stored_zero()));
+  }
+  if (by_channel) pack_depthwise(s);
+  else if (dense(program, s)) pack_dense(program, s);
+}
+
+void convolve(const Work& w, int64_t begin, int64_t end) {
+  if (depthwise(w.program, w.step)) return convolve_depthwise(w, begin, end);
+  return dense(w.program, w.step) ? convolve_dense(w, begin, end) : convolve_any(w, begin, end);
+}
+
+}  // namespace
+}  // namespace DFQ_ISA
+}  // namespace dfq

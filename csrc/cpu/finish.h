@@ -1,0 +1,154 @@
+// What every step of a program ends with: activation, rounding to each result's grid, and what is chained to it.
+#pragma once
+#include <algorithm>
+
+#include "../common/types.h"
+#include "kernels.h"
+#include "vector.h"
+
+namespace dfq {
+namespace DFQ_ISA {
+namespace {
+
+typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
+
+DFQ_INLINE inline VecInt load_bytes(const uint8_t* from) {
+  Bytes v;
+  std::memcpy(&v, from, sizeof v);
+  return __builtin_convertvector(v, VecInt);
+}
+
+// A plane of one image, by pixel; inside its frame at negative places too.
+struct View2d {
+  const Plane* plane = nullptr;
+  uint8_t* origin = nullptr;
+  int64_t row = 0, pixel = 0;
+
+  View2d() = default;
+  View2d(const Plane& p, uint8_t* arena)
+      : plane(&p), origin(arena + p.offset + p.frame_y * p.row_bytes() + int64_t(p.frame_x) * p.stride),
+        row(p.row_bytes()), pixel(p.stride) {}
+  uint8_t* at(int64_t y, int64_t x) const { return origin + y * row + x * pixel; }
+};
+
+// (q - zero_point) * scale of kWidth channels
+DFQ_INLINE inline Vec real(const View2d& v, const uint8_t* from) {
+  const VecInt whole = load_bytes(from) - v.plane->stored_zero();
+  return __builtin_convertvector(whole, Vec) * v.plane->scale;
+}
+
+DFQ_INLINE inline Vec activate(Vec t, int activation) {
+  if (activation == kReLU) return max_keeping_nan(t, Vec{});
+  return activation == kReLU6 ? clamp(t, Vec{}, broadcast(6.0f)) : t;
+}
+
+// The integer nearest to a value that is within its type's bounds, half to even.
+DFQ_INLINE inline VecInt nearest(Vec v) {
+#if defined(__AVX512F__)
+  return (VecInt)_mm512_cvtps_epi32((__m512)v);
+#else
+  return __builtin_convertvector(rne(v), VecInt);
+#endif
+}
+
+// One result of a step. The bounds are integers, so clamping before rounding is clamping after it.
+struct Sink {
+  View2d view;
+  uint8_t* row = nullptr;
+  float inverse = 1, zero_point = 0, low = 0, high = 0;
+  int32_t shift = 0;
+
+  Sink() = default;
+  Sink(const Plane& p, uint8_t* arena)
+      : view(p, arena), inverse(p.inverse), zero_point(static_cast<float>(p.zero_point)),
+        low(static_cast<float>(p.quant_min)), high(static_cast<float>(p.quant_max)), shift(p.shift) {}
+  DFQ_INLINE VecInt put(Vec t, int64_t x, int64_t channel) const {
+    const VecInt q = nearest(clamp(t * inverse + zero_point, broadcast(low), broadcast(high)));
+    const Bytes bytes = __builtin_convertvector(q + shift, Bytes);
+    uint8_t* to = row + x * view.pixel + channel;
+    const int64_t count = view.pixel - channel;
+    if (count >= kWidth) std::memcpy(to, &bytes, sizeof bytes);
+    else std::memcpy(to, &bytes, static_cast<size_t>(count));
+    return q;
+  }
+};
+
+DFQ_INLINE inline Vec normalize(const Step& s, Vec t, int64_t channel) {
+  if (s.mean.empty()) return t;
+  return (t - load_vec(&s.mean[channel])) * load_vec(&s.mult[channel]) + load_vec(&s.bias[channel]);
+}
+
+// A rescale step that reads a result of the step before out of registers.
+struct Chain {
+  const Step* step = nullptr;
+  int source = 0, count = 0;
+  float scale = 1;
+  int32_t zero_point = 0;
+  Sink outs[kMostOuts];
+};
+
+// What ends every step: activation, each result on its grid, and what is chained to it; or the logits.
+struct Finish {
+  int activation, count = 0, chains = 0;
+  Sink outs[kMostOuts];
+  Chain chained[kMostChained];
+  float* logits;
+  int32_t classes;
+
+  Finish(const Program& program, const Step& step, uint8_t* arena, float* to)
+      : activation(step.activation), logits(to), classes(program.classes) {
+    for (int out : step.outs) outs[count++] = Sink(program.planes[out], arena);
+    for (const Step& next : step.chained) {
+      Chain& chain = chained[chains++];
+      chain.step = &next;
+      while (step.outs[chain.source] != next.x) ++chain.source;
+      chain.scale = program.planes[next.x].scale, chain.zero_point = program.planes[next.x].zero_point;
+      for (int out : next.outs) chain.outs[chain.count++] = Sink(program.planes[out], arena);
+    }
+  }
+  void begin_row(int64_t y) {
+    for (int i = 0; i < count; ++i) outs[i].row = outs[i].view.at(y, 0);
+    for (int c = 0; c < chains; ++c)
+      for (int i = 0; i < chained[c].count; ++i) chained[c].outs[i].row = chained[c].outs[i].view.at(y, 0);
+  }
+  DFQ_INLINE void operator()(Vec t, int64_t x, int64_t channel) const {
+    t = activate(t, activation);
+    VecInt q{};
+    for (int i = 0; i < count; ++i) {
+      q = outs[i].put(t, x, channel);
+      for (int c = 0; c < chains; ++c)
+        if (chained[c].source == i) run_chain(chained[c], q, x, channel);
+    }
+    if (!count && channel < classes)
+      std::memcpy(logits + channel, &t, static_cast<size_t>(std::min<int64_t>(kWidth, classes - channel)) * sizeof(float));
+  }
+  DFQ_INLINE static void run_chain(const Chain& chain, VecInt q, int64_t x, int64_t channel) {
+    const Vec t = __builtin_convertvector(q - chain.zero_point, Vec) * chain.scale;
+    const Vec end = activate(normalize(*chain.step, t, channel), chain.step->activation);
+    for (int i = 0; i < chain.count; ++i) chain.outs[i].put(end, x, channel);
+  }
+};
+
+struct Work {
+  const Program& program;
+  const Step& step;
+  uint8_t* arena;
+  const float* image;
+  float* logits;
+  std::atomic<bool>* has_nan;
+};
+
+// t_of(y, x, channel) for every pixel and every kWidth channels of some rows, and its end.
+template <class Values>
+DFQ_INLINE inline void each_pixel(const Work& w, int64_t begin, int64_t end, int64_t channels, const Values& t_of) {
+  Finish finish(w.program, w.step, w.arena, w.logits);
+  for (int64_t y = begin; y < end; ++y) {
+    finish.begin_row(y);
+    for (int64_t x = 0; x < w.step.out_width; ++x)
+      for (int64_t c = 0; c < channels; c += kWidth) finish(t_of(y, x, c), x, c);
+  }
+}
+
+}  // namespace
+}  // namespace DFQ_ISA
+}  // namespace dfq
