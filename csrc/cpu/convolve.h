@@ -15,18 +15,68 @@ bool dense(const Program& p, const Step& s) {
   return s.groups == 1 || p.planes[s.x].channels / s.groups % 4 == 0;
 }
 
-// acc * mult + bias + residual of one tile's pixels and blocks, then its end.
+// acc * mult + bias + residual of kWidth channels
+DFQ_INLINE inline Vec scaled(const Step& s, const View2d& residual, VecInt acc, int64_t y, int64_t x, int64_t c) {
+  const Vec t = __builtin_convertvector(acc, Vec) * load_vec(&s.mult[c]) + load_vec(&s.bias[c]);
+  return residual.plane ? t + real(residual, residual.at(y, x) + c) : t;
+}
+
+inline View2d residual_of(const Work& w) {
+  return w.step.other < 0 ? View2d() : View2d(w.program.planes[w.step.other], w.arena);
+}
+
+// A tile's end where it is the frequent one: one result, at most one chained to it, all lanes there. Everything that does
+// not change from pixel to pixel stays in registers.
+template <bool kResidual, bool kChain>
+void finish_lanes(const Step& s, const Finish& finish, const View2d& residual, const int32_t* acc, int64_t acc_step,
+                  int pixels, int64_t y, int64_t x, int64_t channel) {
+  const Sink sink = finish.outs[0];
+  const Chain& chain = finish.chained[0];
+  const Sink next = chain.outs[0];
+  const Vec mult = load_vec(&s.mult[channel]), bias = load_vec(&s.bias[channel]);
+  const bool normalized = kChain && !chain.step->mean.empty();
+  Vec mean{}, factor{}, shift{};
+  if (normalized) {
+    mean = load_vec(&chain.step->mean[channel]);
+    factor = load_vec(&chain.step->mult[channel]), shift = load_vec(&chain.step->bias[channel]);
+  }
+  const uint8_t* from = kResidual ? residual.at(y, x) + channel : nullptr;
+  uint8_t *to = sink.row + x * sink.view.pixel + channel, *then = next.row + x * next.view.pixel + channel;
+  for (int p = 0; p < pixels; ++p, acc += acc_step, to += sink.view.pixel) {
+    VecInt sum;
+    std::memcpy(&sum, acc, sizeof sum);
+    Vec t = __builtin_convertvector(sum, Vec) * mult + bias;
+    if (kResidual) t = t + real(residual, from), from += residual.pixel;
+    const VecInt q = sink.round(t);
+    const Bytes bytes = sink.stored(q);
+    std::memcpy(to, &bytes, sizeof bytes);
+    if (!kChain) continue;
+    t = __builtin_convertvector(q - chain.zero_point, Vec) * chain.scale;
+    if (normalized) t = (t - mean) * factor + shift;
+    const Bytes others = next.stored(next.round(t));
+    std::memcpy(then, &others, sizeof others);
+    then += next.view.pixel;
+  }
+}
+
 void finish_tile(const Work& w, const Finish& finish, const View2d& residual, const int32_t* acc, int pixels, int blocks,
                  int64_t y, int64_t x, int64_t channel, int64_t channels) {
-  for (int p = 0; p < pixels; ++p)
-    for (int64_t lane = 0; lane < blocks * kLanes && lane < channels; lane += kWidth) {
-      VecInt sum;
-      std::memcpy(&sum, acc + int64_t(p) * blocks * kLanes + lane, sizeof sum);
-      Vec t = __builtin_convertvector(sum, Vec) * load_vec(&w.step.mult[channel + lane]) +
-              load_vec(&w.step.bias[channel + lane]);
-      if (residual.plane) t = t + real(residual, residual.at(y, x + p) + channel + lane);
-      finish(t, x + p, channel + lane);
+  const int64_t acc_step = int64_t(blocks) * kLanes;
+  const bool simple = finish.count == 1 && (finish.chains == 0 || (finish.chains == 1 && finish.chained[0].count == 1));
+  for (int64_t lane = 0; lane < acc_step && lane < channels; lane += kWidth) {
+    const int64_t c = channel + lane;
+    if (simple && c + kWidth <= finish.outs[0].view.pixel) {
+      const auto run = residual.plane ? (finish.chains ? finish_lanes<true, true> : finish_lanes<true, false>)
+                                      : (finish.chains ? finish_lanes<false, true> : finish_lanes<false, false>);
+      run(w.step, finish, residual, acc + lane, acc_step, pixels, y, x, c);
+      continue;
     }
+    for (int p = 0; p < pixels; ++p) {
+      VecInt sum;
+      std::memcpy(&sum, acc + p * acc_step + lane, sizeof sum);
+      finish(scaled(w.step, residual, sum, y, x + p, c), x + p, c);
+    }
+  }
 }
 
 template <int kPixels, int kBlocks>
@@ -92,16 +142,6 @@ void convolve_dense(const Work& w, int64_t begin, int64_t end) {
       }
       b += tile.blocks;
     }
-}
-
-// acc * mult + bias + residual of kWidth channels
-DFQ_INLINE inline Vec scaled(const Step& s, const View2d& residual, VecInt acc, int64_t y, int64_t x, int64_t c) {
-  const Vec t = __builtin_convertvector(acc, Vec) * load_vec(&s.mult[c]) + load_vec(&s.bias[c]);
-  return residual.plane ? t + real(residual, residual.at(y, x) + c) : t;
-}
-
-inline View2d residual_of(const Work& w) {
-  return w.step.other < 0 ? View2d() : View2d(w.program.planes[w.step.other], w.arena);
 }
 
 // One input channel for each output channel: lanes are channels, weights 32-bit [position][channels].

@@ -51,7 +51,8 @@ DFQ_INLINE inline VecInt nearest(Vec v) {
 #endif
 }
 
-// One result of a step. The bounds are integers, so clamping before rounding is clamping after it.
+// One result of a step. Bounds before rounding are bounds after it: they are integers, or what an activation's bound
+// becomes, and all of this is monotone. So the activation costs nothing.
 struct Sink {
   View2d view;
   uint8_t* row = nullptr;
@@ -59,16 +60,21 @@ struct Sink {
   int32_t shift = 0;
 
   Sink() = default;
-  Sink(const Plane& p, uint8_t* arena)
+  Sink(const Plane& p, uint8_t* arena, int activation)
       : view(p, arena), inverse(p.inverse), zero_point(static_cast<float>(p.zero_point)),
-        low(static_cast<float>(p.quant_min)), high(static_cast<float>(p.quant_max)), shift(p.shift) {}
+        low(static_cast<float>(p.quant_min)), high(static_cast<float>(p.quant_max)), shift(p.shift) {
+    if (activation != kIdentity) low = std::max(low, zero_point);
+    if (activation == kReLU6) high = std::min(high, 6.0f * inverse + zero_point);
+  }
+  DFQ_INLINE VecInt round(Vec t) const {
+    return nearest(clamp(t * inverse + zero_point, broadcast(low), broadcast(high)));
+  }
+  DFQ_INLINE Bytes stored(VecInt q) const { return __builtin_convertvector(q + shift, Bytes); }
   DFQ_INLINE VecInt put(Vec t, int64_t x, int64_t channel) const {
-    const VecInt q = nearest(clamp(t * inverse + zero_point, broadcast(low), broadcast(high)));
-    const Bytes bytes = __builtin_convertvector(q + shift, Bytes);
-    uint8_t* to = row + x * view.pixel + channel;
-    const int64_t count = view.pixel - channel;
-    if (count >= kWidth) std::memcpy(to, &bytes, sizeof bytes);
-    else std::memcpy(to, &bytes, static_cast<size_t>(count));
+    const VecInt q = round(t);
+    const Bytes bytes = stored(q);
+    const int64_t count = std::min<int64_t>(kWidth, view.pixel - channel);
+    std::memcpy(row + x * view.pixel + channel, &bytes, static_cast<size_t>(count));
     return q;
   }
 };
@@ -97,13 +103,13 @@ struct Finish {
 
   Finish(const Program& program, const Step& step, uint8_t* arena, float* to)
       : activation(step.activation), logits(to), classes(program.classes) {
-    for (int out : step.outs) outs[count++] = Sink(program.planes[out], arena);
+    for (int out : step.outs) outs[count++] = Sink(program.planes[out], arena, activation);
     for (const Step& next : step.chained) {
       Chain& chain = chained[chains++];
       chain.step = &next;
       while (step.outs[chain.source] != next.x) ++chain.source;
       chain.scale = program.planes[next.x].scale, chain.zero_point = program.planes[next.x].zero_point;
-      for (int out : next.outs) chain.outs[chain.count++] = Sink(program.planes[out], arena);
+      for (int out : next.outs) chain.outs[chain.count++] = Sink(program.planes[out], arena, next.activation);
     }
   }
   void begin_row(int64_t y) {
@@ -112,20 +118,18 @@ struct Finish {
       for (int i = 0; i < chained[c].count; ++i) chained[c].outs[i].row = chained[c].outs[i].view.at(y, 0);
   }
   DFQ_INLINE void operator()(Vec t, int64_t x, int64_t channel) const {
-    t = activate(t, activation);
-    VecInt q{};
     for (int i = 0; i < count; ++i) {
-      q = outs[i].put(t, x, channel);
+      const VecInt q = outs[i].put(t, x, channel);
       for (int c = 0; c < chains; ++c)
         if (chained[c].source == i) run_chain(chained[c], q, x, channel);
     }
-    if (!count && channel < classes)
-      std::memcpy(logits + channel, &t, static_cast<size_t>(std::min<int64_t>(kWidth, classes - channel)) * sizeof(float));
+    if (count || channel >= classes) return;
+    t = activate(t, activation);
+    std::memcpy(logits + channel, &t, static_cast<size_t>(std::min<int64_t>(kWidth, classes - channel)) * sizeof(float));
   }
   DFQ_INLINE static void run_chain(const Chain& chain, VecInt q, int64_t x, int64_t channel) {
-    const Vec t = __builtin_convertvector(q - chain.zero_point, Vec) * chain.scale;
-    const Vec end = activate(normalize(*chain.step, t, channel), chain.step->activation);
-    for (int i = 0; i < chain.count; ++i) chain.outs[i].put(end, x, channel);
+    const Vec t = normalize(*chain.step, __builtin_convertvector(q - chain.zero_point, Vec) * chain.scale, channel);
+    for (int i = 0; i < chain.count; ++i) chain.outs[i].put(t, x, channel);
   }
 };
 
