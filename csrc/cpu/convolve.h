@@ -144,8 +144,46 @@ void convolve_dense(const Work& w, int64_t begin, int64_t end) {
     }
 }
 
+constexpr int64_t kScratchColumns = 256, kRowTile = 64;  // of a depthwise row
+
+inline RowTaps row_taps(const Step& s, const View2d& in) {
+  return {s.kernel_y, s.kernel_x, s.dilation_y * in.row, in.pixel, s.stride_x, s.dilation_x};
+}
+
+// Whether four kernel rows are multiplied at once.
+inline bool by_rows(const Step& s) {
+  return has_vnni() && (s.kernel_x - 1) * int64_t(s.dilation_x) + 1 <= kScratchColumns;
+}
+
+#if defined(__AVX512F__)
+void convolve_depthwise_rows(const Work& w, int64_t begin, int64_t end) {
+  const Step& s = w.step;
+  const View2d in(w.program.planes[s.x], w.arena), residual = residual_of(w);
+  Finish finish(w.program, s, w.arena, w.logits);
+  const RowTaps taps = row_taps(s, in);
+  const int64_t block_bytes = int64_t(s.kernel_y + 3) / 4 * s.kernel_x * 64;
+  const int64_t most = std::min(kRowTile, (kScratchColumns - taps.columns_of(1)) / s.stride_x + 1);
+  alignas(64) uint8_t scratch[kScratchColumns * 64];
+  alignas(64) int32_t acc[kRowTile * kLanes];
+  for (int64_t y = begin; y < end; ++y) {
+    finish.begin_row(y);
+    for (int64_t x = 0; x < s.out_width; x += most)
+      for (int64_t c = 0; c < s.out_channels; c += kLanes) {
+        const int64_t count = std::min<int64_t>(most, s.out_width - x);
+        const uint8_t* from = in.at(y * s.stride_y - s.pad_y, x * s.stride_x - s.pad_x) + c;
+        const auto* weight = reinterpret_cast<const int8_t*>(&s.packed[c / kLanes * block_bytes]);
+        depthwise4(from, taps, weight, &s.start[c], count, acc, scratch);
+        finish_tile(w, finish, residual, acc, static_cast<int>(count), 1, y, x, c, s.out_channels - c);
+      }
+  }
+}
+#endif
+
 // One input channel for each output channel: lanes are channels, weights 32-bit [position][channels].
 void convolve_depthwise(const Work& w, int64_t begin, int64_t end) {
+#if defined(__AVX512F__)
+  if (by_rows(w.step)) return convolve_depthwise_rows(w, begin, end);
+#endif
   const Step& s = w.step;
   const View2d in(w.program.planes[s.x], w.arena), residual = residual_of(w);
   const int32_t* weight = reinterpret_cast<const int32_t*>(s.packed.data());
@@ -187,7 +225,20 @@ void convolve_any(const Work& w, int64_t begin, int64_t end) {
   });
 }
 
+// [block of 16 channels][four kernel rows][kernel column][16][4]
+void pack_depthwise_rows(Step& s) {
+  const int64_t blocks = (s.out_channels + 15) / 16, fours = (s.kernel_y + 3) / 4;
+  s.packed.assign(static_cast<size_t>(blocks * fours * s.kernel_x * 64), 0);
+  for (int64_t c = 0; c < s.out_channels; ++c)
+    for (int64_t r = 0; r < s.kernel_y; ++r)
+      for (int64_t k = 0; k < s.kernel_x; ++k) {
+        const int64_t place = ((c / 16 * fours + r / 4) * s.kernel_x + k) * 64 + c % 16 * 4 + r % 4;
+        s.packed[place] = static_cast<uint8_t>(s.weight[(c * s.kernel_y + r) * s.kernel_x + k]);
+      }
+}
+
 void pack_depthwise(Step& s) {
+  if (by_rows(s)) return pack_depthwise_rows(s);
   const int64_t padded = (s.out_channels + 15) / 16 * 16, taps = int64_t(s.kernel_y) * s.kernel_x;
   s.packed.assign(static_cast<size_t>(taps * padded * 4), 0);
   for (int64_t c = 0; c < s.out_channels; ++c)

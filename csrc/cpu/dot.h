@@ -20,6 +20,14 @@ struct Taps {
   int64_t row_bytes, column_bytes, pixel_bytes;
 };
 
+// Where a depthwise row reads: dilated kernel rows in bytes; stride and dilation in columns of `column_bytes`.
+struct RowTaps {
+  int32_t rows, columns;
+  int64_t row_bytes, column_bytes, stride, dilation;
+
+  int64_t columns_of(int64_t count) const { return (count - 1) * stride + (columns - 1) * dilation + 1; }
+};
+
 #if defined(__AVX512F__)
 #define DFQ_VNNI __attribute__((target("avx512vnni")))
 
@@ -50,6 +58,33 @@ DFQ_VNNI static void dot4(const uint8_t* x, const Taps& taps, const uint8_t* wei
     }
   for (int p = 0; p < kPixels; ++p)
     for (int b = 0; b < kBlocks; ++b) _mm512_storeu_si512(acc + (p * kBlocks + b) * kLanes, sum[p][b]);
+}
+
+// One row of a depthwise convolution for 16 channels. Four kernel rows of one column lie in the bytes of each lane, so a
+// column is put together once and multiplied by every kernel column that meets it.
+// weight: [ceil(rows / 4)][columns][16][4]; acc: [count][16]; scratch: 64 bytes for each input column
+DFQ_VNNI static void depthwise4(const uint8_t* x, const RowTaps& taps, const int8_t* weight, const int32_t* start,
+                                int64_t count, int32_t* acc, uint8_t* scratch) {
+  const int64_t columns = taps.columns_of(count);
+  for (int first = 0; first < taps.rows; first += 4, weight += taps.columns * 64) {
+    const int rows = taps.rows - first < 4 ? taps.rows - first : 4;
+    for (int64_t column = 0; column < columns; ++column) {
+      const uint8_t* from = x + first * taps.row_bytes + column * taps.column_bytes;
+      __m512i four = _mm512_setzero_si512();
+      for (int r = 0; r < rows; ++r) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + r * taps.row_bytes));
+        four = _mm512_or_si512(four, _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), static_cast<unsigned>(8 * r)));
+      }
+      _mm512_storeu_si512(scratch + column * 64, four);
+    }
+    for (int64_t p = 0; p < count; ++p) {
+      __m512i sum = _mm512_loadu_si512(first ? acc + p * kLanes : start);
+      for (int k = 0; k < taps.columns; ++k)
+        sum = _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(scratch + (p * taps.stride + k * taps.dilation) * 64),
+                                  _mm512_loadu_si512(weight + k * 64));
+      _mm512_storeu_si512(acc + p * kLanes, sum);
+    }
+  }
 }
 #else
 static inline bool has_vnni() { return false; }
