@@ -25,10 +25,13 @@ from dfq.config import (
     to_json,
 )  # fmt: skip
 from dfq.data import Images
+from dfq.deploy import integer_graph, milliseconds
 from dfq.device import resolve_device, resolve_precision
+from dfq.engine import Engine, save_graph
 from dfq.errors import check, first_line, integer
 from dfq.evaluate import accuracy, check_test_images
 from dfq.execution import Execution
+from dfq.export import ExportError
 from dfq.loop import Observer, run_loop
 from dfq.models import ModelSpec, build_model
 from dfq.profiling import Profiled
@@ -48,8 +51,9 @@ class Result:
 
     model: the trained network in evaluation mode (fake-quantized: exact forward); folder: where everything is;
     calibrated: DF-Q, the same network before training (None for float students);
-    accuracies: percent by name (`teacher`, `DF-Q`, `DF-QAT-KD`, `student`), empty without test images;
-    sizes: bytes by the same names.
+    accuracies: percent by name (`teacher`, `DF-Q`, `DF-QAT-KD`, `student`, `integers`), empty without test images;
+    sizes: bytes by the same names; milliseconds: of one image on the CPU, by name;
+    integers: the network as integers, also in the folder (None where it cannot be one).
     """
 
     model: nn.Module
@@ -57,6 +61,8 @@ class Result:
     calibrated: nn.Module | None
     accuracies: dict[str, float]
     sizes: dict[str, int]
+    milliseconds: dict[str, float]
+    integers: Engine | None
     seconds: float
 
 
@@ -345,12 +351,33 @@ def _finish(
         ]
         save_image_grid(pictures, folder.path / "images.png")
     sizes = {name: model_bytes(model) for name, model in models.items()}
+    engine = None if task is None or calibrated is None else _integers(product, task, folder)
+    judged: dict[str, Any] = dict(models)
+    if engine is not None:
+        judged["integers"], sizes["integers"] = engine, folder.integers.stat().st_size
     accuracies = {}
     if test_images is not None:
-        accuracies = {name: accuracy(model, test_images, device=device) for name, model in models.items()}
+        where = {"integers": torch.device("cpu")}
+        accuracies = {
+            name: accuracy(item, test_images, device=where.get(name, device)) for name, item in judged.items()
+        }
+    times = {}
+    if engine is not None and device.type == "cpu":
+        shape = engine.graph.input_shape
+        times = {"teacher": milliseconds(models["teacher"], shape), "integers": milliseconds(engine, shape)}
     seconds = time.monotonic() - started
-    facts = {"accuracies": accuracies, "bytes": sizes, "seconds": round(seconds, 1)}
+    facts = {"accuracies": accuracies, "bytes": sizes, "milliseconds": times, "seconds": round(seconds, 1)}
     if calibrated is not None:
         facts["layers"] = to_json(layer_bounds(product))  # type: ignore[arg-type, assignment]
     folder.write_json("result.json", facts)
-    return Result(product, folder.path, calibrated, accuracies, sizes, seconds)
+    return Result(product, folder.path, calibrated, accuracies, sizes, times, engine, seconds)
+
+
+def _integers(product: nn.Module, task: DataFreeTraining, folder: RunFolder) -> Engine | None:
+    """The product in integers, written into the folder; None where its config is not one of an integer network."""
+    try:
+        graph = integer_graph(copy.deepcopy(product).cpu(), task.input_shape, task.num_classes)
+    except ExportError:  # `dfq export` says why
+        return None
+    save_graph(graph, folder.integers)
+    return Engine(graph)

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from dfq import api, embedded
+from dfq import api, commands, embedded, engine
 from dfq.checkpoint import load_weights
 from dfq.config import PRESETS, RECIPES, LayerBits, TeachConfig, to_json
 from dfq.data import DATASETS, Images, load_images
@@ -25,6 +25,7 @@ from dfq.evaluate import accuracy, check_test_images
 from dfq.execution import MODES, ExecutionError
 from dfq.loop import Interrupted, NonFiniteError
 from dfq.models import MODEL_NAMES, ModelSpec, build_model
+from dfq.options import Backend, Data, DataRoot, Device, Json
 from dfq.progress import ProgressBar, Silent
 from dfq.quant import layer_bounds
 from dfq.report import accuracy_table, bounds_table, model_bytes
@@ -73,21 +74,11 @@ Stem = Annotated[
 ]
 InputShape = Annotated[str | None, typer.Option(help="Images of the model as C,H,W. Default: those of --data.")]
 NumClasses = Annotated[int | None, typer.Option(help="Classes of the model. Default: those of --data.")]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        help=f"Real test images to judge by ({', '.join(DATASETS)}). Default: fashion-mnist for the embedded teacher, none otherwise."
-    ),
-]
-DataRoot = Annotated[
-    Path | None, typer.Option(help="Folder of the data set's files. Default: $DFQ_DATA/NAME, else ~/.cache/dfq/NAME.")
-]
 Seed = Annotated[
     int, typer.Option(help="Seed of everything random; the same seed and number of threads give the same bits.")
 ]
 Out = Annotated[Path, typer.Option(help="A new folder for config, metrics, pictures and checkpoints.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Precision = Annotated[
     str, typer.Option(help="Of training: auto, fp32 or bf16. Accuracy is always judged by the exact forward.")
 ]
@@ -96,7 +87,6 @@ Capture = Annotated[
     typer.Option(help=f"Steps as CUDA graphs: {', '.join(MODES)}. auto: on a GPU, and as they are where that fails."),
 ]
 Compile = Annotated[bool, typer.Option("--compile", help="Networks through torch.compile: a minute at the start.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 RecipeName = Annotated[str, typer.Option(help=f"How images are made and students learn: {', '.join(RECIPES)}.")]
 
 
@@ -217,29 +207,40 @@ def distill(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run, or a file that dfq export wrote.")],
     data: Annotated[
         str | None, typer.Option(help=f"Test images: {', '.join(DATASETS)}. Default: fashion-mnist where it fits.")
     ] = None,
     data_root: DataRoot = None,
     device: Device = "auto",
+    backend: Backend = None,
     json_output: Json = False,
 ) -> None:
-    """Judge a run's network on real test images, by the exact forward."""
+    """Judge a run's network, or an exported one, on real test images: in integers, or by the exact forward."""
     where = resolve_device(device)
-    model, config = api.load_run(run)
     images = load_images(data or embedded.DATASET, "test", data_root)
-    check_test_images(images, config["input_shape"], config["num_classes"], "evaluate")
-    value = accuracy(model.to(where), images, device=where)
-    size = model_bytes(model)
-    bounds = layer_bounds(model) if config["quant"] is not None else []  # type: ignore[arg-type]
+    if run.is_file():
+        network = engine.load(run, where, backend)
+        check_test_images(images, network.graph.input_shape, network.graph.num_classes, "evaluate")
+        value, size, bounds = accuracy(network, images, device=where), run.stat().st_size, []
+    else:
+        model, config = api.load_run(run)
+        check_test_images(images, config["input_shape"], config["num_classes"], "evaluate")
+        value, size = accuracy(model.to(where), images, device=where), model_bytes(model)
+        bounds = layer_bounds(model) if config["quant"] is not None else []  # type: ignore[arg-type]
     facts = {"run": str(run), "accuracy": value, "images": len(images), "bytes": size, "layers": to_json(bounds)}
     if json_output:
         print(json.dumps(facts))
         return
-    Console().print(accuracy_table([(str(run), value, size)], f"{len(images)} test images, exact forward"))
+    how = "integers" if run.is_file() else "exact forward"
+    Console().print(accuracy_table([(str(run), value, size)], f"{len(images)} test images, {how}"))
     if bounds:
         Console().print(bounds_table(bounds))
+
+
+app.command()(commands.export)
+app.command()(commands.inspect)
+app.command()(commands.run)
 
 
 @app.command()
@@ -350,11 +351,12 @@ def _observer(json_output: bool) -> Iterator[ProgressBar | None]:
 def _show(result: api.Result, json_output: bool) -> None:
     if json_output:
         facts = {"out": str(result.folder), "accuracies": result.accuracies, "bytes": result.sizes,
-                 "seconds": round(result.seconds, 1)}  # fmt: skip
+                 "milliseconds": result.milliseconds, "seconds": round(result.seconds, 1)}  # fmt: skip
         print(json.dumps(facts))
         return
     rows = [(name, result.accuracies.get(name), size) for name, size in result.sizes.items()]
-    Console().print(accuracy_table(rows, f"{result.seconds:.0f} s, exact forward"))
+    title = f"{result.seconds:.0f} s, exact forward"
+    Console().print(accuracy_table(rows, title, milliseconds=result.milliseconds))
     Console(soft_wrap=True, highlight=False).print(f"everything is in {result.folder}", markup=False)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dfq.classifier import evaluation
 from dfq.data import Images
@@ -11,11 +14,13 @@ from dfq.errors import first_line
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Images, *, device: torch.device, batch_size: int = 250) -> float:
+def accuracy(
+    model: nn.Module | Callable[[Tensor], Tensor], images: Images, *, device: torch.device, batch_size: int = 250
+) -> float:
     """Share of images, in percent, whose largest logit is their label's.
 
     A model of `dfq.quant.prepare` runs its exact forward (`numerics`): convolutions on integer-valued tensors, fp32
-    constants. A float model runs in fp32.
+    constants. A float model runs in fp32; an integer engine in integers.
 
     Raises:
         ValueError: images of another channel count than the model takes, or other classes.
@@ -23,7 +28,7 @@ def accuracy(model: nn.Module, images: Images, *, device: torch.device, batch_si
     if len(images) == 0:
         raise ValueError("evaluate: images must hold at least one, got none")
     correct = 0
-    with evaluation(model):
+    with evaluation(model) if isinstance(model, nn.Module) else nullcontext():
         for start in range(0, len(images), batch_size):
             pixels = images.pixels[start : start + batch_size].to(device)
             labels = images.labels[start : start + batch_size].to(device)

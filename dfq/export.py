@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from dfq.engine.check import check_graph
 from dfq.engine.graph import (
     IMAGES,
     Add,
@@ -53,18 +54,27 @@ _Item = str | _Open  # a quantized value's name, or a step's raw result
 
 
 @torch.no_grad()
-def export(model: fx.GraphModule, input_shape: tuple[int, int, int], num_classes: int) -> IntegerGraph:
+def export(
+    model: fx.GraphModule,
+    input_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+) -> IntegerGraph:
     """The integer network of a graph that `prepare` made and `freeze_ranges` has fixed.
 
     Args:
         model: in evaluation mode, on the CPU.
         input_shape, num_classes: of its images and logits.
+        normalization: mean and deviation per channel of pixels / 255, for a network that is given pixels.
 
     Raises:
         ExportError: a value that stays float (`activations="after_relu"`), a layer whose sums pass int32, or a move of
             values that an integer network has no step for.
     """
-    return _Exporter(model.eval(), input_shape, num_classes).export()
+    graph = replace(_Exporter(model.eval(), input_shape, num_classes).export(), normalization=normalization)
+    check_graph(graph)
+    return graph
 
 
 class _Exporter:

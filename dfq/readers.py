@@ -8,7 +8,8 @@ from __future__ import annotations
 import gzip
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -129,20 +130,43 @@ def _image_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
 
 
+def read_image(path: Path, shape: tuple[int, int, int]) -> Tensor:
+    """One image as uint8 `[C, H, W]`: grey or RGB as the channels say, scaled to the size where it has another one.
+
+    Raises:
+        ValueError: no image, or channels other than 1 or 3.
+    """
+    channels, height, width = shape
+    if channels not in (1, 3):
+        raise ValueError(f"read_image: channels must be 1 or 3 for an image file, got {channels}")
+    with _opened(path) as image:
+        converted = image.convert("L" if channels == 1 else "RGB")
+        if converted.size != (width, height):
+            converted = converted.resize((width, height), Image.Resampling.BILINEAR)
+        array = np.asarray(converted)
+    return torch.from_numpy(array.reshape(height, width, channels).transpose(2, 0, 1).copy())
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    data = io.BytesIO(path.read_bytes())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(data) as image:
+                yield image
+    except Exception as error:  # a damaged file makes Pillow raise whatever its decoder does
+        raise ValueError(f"{path} must be an image: {first_line(error)}") from error
+
+
 def _decode(rows: list[tuple[Path, int]]) -> tuple[Tensor, Tensor]:
     """Images as RGB; all must be of one size, which the first image gives."""
     if not rows:
         raise ValueError("no images found")
     pixels: np.ndarray = np.empty(0, np.uint8)
     for index, (path, _) in enumerate(rows):
-        data = io.BytesIO(path.read_bytes())
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(data) as image:
-                    array = np.asarray(image.convert("RGB"))
-        except Exception as error:  # a damaged file makes Pillow raise whatever its decoder does
-            raise ValueError(f"{path} must be an image: {first_line(error)}") from error
+        with _opened(path) as image:
+            array = np.asarray(image.convert("RGB"))
         if index == 0:
             pixels = np.empty((len(rows), *array.shape), np.uint8)
         if pixels.shape[1:] != array.shape:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +54,26 @@ def bounds_table(bounds: Sequence[LayerBound]) -> Table:
     return table
 
 
-def accuracy_table(rows: Sequence[tuple[str, float | None, int]], title: str) -> Table:
-    """Model, accuracy in percent, below the first row by, size in kB of what inference needs (`model_bytes`)."""
-    compared = len(rows) > 1
+def accuracy_table(
+    rows: Sequence[tuple[str, float | None, int]], title: str, *, milliseconds: Mapping[str, float] | None = None
+) -> Table:
+    """Model, accuracy in percent, below the first row by, size in kB of what inference needs (`model_bytes`, or the
+    file), milliseconds of one image where they are known."""
+    compared, times = len(rows) > 1, milliseconds or {}
     table = Table(title=title)
     table.add_column("model")
-    for heading in ("accuracy %", *(["below teacher"] if compared else []), "packed size kB"):
+    optional = {"below teacher": compared, "ms per image": bool(times)}
+    for heading in ("accuracy %", "below teacher", "packed size kB", "ms per image"):
+        if not optional.get(heading, True):
+            continue
         table.add_column(heading, justify="right")
     reference = rows[0][1]
     for index, (name, accuracy, size) in enumerate(rows):
         known = accuracy is not None and reference is not None
         below = f"{reference - accuracy:.2f}" if known and index else ""  # type: ignore[operator]
         cells = ["" if accuracy is None else f"{accuracy:.2f}", *([below] if compared else []), f"{size / 1000:.1f}"]
+        if times:
+            cells.append(f"{times[name]:.2f}" if name in times else "")
         table.add_row(escape(name), *cells)
     return table
 
@@ -122,3 +130,21 @@ def _save(figure: Figure, path: Path) -> None:
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=110, bbox_inches="tight")
     write_atomic(path, data.getvalue())
+
+
+def engine_table(found: dict[str, Any]) -> Table:
+    """The layers of an integer network, of `dfq.engine.inspect.facts`."""
+    title = (
+        f"{found['file']}: {found['bytes'] / 1000:.1f} kB, {found['multiplications_per_image'] / 1e6:.1f} M "
+        f"multiplications and {found['memory_bytes_per_image'] / 1000:.1f} kB of memory per image"
+    )
+    table = Table(title=escape(title))
+    table.add_column("layer")
+    for heading in ("weights", "weight bits", "activation bits", "kB", "largest sum"):
+        table.add_column(heading, justify="right")
+    for layer in found["layers"]:
+        shape = "x".join(map(str, layer["weight_shape"]))
+        bound = "" if layer["bound"] is None else f"{layer['bound']:,.0f}"
+        bits = str(layer["weight_bits"]), str(layer["activation_bits"])
+        table.add_row(escape(layer["layer"]), shape, *bits, f"{layer['weight_bytes'] / 1000:.1f}", bound)
+    return table

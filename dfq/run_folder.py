@@ -44,6 +44,7 @@ class RunFolder:
         self.path = path
         self.checkpoint = path / "checkpoint.safetensors"
         self.model = path / "model.safetensors"
+        self.integers = path / "integers.safetensors"
         wanted = json.loads(json.dumps(config))
         config_path = path / "config.json"
         if config_path.exists():

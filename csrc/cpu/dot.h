@@ -5,6 +5,7 @@
 // Weights: [kernel position][channel group][16 output channels][kGroup], so that every load is one vector.
 #pragma once
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #include "vector.h"
@@ -32,7 +33,8 @@ struct RowTaps {
 #define DFQ_VNNI __attribute__((target("avx512vnni")))
 
 static inline bool has_vnni() {
-  static const bool there = __builtin_cpu_supports("avx512vnni");
+  static const char* limit = std::getenv("DFQ_CPU");  // as in select.cpp; "v4_vnni" comes after "v4"
+  static const bool there = __builtin_cpu_supports("avx512vnni") && (!limit || std::strcmp("v4_vnni", limit) <= 0);
   return there;
 }
 

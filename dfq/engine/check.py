@@ -48,6 +48,10 @@ def check_graph(graph: IntegerGraph) -> dict[str, Shape]:
     """
     _sides("input_shape", graph.input_shape, 3, least=1)
     require(type(graph.num_classes) is int and graph.num_classes >= 1, "num_classes", "at least 1", graph.num_classes)
+    if graph.normalization is not None:
+        mean, std = graph.normalization
+        fits = len(mean) == len(std) == graph.input_shape[0] and all(math.isfinite(value) for value in (*mean, *std))
+        require(fits and min(std) > 0, "normalization", "a mean and a deviation > 0 per channel", graph.normalization)
     shapes: dict[str, Shape] = {IMAGES: graph.input_shape}
     for name, grid in graph.grids.items():
         _check_grid(name, grid)
@@ -197,7 +201,8 @@ def _max_pool(step: MaxPool, shapes: dict[str, Shape], graph: IntegerGraph) -> S
 
 
 def _half_padding(kernel: Shape, padding: Shape) -> None:
-    _sides("a pool's kernel", kernel, 2, 1), _sides("a pool's padding", padding, 2, 0)
+    _sides("a pool's kernel", kernel, 2, 1)
+    _sides("a pool's padding", padding, 2, 0)
     half = all(2 * p <= k for p, k in zip(padding, kernel, strict=True))
     require(half, "a pool's padding", "at most half of its kernel", padding)
 

@@ -133,7 +133,7 @@ class IntegerGraph:
 
     input_shape: `(C, H, W)` of the images, which are the value `images`; grids: of every value that has one; steps: in
     the order of execution; output: the value that is returned; bounds: the largest accumulator of every layer, by its
-    name.
+    name; normalization: mean and deviation per channel of pixels / 255, where they are known.
     """
 
     input_shape: tuple[int, int, int]
@@ -142,6 +142,7 @@ class IntegerGraph:
     steps: tuple[Step, ...]
     output: str
     bounds: dict[str, float]
+    normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
 IMAGES = "images"

@@ -49,6 +49,7 @@ def save_graph(graph: IntegerGraph, path: Path) -> None:
     structure = {
         "input_shape": graph.input_shape, "num_classes": graph.num_classes, "grids": list(graph.grids),
         "steps": steps, "output": graph.output, "bounds": graph.bounds,
+        "normalization": graph.normalization,
     }  # fmt: skip
     text = json.dumps(structure, separators=(",", ":"))
     write_atomic(path, save(tensors, metadata={"format": FORMAT, "version": VERSION, "graph": text}))
@@ -107,7 +108,12 @@ def _graph(data: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerGraph:
     if tensors:
         raise GraphError(f"every tensor must be of a step, got {next(iter(tensors))}")
     bounds = {str(name): float(value) for name, value in data["bounds"].items()}
-    return IntegerGraph(tuple(data["input_shape"]), data["num_classes"], grids, steps, data["output"], bounds)
+    normalization = data.get("normalization")
+    if normalization is not None:
+        mean, std = (tuple(float(value) for value in part) for part in normalization)
+        normalization = mean, std
+    sizes = tuple(data["input_shape"]), data["num_classes"]
+    return IntegerGraph(*sizes, grids, steps, data["output"], bounds, normalization)
 
 
 def _step(index: int, fields: dict[str, Any], tensors: dict[str, Tensor]) -> Step:
@@ -116,8 +122,10 @@ def _step(index: int, fields: dict[str, Any], tensors: dict[str, Tensor]) -> Ste
     if kind is Layer:
         own["weight"] = _weight(own["weight"], fields.pop("shape"), fields["weight_bits"])
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    return kind(**{item.name: None for item in dataclasses.fields(kind) if item.default is dataclasses.MISSING}
-                | given | own)  # fmt: skip
+    missing: dict[str, Any] = {
+        item.name: None for item in dataclasses.fields(kind) if item.default is dataclasses.MISSING
+    }
+    return kind(**(missing | given | own))
 
 
 def _weight(packed: Tensor, shape: list[int], bits: int) -> Tensor:
