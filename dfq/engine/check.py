@@ -73,7 +73,9 @@ def check_graph(graph: IntegerGraph) -> dict[str, Shape]:
     require(
         graph.output in shapes and graph.output not in graph.grids, "output", "a result without a grid", graph.output
     )
-    require(shapes[graph.output] == (graph.num_classes,), "logits", f"[{graph.num_classes}]", shapes[graph.output])
+    logits = shapes[graph.output]
+    one_each = logits[0] == graph.num_classes and math.prod(logits) == graph.num_classes
+    require(one_each, "logits", f"[{graph.num_classes}]", logits)
     return shapes
 
 

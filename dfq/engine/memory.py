@@ -83,7 +83,7 @@ def plan_memory(
                 continue
             place = _put(_place(shapes[out], frames.get(out, (0, 0))), [item[1] for item in alive])
             places[out] = place
-            alive.append((dies[out], place))
+            alive.append((dies.get(out, index), place))  # a value that nothing reads lives for its own step
             total = max(total, place.offset + place.size)
     return places, total
 

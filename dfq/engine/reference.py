@@ -42,7 +42,7 @@ def run(graph: IntegerGraph, images: Tensor) -> dict[str, Tensor]:
         total = _TOTALS[type(step)](step, graph, values)  # type: ignore[operator]
         total = _activate(total, step.activation)
         for out in step.outs:
-            values[out] = _round(total, graph.grids[out]) if out in graph.grids else total
+            values[out] = _round(total, graph.grids[out]) if out in graph.grids else total.flatten(1)
     return values
 
 
