@@ -8,6 +8,7 @@ from dfq_kernels.dispatch import BackendError
 from dfq_kernels.fake_quant.api import fake_quant
 from dfq_kernels.fake_quant_weights.api import fake_quant_weights
 from dfq_kernels.observe_fake_quant.api import observe_fake_quant
+from dfq_kernels.packing import pack_bits, unpack_bits
 from dfq_kernels.version import __version__
 
 __all__ = [
@@ -20,4 +21,6 @@ __all__ = [
     "fake_quant",
     "fake_quant_weights",
     "observe_fake_quant",
+    "pack_bits",
+    "unpack_bits",
 ]

@@ -1,6 +1,6 @@
 """Integer networks in files: safetensors, the graph as JSON in its metadata, weights packed, constants as they are.
 
-    metadata: {"format": "dfq-integer-graph", "version": "1", "graph": JSON}
+    metadata: {"dfq_integer_graph": JSON, with its "version"}; one entry, so that a network is always the same bytes
     tensors:  "grids.scale" fp32 [n]; "grids" int16 [n, 3]: zero_point, quant_min, quant_max, in the order of the names
               "<step>.<field>" of every step's tensors; weights packed by `dfq_kernels.pack_bits` in 8, 4 or 2 bits
 
@@ -26,7 +26,10 @@ from dfq.engine.graph import STEPS, Grid, IntegerGraph, Layer, Step
 from dfq.errors import first_line
 from dfq_kernels.packing import pack_bits, stored_bits, unpack_bits
 
-FORMAT, VERSION = "dfq-integer-graph", "1"
+# what reading bytes raises that are not those of a network
+_DAMAGED = (SafetensorError, GraphError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
+            RecursionError)  # fmt: skip
+KEY, VERSION = "dfq_integer_graph", 1
 
 
 def save_graph(graph: IntegerGraph, path: Path) -> None:
@@ -47,12 +50,12 @@ def save_graph(graph: IntegerGraph, path: Path) -> None:
         steps.append(fields)
         tensors |= {f"{index}.{name}": tensor for name, tensor in own.items()}
     structure = {
-        "input_shape": graph.input_shape, "num_classes": graph.num_classes, "grids": list(graph.grids),
-        "steps": steps, "output": graph.output, "bounds": graph.bounds,
+        "version": VERSION, "input_shape": graph.input_shape, "num_classes": graph.num_classes,
+        "grids": list(graph.grids), "steps": steps, "output": graph.output, "bounds": graph.bounds,
         "normalization": graph.normalization,
     }  # fmt: skip
     text = json.dumps(structure, separators=(",", ":"))
-    write_atomic(path, save(tensors, metadata={"format": FORMAT, "version": VERSION, "graph": text}))
+    write_atomic(path, save(tensors, metadata={KEY: text}))
 
 
 def load_graph(path: Path) -> IntegerGraph:
@@ -63,19 +66,20 @@ def load_graph(path: Path) -> IntegerGraph:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            text = (file.metadata() or {}).get(KEY)
+            if text is None:
                 raise CheckpointError(f"engine: {path} must be an exported integer network, got another file")
-            if metadata.get("version") != VERSION:
-                raise CheckpointError(f"engine: {path} must be of version {VERSION}, got {metadata.get('version')!r}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        graph = _graph(json.loads(metadata["graph"]), tensors)
+        structure = json.loads(text)
+        if structure["version"] != VERSION:
+            raise CheckpointError(f"engine: {path} must be of version {VERSION}, got {structure['version']!r}")
+        graph = _graph(structure, tensors)
         check_graph(graph)
     except CheckpointError:
         raise
     except OSError as error:
         raise CheckpointError(f"engine: {path} cannot be read: {error.strerror or first_line(error)}") from error
-    except (SafetensorError, GraphError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except _DAMAGED as error:
         raise CheckpointError(f"engine: {path} is damaged: {first_line(error)}") from error
     return graph
 
