@@ -13,6 +13,7 @@ from dfq import engine
 from dfq.api import load_run
 from dfq.deploy import classify, integer_graph
 from dfq.engine.inspect import facts
+from dfq.onnx_export import save_onnx
 from dfq.options import Backend, Json
 from dfq.report import engine_table
 
@@ -26,11 +27,16 @@ def export(
         str | None,
         typer.Option(help="Data set whose mean and deviation pixels get. Default: fashion-mnist where it fits."),
     ] = None,
+    onnx: Annotated[
+        Path | None, typer.Option(help="Also write it as ONNX (QDQ) to this file; needs the package onnx.")
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Write a run's network as integers: packed weights, exact constants."""
     model, config = load_run(run)
     graph = integer_graph(model, tuple(config["input_shape"]), config["num_classes"], data)
+    if onnx is not None:
+        save_onnx(graph, onnx)
     engine.save_graph(graph, out)
     found = {"file": str(out), **facts(graph, out)}
     if json_output:

@@ -84,7 +84,7 @@ def read_images(engine: Engine, path: Path) -> Tensor:
     except EOFError as error:
         raise ValueError(f"run: {path} must be a NumPy array, got an empty file") from error
     array = array[None] if array.ndim == 3 else array
-    check("run", str(path), f"shape {array.shape}", f"[N, {', '.join(map(str, shape))}]",
+    check("run", str(path), array.shape, f"[N, {', '.join(map(str, shape))}]",
           array.ndim == 4 and array.shape[1:] == shape)  # fmt: skip
     if array.dtype == np.uint8:
         return engine.normalize(torch.from_numpy(array))

@@ -22,7 +22,7 @@ FLOORS = [
     {"run_folder"},
     {"bn_stats", "losses", "generator", "pool", "quant", "loop", "embedded", "engine"},
     {"teach", "trainer", "evaluate", "report", "export", "options"},
-    {"profiling", "deploy"},
+    {"profiling", "deploy", "onnx_export"},
     {"api", "progress"},
     {"commands"},
     {"cli"},

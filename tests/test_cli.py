@@ -45,7 +45,7 @@ def test_quantize_writes_its_folder_and_says_where(tmp_path: Path) -> None:
     assert f"everything is in {out}" in done.stdout and "DF-QAT-KD" in done.stdout
     names = {path.name for path in out.iterdir()}
     assert names == {"config.json", "metrics.jsonl", "tensorboard", "checkpoint.safetensors", "model.safetensors",
-                     "result.json", "images.png", "curves.png"}  # fmt: skip
+                     "integers.safetensors", "result.json", "images.png", "curves.png"}  # fmt: skip
     config = json.loads((out / "config.json").read_text())
     assert config["config"]["seed"] == 0 and config["config"]["quant"]["overrides"] == {
         "conv3": {"weights": 2, "activations": 3}
@@ -59,7 +59,7 @@ def test_quantize_writes_its_folder_and_says_where(tmp_path: Path) -> None:
 def test_json_is_all_that_is_printed(tmp_path: Path) -> None:
     done = dfq_command(*QUANTIZE, "--out", str(tmp_path / "run"), "--json", "--profile", "--capture", "auto")
     facts = json.loads(done.stdout)
-    assert facts["out"] == str(tmp_path / "run") and set(facts["bytes"]) == {"teacher", "DF-Q", "DF-QAT-KD"}
+    assert facts["out"] == str(tmp_path / "run") and set(facts["bytes"]) == {"teacher", "DF-Q", "DF-QAT-KD", "integers"}
     assert 0 < facts["bytes"]["DF-QAT-KD"] < facts["bytes"]["teacher"] and done.stderr == ""
     assert "SGD.step" in (tmp_path / "run" / "profile.txt").read_text()
 
@@ -168,6 +168,9 @@ WRONG = {
     "error: dfq: capture must be one of auto, on, off, got 'always'": [*QUANTIZE, "--capture", "always"],
     "error: dfq: capture must be auto or off on cpu, got 'on'": [*QUANTIZE, "--capture", "on", "--device", "cpu"],
     "error: run: nowhere/config.json cannot be read: No such file": ["evaluate", "nowhere"],
+    "error: run: gone/config.json cannot be read: No such file": ["export", "gone"],
+    "error: engine: gone.safetensors cannot be read: ": ["run", "gone.safetensors", "a.png"],
+    "error: engine: gone.safetensors cannot be read": ["inspect", "gone.safetensors"],
 }
 
 
