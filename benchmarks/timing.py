@@ -22,7 +22,12 @@ class Seconds:
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], *, seconds: float = 1.0, least: int = 15, calls: int = 1
+    variants: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float = 1.0,
+    least: int = 15,
+    calls: int = 1,
+    pause: float = 0.0,
 ) -> dict[str, Seconds]:
     """Seconds of a call of each variant; every round runs each once, so that noise meets all of them.
 
@@ -32,6 +37,7 @@ def interleaved(
         variants: what to call, by name; a result is dropped before the next call.
         seconds: how long to go on, once every variant has run `least` times.
         calls: how many calls of what is measured one call of a variant makes.
+        pause: seconds before each call, where another library's threads go on spinning after theirs.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     for call in variants.values():
@@ -41,6 +47,7 @@ def interleaved(
         for name, call in order.sample(list(variants.items()), len(variants)):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
+            time.sleep(pause)
             start = time.perf_counter()
             call()
             if torch.cuda.is_available():

@@ -1,0 +1,144 @@
+"""Integer inference against what users have: `python -m benchmarks.integer [--out FILE]`.
+
+Images per second of this engine (W8A8, W4A4, W2A2), torch fp32 and bf16 in channels-last, both under `torch.compile`, and
+ONNX Runtime fp32 and int8 (the same W8A8 network as QDQ); medians of interleaved calls in one process. ONNX Runtime's
+threads spin for up to a tenth of a second after a call and would take another's cores: every call waits for that long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.machine import results_file, write_results
+from benchmarks.timing import interleaved
+from dfq.cli import keep_freed_memory
+from dfq.config import quant_config
+from dfq.embedded import load_teacher
+from dfq.engine import Engine, IntegerGraph
+from dfq.export import export
+from dfq.models import ModelSpec, build_model
+from dfq.onnx_export import save_onnx
+from dfq.quant import freeze_ranges, prepare, set_adapting
+from dfq.quant.quantizers import learn_ranges
+from dfq.seeds import seeded_initialisation
+
+Calls = dict[str, Callable[[Tensor], Any]]
+NETWORKS = {"wrn-16-1": 32, "resnet20": 32, "mobilenet-v2": 32, "resnet18": 224}  # side of the images
+PRESETS = ("W8A8", "W4A4", "W2A2")
+PAUSE = 0.1
+OURS = "dfq-kernels"
+
+
+def network(name: str, side: int) -> tuple[nn.Module, tuple[int, int, int]]:
+    """The embedded teacher, or random weights whose batch norms have seen noise."""
+    if name == "wrn-16-1":
+        return load_teacher(), (1, side, side)
+    with seeded_initialisation(0, name):
+        model = build_model(ModelSpec(name, 3, 10 if side < 64 else 1000, "cifar" if side < 64 else "imagenet")).train()
+        with torch.no_grad():
+            for _ in range(3):
+                model(torch.randn(8, 3, side, side))
+    return model.eval(), (3, side, side)
+
+
+def integers(model: nn.Module, shape: tuple[int, int, int], preset: str) -> IntegerGraph:
+    """`model` with ranges from noise: the speed of a network does not depend on its accuracy."""
+    config = quant_config(preset)
+    student = prepare(copy.deepcopy(model), config).train()
+    set_adapting(student, True, batch_norms=False)
+    with torch.no_grad():
+        student(torch.randn(8, *shape))
+    set_adapting(student, False)
+    learn_ranges(student, config)
+    freeze_ranges(student)
+    classes = model(torch.zeros(1, *shape)).shape[1]
+    return export(student.eval(), shape, classes)
+
+
+def torch_calls(model: nn.Module) -> Calls:
+    """fp32 and bf16, as they are and compiled."""
+    plain = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def call(network: Callable[[Tensor], Any], low: bool) -> Callable[[Tensor], Any]:
+        @torch.no_grad()
+        def run(images: Tensor) -> Any:
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                return network(images)
+
+        return run
+
+    compiled = torch.compile(plain, dynamic=False)
+    return {
+        "torch fp32": call(plain, False), "torch bf16": call(plain, True),
+        "compiled fp32": call(compiled, False), "compiled bf16": call(compiled, True),
+    }  # fmt: skip
+
+
+def onnx_calls(model: nn.Module, shape: tuple[int, int, int], graph: IntegerGraph, folder: Path) -> Calls:
+    """ONNX Runtime: the float network, and the integer one as QDQ."""
+    import onnxruntime
+
+    names = {"ONNX Runtime fp32": folder / "float.onnx", "ONNX Runtime int8": folder / "integers.onnx"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter that needs no further package is the old one
+        torch.onnx.export(model, (torch.zeros(1, *shape),), str(names["ONNX Runtime fp32"]), dynamo=False,
+                          input_names=["images"], dynamic_axes={"images": {0: "N"}}, opset_version=17)  # fmt: skip
+    save_onnx(graph, names["ONNX Runtime int8"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+
+    def call(path: Path) -> Callable[[Tensor], Any]:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return lambda images: session.run(None, {"images": images.numpy()})
+
+    return {name: call(path) for name, path in names.items()}
+
+
+def measure(name: str, side: int, seconds: float) -> Iterator[dict[str, Any]]:
+    """One row for each batch size."""
+    model, shape = network(name, side)
+    graphs = {preset: integers(model, shape, preset) for preset in PRESETS}
+    ours: Calls = {f"{OURS} {preset}": Engine(graph) for preset, graph in graphs.items()}
+    torch.compiler.reset()
+    theirs = torch_calls(model)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs |= onnx_calls(model, shape, graphs["W8A8"], Path(folder))
+    for batch in (1, 128 if side < 64 else 8):
+        images = torch.randn(batch, *shape)
+        channels_last = images.contiguous(memory_format=torch.channels_last)
+        calls = {key: lambda call=call: call(images) for key, call in (ours | theirs).items()}
+        calls |= {key: lambda call=call: call(channels_last) for key, call in theirs.items() if "ONNX" not in key}
+        times = interleaved(calls, seconds=seconds, least=9, pause=PAUSE)
+        rates = {key: round(batch / value.median, 1) for key, value in times.items()}
+        strongest = max(theirs, key=lambda key: rates[key])
+        yield {"model": name, "size": side, "batch": batch, "images_per_second": rates, "strongest": strongest,
+               "times_strongest": round(rates[f"{OURS} W8A8"] / rates[strongest], 2)}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--out", type=Path, help="a JSON file for the results; default: one of this machine's name")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
+    parser.add_argument("--models", nargs="*", default=list(NETWORKS), choices=list(NETWORKS), help="default: all")
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    results = []
+    for name in arguments.models:
+        for row in measure(name, NETWORKS[name], arguments.seconds):
+            results.append(row)
+            print(json.dumps(row), flush=True)
+    write_results(arguments.out or results_file("integer"), results)
+
+
+if __name__ == "__main__":
+    main()
