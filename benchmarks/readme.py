@@ -11,6 +11,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 ACCURACY = ROOT / "benchmarks" / "results" / "accuracy-fashion-mnist.json"
 KERNELS = ROOT / "benchmarks" / "results" / "kernels-cpu-amd-epyc.json"
+INTEGER = ROOT / "benchmarks" / "results" / "integer-cpu-amd-epyc.json"
 STEPS = ROOT / "benchmarks" / "results" / "steps-cpu-amd-epyc.json"
 PRESETS = ("W8A8", "W4A8", "W4A4", "W3A3", "W2A4")
 
@@ -97,6 +98,18 @@ def step_table(data: dict[str, Any]) -> str:
     return "\n".join([*lines, "", machine_sentence(data)])
 
 
+def integer_table(data: dict[str, Any]) -> str:
+    """Images per second of the integer engine, and of the strongest alternative."""
+    lines = ["| network, batch | W8A8 | W4A4 | W2A2 | strongest alternative | ratio |",
+             "| --- | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    for row in data["rows"]:
+        rates = row["images_per_second"]
+        ours = " | ".join(f"{rates[f'dfq-kernels {preset}']:,.0f}" for preset in ("W8A8", "W4A4", "W2A2"))
+        strongest = f"{rates[row['strongest']]:,.0f} ({row['strongest']})"
+        lines.append(f"| {row['model']}, {row['batch']} | {ours} | {strongest} | {row['times_strongest']:.2f} |")
+    return "\n".join([*lines, "", machine_sentence(data)])
+
+
 def machine_sentence(data: dict[str, Any]) -> str:
     """Where it was measured."""
     machine = data["machine"]
@@ -108,6 +121,7 @@ def build(text: str) -> str:
     data = json.loads(ACCURACY.read_text())
     blocks = {
         "kernels": kernel_table(json.loads(KERNELS.read_text())),
+        "integer": integer_table(json.loads(INTEGER.read_text())),
         "steps": step_table(json.loads(STEPS.read_text())),
         "accuracy": main_table(data),
         "gdfq": other_table(data, "gdfq", "convention of later work"),

@@ -37,7 +37,8 @@ def interleaved(
         variants: what to call, by name; a result is dropped before the next call.
         seconds: how long to go on, once every variant has run `least` times.
         calls: how many calls of what is measured one call of a variant makes.
-        pause: seconds before each call, where another library's threads go on spinning after theirs.
+        pause: seconds before each call, where another library's threads go on spinning after theirs; a call that is
+            not measured follows it and wakes the variant's own.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     for call in variants.values():
@@ -47,7 +48,9 @@ def interleaved(
         for name, call in order.sample(list(variants.items()), len(variants)):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            time.sleep(pause)
+            if pause:
+                time.sleep(pause)
+                call()
             start = time.perf_counter()
             call()
             if torch.cuda.is_available():

@@ -47,11 +47,11 @@ void finish_lanes(const Step& s, const Finish& finish, const View2d& residual, c
     std::memcpy(&sum, acc, sizeof sum);
     Vec t = __builtin_convertvector(sum, Vec) * mult + bias;
     if (kResidual) t = t + real(residual, from), from += residual.pixel;
-    const VecInt q = sink.round(t);
-    const Bytes bytes = sink.stored(q);
+    const Vec rounded = sink.round(t);
+    const Bytes bytes = sink.stored(rounded);
     std::memcpy(to, &bytes, sizeof bytes);
     if (!kChain) continue;
-    t = __builtin_convertvector(q - chain.zero_point, Vec) * chain.scale;
+    t = chain.real(rounded);
     if (normalized) t = (t - mean) * factor + shift;
     const Bytes others = next.stored(next.round(t));
     std::memcpy(then, &others, sizeof others);

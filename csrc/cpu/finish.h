@@ -12,11 +12,37 @@ namespace {
 
 typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
 
+// kWidth bytes as integers, and the lowest bytes of kWidth integers. GCC takes a generic conversion apart byte by byte.
+#if defined(__AVX512F__)
 DFQ_INLINE inline VecInt load_bytes(const uint8_t* from) {
-  Bytes v;
-  std::memcpy(&v, from, sizeof v);
-  return __builtin_convertvector(v, VecInt);
+  return (VecInt)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
+DFQ_INLINE inline Bytes lowest_bytes(VecInt v) { return (Bytes)_mm512_cvtepi32_epi8((__m512i)v); }
+#elif defined(__AVX2__)
+DFQ_INLINE inline VecInt load_bytes(const uint8_t* from) {
+  return (VecInt)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+}
+DFQ_INLINE inline Bytes lowest_bytes(VecInt v) {
+  const __m256i place = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+                                         -1, -1, -1, -1, 0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i placed = _mm256_shuffle_epi8((__m256i)v, place);
+  const __m128i joined = _mm_or_si128(_mm256_castsi256_si128(placed), _mm256_extracti128_si256(placed, 1));
+  Bytes bytes;
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(&bytes), joined);
+  return bytes;
+}
+#else
+DFQ_INLINE inline VecInt load_bytes(const uint8_t* from) {
+  VecInt v;
+  for (int i = 0; i < kWidth; ++i) v[i] = from[i];
+  return v;
+}
+DFQ_INLINE inline Bytes lowest_bytes(VecInt v) {
+  Bytes bytes;
+  for (int i = 0; i < kWidth; ++i) bytes[i] = static_cast<uint8_t>(v[i]);
+  return bytes;
+}
+#endif
 
 // A plane of one image, by pixel; inside its frame at negative places too.
 struct View2d {
@@ -42,14 +68,9 @@ DFQ_INLINE inline Vec activate(Vec t, int activation) {
   return activation == kReLU6 ? clamp(t, Vec{}, broadcast(6.0f)) : t;
 }
 
-// The integer nearest to a value that is within its type's bounds, half to even.
-DFQ_INLINE inline VecInt nearest(Vec v) {
-#if defined(__AVX512F__)
-  return (VecInt)_mm512_cvtps_epi32((__m512)v);
-#else
-  return __builtin_convertvector(rne(v), VecInt);
-#endif
-}
+// Added to a number of at most 2^21 in magnitude, this leaves no room behind the point: the sum is rounded half to even,
+// its lowest bits are the integer, and taking it away again is exact.
+constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23
 
 // One result of a step. Bounds before rounding are bounds after it: they are integers, or what an activation's bound
 // becomes, and all of this is monotone. So the activation costs nothing.
@@ -57,25 +78,28 @@ struct Sink {
   View2d view;
   uint8_t* row = nullptr;
   float inverse = 1, zero_point = 0, low = 0, high = 0;
-  int32_t shift = 0;
+  uint8_t shift = 0;
 
   Sink() = default;
   Sink(const Plane& p, uint8_t* arena, int activation)
       : view(p, arena), inverse(p.inverse), zero_point(static_cast<float>(p.zero_point)),
-        low(static_cast<float>(p.quant_min)), high(static_cast<float>(p.quant_max)), shift(p.shift) {
+        low(static_cast<float>(p.quant_min)), high(static_cast<float>(p.quant_max)), shift(static_cast<uint8_t>(p.shift)) {
     if (activation != kIdentity) low = std::max(low, zero_point);
     if (activation == kReLU6) high = std::min(high, 6.0f * inverse + zero_point);
   }
-  DFQ_INLINE VecInt round(Vec t) const {
-    return nearest(clamp(t * inverse + zero_point, broadcast(low), broadcast(high)));
+  // The integer, plus kToInteger.
+  DFQ_INLINE Vec round(Vec t) const {
+    return clamp(t * inverse + zero_point, broadcast(low), broadcast(high)) + kToInteger;
   }
-  DFQ_INLINE Bytes stored(VecInt q) const { return __builtin_convertvector(q + shift, Bytes); }
-  DFQ_INLINE VecInt put(Vec t, int64_t x, int64_t channel) const {
-    const VecInt q = round(t);
-    const Bytes bytes = stored(q);
+  DFQ_INLINE Bytes stored(Vec rounded) const {  // q + 128 is q with its highest bit turned
+    return lowest_bytes((VecInt)rounded) ^ shift;
+  }
+  DFQ_INLINE Vec put(Vec t, int64_t x, int64_t channel) const {
+    const Vec rounded = round(t);
+    const Bytes bytes = stored(rounded);
     const int64_t count = std::min<int64_t>(kWidth, view.pixel - channel);
     std::memcpy(row + x * view.pixel + channel, &bytes, static_cast<size_t>(count));
-    return q;
+    return rounded;
   }
 };
 
@@ -88,9 +112,10 @@ DFQ_INLINE inline Vec normalize(const Step& s, Vec t, int64_t channel) {
 struct Chain {
   const Step* step = nullptr;
   int source = 0, count = 0;
-  float scale = 1;
-  int32_t zero_point = 0;
+  float scale = 1, zero = kToInteger;  // zero: the zero point as Sink::round gives it
   Sink outs[kMostOuts];
+
+  DFQ_INLINE Vec real(Vec rounded) const { return (rounded - zero) * scale; }
 };
 
 // What ends every step: activation, each result on its grid, and what is chained to it; or the logits.
@@ -108,7 +133,8 @@ struct Finish {
       Chain& chain = chained[chains++];
       chain.step = &next;
       while (step.outs[chain.source] != next.x) ++chain.source;
-      chain.scale = program.planes[next.x].scale, chain.zero_point = program.planes[next.x].zero_point;
+      chain.scale = program.planes[next.x].scale;
+      chain.zero = kToInteger + static_cast<float>(program.planes[next.x].zero_point);
       for (int out : next.outs) chain.outs[chain.count++] = Sink(program.planes[out], arena, next.activation);
     }
   }
@@ -119,16 +145,16 @@ struct Finish {
   }
   DFQ_INLINE void operator()(Vec t, int64_t x, int64_t channel) const {
     for (int i = 0; i < count; ++i) {
-      const VecInt q = outs[i].put(t, x, channel);
+      const Vec rounded = outs[i].put(t, x, channel);
       for (int c = 0; c < chains; ++c)
-        if (chained[c].source == i) run_chain(chained[c], q, x, channel);
+        if (chained[c].source == i) run_chain(chained[c], rounded, x, channel);
     }
     if (count || channel >= classes) return;
     t = activate(t, activation);
     std::memcpy(logits + channel, &t, static_cast<size_t>(std::min<int64_t>(kWidth, classes - channel)) * sizeof(float));
   }
-  DFQ_INLINE static void run_chain(const Chain& chain, VecInt q, int64_t x, int64_t channel) {
-    const Vec t = normalize(*chain.step, __builtin_convertvector(q - chain.zero_point, Vec) * chain.scale, channel);
+  DFQ_INLINE static void run_chain(const Chain& chain, Vec rounded, int64_t x, int64_t channel) {
+    const Vec t = normalize(*chain.step, chain.real(rounded), channel);
     for (int i = 0; i < chain.count; ++i) chain.outs[i].put(t, x, channel);
   }
 };

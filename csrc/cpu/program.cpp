@@ -96,7 +96,9 @@ void fill_frames(const Program& program, const Step& step, uint8_t* arena) {
   }
 }
 
-// Products and other operations of a step, roughly: what is worth a second thread.
+constexpr double kWorthSharing = 3e4;  // products that take longer than a barrier
+
+// Products and other operations of a step, roughly.
 double work_of(const Program& program, const Step& s) {
   const double outs = double(s.out_height) * s.out_width * s.out_channels;
   if (s.kind != kConvolve) return 8 * outs;
@@ -113,23 +115,31 @@ void prepare_program(Program& program) {
 void run_program(const ProgramRun& run) {
   const Program& program = *run.program;
   const int64_t pixels = int64_t(program.image_channels) * program.image_height * program.image_width;
-  const auto one = [&](int64_t index, uint8_t* arena, int threads) {
-    for (const Step& step : program.steps) {
-      const Work work{program, step, arena, run.images + index * pixels, run.logits + index * program.classes, run.has_nan};
-      fill_frames(program, step, arena);
-      const double per_row = work_of(program, step) / step.out_height;
-      const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(4e5 / per_row));
-      parallel_for(step.out_height, grain, threads, [&](int64_t begin, int64_t end) { run_rows(work, begin, end); });
-    }
+  const auto work_on = [&](const Step& step, int64_t index, uint8_t* arena) {
+    return Work{program, step, arena, run.images + index * pixels, run.logits + index * program.classes, run.has_nan};
   };
-  if (run.count < run.threads) {
-    for (int64_t index = 0; index < run.count; ++index) one(index, run.arenas[0], run.threads);
+  if (run.count >= run.threads) {
+    parallel_for(run.threads, 1, run.threads, [&](int64_t begin, int64_t end) {
+      for (int64_t slot = begin; slot < end; ++slot)
+        for (int64_t index = slot * run.count / run.threads; index < (slot + 1) * run.count / run.threads; ++index)
+          for (const Step& step : program.steps) {
+            fill_frames(program, step, run.arenas[slot]);
+            run_rows(work_on(step, index, run.arenas[slot]), 0, step.out_height);
+          }
+    });
     return;
   }
-  parallel_for(run.threads, 1, run.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t slot = begin; slot < end; ++slot)
-      for (int64_t index = slot * run.count / run.threads; index < (slot + 1) * run.count / run.threads; ++index)
-        one(index, run.arenas[slot], 1);
+  Barrier barrier;
+  parallel_team(run.threads, [&](int self, int team) {
+    for (int64_t index = 0; index < run.count; ++index)
+      for (const Step& step : program.steps) {
+        const int sharing = work_of(program, step) < kWorthSharing ? 1 : team;  // a barrier costs less than a fork
+        if (self == 0) fill_frames(program, step, run.arenas[0]);
+        const int64_t rows = step.out_height, begin = self < sharing ? rows * self / sharing : 0;
+        const int64_t end = self < sharing ? rows * (self + 1) / sharing : 0;
+        if (begin < end) run_rows(work_on(step, index, run.arenas[0]), begin, end);
+        barrier.wait(team);
+      }
   });
 }
 
