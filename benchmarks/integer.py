@@ -1,9 +1,9 @@
 """Integer inference against what users have: `python -m benchmarks.integer [--out FILE]`.
 
-Images per second of this engine (W8A8, W4A4, W2A2), torch fp32 and bf16 in channels-last, both under `torch.compile`,
-and ONNX Runtime fp32 and int8 (the same W8A8 network as QDQ); medians of interleaved calls in one process. ONNX
-Runtime's threads spin for up to a tenth of a second after a call and would take another's cores: each variant waits for
-that long, then calls once unmeasured, so that its own threads are awake.
+Images per second of this engine (W8A8, W4A4, W2A2); torch fp32 and bf16 in channels-last, both under `torch.compile`;
+ONNX Runtime fp32, int8 (the same W8A8 network as QDQ) and own int8 (what its quantizer makes of the float network).
+Medians of interleaved calls in one process. ONNX Runtime's threads spin for up to a tenth of a second after a call and
+would take another's cores: each variant waits for that long, then calls once unmeasured, so that its own are awake.
 """
 
 from __future__ import annotations
@@ -85,16 +85,31 @@ def torch_calls(model: nn.Module) -> Calls:
     }  # fmt: skip
 
 
-def onnx_calls(model: nn.Module, shape: tuple[int, int, int], graph: IntegerGraph, folder: Path) -> Calls:
-    """ONNX Runtime: the float network, and the integer one as QDQ."""
-    import onnxruntime
+class Noise:
+    """Calibration images for ONNX Runtime's quantizer."""
 
-    names = {"ONNX Runtime fp32": folder / "float.onnx", "ONNX Runtime int8": folder / "integers.onnx"}
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self.batches = iter([{"images": torch.randn(4, *shape).numpy()} for _ in range(2)])
+
+    def get_next(self) -> dict[str, Any] | None:
+        return next(self.batches, None)
+
+
+def onnx_calls(model: nn.Module, shape: tuple[int, int, int], graph: IntegerGraph, folder: Path) -> Calls:
+    """ONNX Runtime: the float network, the integer one as QDQ, and what its own quantizer makes of the float one."""
+    import onnxruntime
+    from onnxruntime import quantization
+
+    names = {f"ONNX Runtime {what}": folder / f"{what}.onnx" for what in ("fp32", "int8", "own int8")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter that needs no further package is the old one
         torch.onnx.export(model, (torch.zeros(1, *shape),), str(names["ONNX Runtime fp32"]), dynamo=False,
                           input_names=["images"], dynamic_axes={"images": {0: "N"}}, opset_version=17)  # fmt: skip
     save_onnx(graph, names["ONNX Runtime int8"])
+    quantization.shape_inference.quant_pre_process(str(names["ONNX Runtime fp32"]), str(folder / "prepared.onnx"))
+    quantization.quantize_static(
+        str(folder / "prepared.onnx"), str(names["ONNX Runtime own int8"]), Noise(shape), per_channel=True
+    )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
 
