@@ -46,9 +46,10 @@ RUNTIMES = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name
 sanitize: .venv/installed      ## the CPU kernels of every level under AddressSanitizer and UndefinedBehaviorSanitizer
 	CXX="g++ $(SANITIZERS) -g1" DFQ_BUILD_NATIVE=cpu $(BIN)/python setup.py -q build_ext \
 	  --build-lib build/sanitized --build-temp build/sanitized-objects
-	for level in baseline v2 v3 v4; do DFQ_CPU=$$level LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 \
+	for level in baseline v2 v3 v4 v4_vnni; do DFQ_CPU=$$level LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(BIN)/python -m tests.with_module build/sanitized/dfq_kernels/_native*.so tests/test_conformance.py \
-	  tests/test_native.py -s -k "not instruction_set and not elements and not triton" || exit 1; done
+	  tests/test_native.py tests/test_engine.py tests/test_engine_io.py -s \
+	  -k "not instruction_set and not elements and not triton and not whole_test_set" || exit 1; done
 
 cuda-check: .venv/installed    ## the CUDA kernels without a GPU: spills, loads, PTX, and the whole suite on an emulator
 	DFQ_EMULATED_TESTS=test_ $(BIN)/python -m pytest -v tests/test_cuda.py

@@ -21,7 +21,8 @@ class Runner {
   void run(uintptr_t images, int64_t count, uintptr_t logits, int threads) {
     std::vector<std::unique_ptr<uint8_t[]>> arenas;
     std::vector<uint8_t*> pointers;
-    for (int i = 0; i < threads; ++i) arenas.push_back(take());
+    const int needed = count >= threads ? threads : 1;  // few images are worked on by all threads, one after the other
+    for (int i = 0; i < needed; ++i) arenas.push_back(take());
     for (const auto& arena : arenas) pointers.push_back(arena.get());
     std::atomic<bool> has_nan{false};
     cpu_kernels().run_program({&program_, count, reinterpret_cast<const float*>(images),

@@ -51,7 +51,7 @@ def integer_graph(
     return export(model, shape, num_classes, normalization=normalization)  # type: ignore[arg-type]
 
 
-def milliseconds(model: Callable[[Tensor], Tensor], input_shape: tuple[int, int, int], seconds: float = 0.5) -> float:
+def milliseconds(model: Callable[[Tensor], Tensor], input_shape: tuple[int, int, int], seconds: float = 0.1) -> float:
     """The median time of one image."""
     image, times = torch.zeros(1, *input_shape), list[float]()
     with torch.no_grad():

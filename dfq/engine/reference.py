@@ -57,7 +57,7 @@ def _real(name: str, graph: IntegerGraph, values: dict[str, Tensor]) -> Tensor:
 
 
 def _round(t: Tensor, grid: Grid) -> Tensor:
-    inverse = 1 / torch.tensor(grid.scale, dtype=torch.float32)
+    inverse = 1 / torch.tensor(grid.scale, device=t.device)
     return (t * inverse + grid.zero_point).round().clamp(grid.quant_min, grid.quant_max).long()
 
 
@@ -97,7 +97,8 @@ def _add(step: Add, graph: IntegerGraph, values: dict[str, Tensor]) -> Tensor:
 
 
 def _average_pool(step: AveragePool, graph: IntegerGraph, values: dict[str, Tensor]) -> Tensor:
-    x, scale = _whole(step.x, graph, values), torch.tensor(graph.grids[step.x].scale)
+    x = _whole(step.x, graph, values)
+    scale = torch.tensor(graph.grids[step.x].scale, device=x.device)
     if step.kernel is not None:
         count = float(step.kernel[0] * step.kernel[1])
         total = F.avg_pool2d(x, step.kernel, step.stride, step.padding) * count
@@ -106,7 +107,7 @@ def _average_pool(step: AveragePool, graph: IntegerGraph, values: dict[str, Tens
     sums = [torch.stack([x[:, :, top:bottom, left:right].sum((2, 3)) for left, right in columns], 2)
             for top, bottom in rows]  # fmt: skip
     counts = [[float((bottom - top) * (right - left)) for left, right in columns] for top, bottom in rows]
-    return torch.stack(sums, 2).float() * (scale / torch.tensor(counts))
+    return torch.stack(sums, 2).float() * (scale / torch.tensor(counts, device=x.device))
 
 
 _TOTALS: dict[type[Step], object] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from dfq.engine import reference
 from dfq.engine.check import check_graph
-from dfq.engine.graph import IntegerGraph
+from dfq.engine.graph import IntegerGraph, Step
 from dfq.engine.io import load_graph
 from dfq.engine.native import NativeNetwork
 from dfq.errors import check
@@ -44,6 +45,7 @@ class Engine:
             self._native = NativeNetwork(graph)
         else:
             check_graph(graph)
+            self.graph = _on(self.device, graph)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits, fp32 `[N, num_classes]`.
@@ -75,6 +77,16 @@ class Engine:
         assert self.graph.normalization is not None
         mean, std = (torch.tensor(part, device=pixels.device).view(-1, 1, 1) for part in self.graph.normalization)
         return (pixels.float() / 255 - mean) / std
+
+
+def _on(device: torch.device, graph: IntegerGraph) -> IntegerGraph:
+    """The network with its tensors on a device."""
+
+    def moved(step: Step) -> Step:
+        tensors = {name: value for name in step.tensors if (value := getattr(step, name)) is not None}
+        return replace(step, **{name: value.to(device) for name, value in tensors.items()})  # type: ignore[arg-type]
+
+    return replace(graph, steps=tuple(moved(step) for step in graph.steps))
 
 
 def load(path: str | Path, device: torch.device | str = "cpu", backend: str | None = None) -> Engine:
