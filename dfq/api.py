@@ -31,7 +31,6 @@ from dfq.engine import Engine, save_graph
 from dfq.errors import check, first_line, integer
 from dfq.evaluate import accuracy, check_test_images
 from dfq.execution import Execution
-from dfq.export import ExportError
 from dfq.loop import Observer, run_loop
 from dfq.models import ModelSpec, build_model
 from dfq.profiling import Profiled
@@ -53,7 +52,7 @@ class Result:
     calibrated: DF-Q, the same network before training (None for float students);
     accuracies: percent by name (`teacher`, `DF-Q`, `DF-QAT-KD`, `student`, `integers`), empty without test images;
     sizes: bytes by the same names; milliseconds: of one image on the CPU, by name;
-    integers: the network as integers, also in the folder (None where it cannot be one).
+    integers: the network as integers, also in the folder; None where it cannot be one, and why not in `no_integers`.
     """
 
     model: nn.Module
@@ -63,6 +62,7 @@ class Result:
     sizes: dict[str, int]
     milliseconds: dict[str, float]
     integers: Engine | None
+    no_integers: str | None
     seconds: float
 
 
@@ -351,7 +351,7 @@ def _finish(
         ]
         save_image_grid(pictures, folder.path / "images.png")
     sizes = {name: model_bytes(model) for name, model in models.items()}
-    engine = None if task is None or calibrated is None else _integers(product, task, folder)
+    engine, why_not = (None, None) if task is None or calibrated is None else _integers(product, task, folder)
     judged: dict[str, Any] = dict(models)
     if engine is not None:
         judged["integers"], sizes["integers"] = engine, folder.integers.stat().st_size
@@ -367,17 +367,20 @@ def _finish(
         times = {"teacher": milliseconds(models["teacher"], shape), "integers": milliseconds(engine, shape)}
     seconds = time.monotonic() - started
     facts = {"accuracies": accuracies, "bytes": sizes, "milliseconds": times, "seconds": round(seconds, 1)}
+    if why_not is not None:
+        facts["no_integers"] = why_not
     if calibrated is not None:
         facts["layers"] = to_json(layer_bounds(product))  # type: ignore[arg-type, assignment]
     folder.write_json("result.json", facts)
-    return Result(product, folder.path, calibrated, accuracies, sizes, times, engine, seconds)
+    return Result(product, folder.path, calibrated, accuracies, sizes, times, engine, why_not, seconds)
 
 
-def _integers(product: nn.Module, task: DataFreeTraining, folder: RunFolder) -> Engine | None:
-    """The product in integers, written into the folder; None where its config is not one of an integer network."""
+def _integers(product: nn.Module, task: DataFreeTraining, folder: RunFolder) -> tuple[Engine | None, str | None]:
+    """The product in integers, written into the folder; or why its config is not one of an integer network."""
     try:
         graph = integer_graph(copy.deepcopy(product).cpu(), task.input_shape, task.num_classes)
-    except ExportError:  # `dfq export` says why
-        return None
+        engine = Engine(graph)
+    except ValueError as error:  # an ExportError, or a network that is too large
+        return None, str(error)
     save_graph(graph, folder.integers)
-    return Engine(graph)
+    return engine, None

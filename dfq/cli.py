@@ -357,7 +357,10 @@ def _show(result: api.Result, json_output: bool) -> None:
     rows = [(name, result.accuracies.get(name), size) for name, size in result.sizes.items()]
     title = f"{result.seconds:.0f} s, exact forward"
     Console().print(accuracy_table(rows, title, milliseconds=result.milliseconds))
-    Console(soft_wrap=True, highlight=False).print(f"everything is in {result.folder}", markup=False)
+    plain = Console(soft_wrap=True, highlight=False)
+    if result.no_integers is not None:
+        plain.print(f"no integer network: {result.no_integers}", markup=False)
+    plain.print(f"everything is in {result.folder}", markup=False)
 
 
 def keep_freed_memory() -> None:
@@ -377,7 +380,15 @@ def main(command: Callable[[], Any] = app) -> None:
     except Interrupted as error:
         errors.print(f"dfq: {error}", markup=False)
         raise SystemExit(128 + error.signal_number) from None
-    except (ValueError, NonFiniteError, ExecutionError, BackendError, OSError, torch.OutOfMemoryError) as error:
+    except (
+        ValueError,
+        NonFiniteError,
+        ExecutionError,
+        BackendError,
+        OSError,
+        MemoryError,
+        torch.OutOfMemoryError,
+    ) as error:
         errors.print(f"error: {' '.join(str(error).split())}", markup=False)
         raise SystemExit(1) from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -81,8 +82,9 @@ def read_images(engine: Engine, path: Path) -> Tensor:
         array = np.load(path, allow_pickle=False)
     except OSError as error:
         raise CheckpointError(f"run: {path} cannot be read: {error.strerror or first_line(error)}") from error
-    except EOFError as error:
-        raise ValueError(f"run: {path} must be a NumPy array, got an empty file") from error
+    except (EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"run: {path} must be a NumPy array, got {first_line(error)}") from error
+    check("run", str(path), type(array).__name__, "one NumPy array", isinstance(array, np.ndarray))
     array = array[None] if array.ndim == 3 else array
     check("run", str(path), array.shape, f"[N, {', '.join(map(str, shape))}]",
           array.ndim == 4 and array.shape[1:] == shape)  # fmt: skip

@@ -145,7 +145,7 @@ class Execution:
                 return self._recorder.warm_up(lambda: function(*inputs))
             try:
                 self._recorded[name] = _Recorded(function, inputs, self._recorder)
-            except ExecutionError:
+            except (ExecutionError, torch.OutOfMemoryError):
                 raise
             except RuntimeError as error:
                 self._give_up(name, error)
@@ -154,7 +154,10 @@ class Execution:
         return result
 
     def _give_up(self, name: Hashable, error: RuntimeError) -> None:
-        reason = f"capture: step {name} cannot be captured: {first_line(error)}"
+        cause: BaseException = error
+        while cause.__context__ is not None:  # ending a capture that has failed fails, too, and says less
+            cause = cause.__context__
+        reason = f"capture: step {name} cannot be captured: {first_line(cause)}"
         if self.mode == "on":
             raise ExecutionError(reason) from error
         warnings.warn(f"{reason}; steps run as they are", RuntimeWarning, stacklevel=3)

@@ -1,7 +1,7 @@
 """The fake-quantized graph as an integer network: every constant that its exact forward uses, computed once.
 
-A node of the trained graph is a quantized value, or a step that is still open: its activation, a residual and its
-results may follow. A step is closed by nothing: its place in the order is where its last input is there.
+A node of the trained graph is a quantized value, or a step that is still open: its activation, a residual, max pools
+and its results may follow. Whoever changes an open step that others read too goes on with a copy of it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from dfq.engine.check import check_graph
+from dfq.engine.check import GraphError, check_graph
 from dfq.engine.graph import (
     IMAGES,
     Add,
@@ -35,6 +35,7 @@ from dfq.quant.quantizers import ActivationQuantizer, weight_layers
 from dfq_kernels.bn_act_stats.reference import multiplier
 
 INT32 = 2.0**31
+LOGITS = "logits"
 
 
 class ExportError(ValueError):
@@ -73,7 +74,10 @@ def export(
             values that an integer network has no step for.
     """
     graph = replace(_Exporter(model.eval(), input_shape, num_classes).export(), normalization=normalization)
-    check_graph(graph)
+    try:
+        check_graph(graph)
+    except GraphError as error:
+        raise ExportError(f"export: the model must be an integer network, got one whose {error}") from error
     return graph
 
 
@@ -100,7 +104,7 @@ class _Exporter:
             else:
                 self._function(node)
         assert output is not None
-        steps = tuple(replace(item.step, outs=tuple(item.outs)) for item in self.order)
+        steps = tuple(replace(item.step, outs=tuple(item.outs)) for item in self.order if item.outs)
         read = {name for step in steps for name in inputs(step)} | {output}
         if unread := [name for step in steps for name in step.outs if name not in read]:
             raise ExportError(f"export: every value must be read, got {unread[0]} that nothing reads")
@@ -187,9 +191,7 @@ class _Exporter:
                 raise ExportError(f"export: {name} must see [N, features], got another shape")
             return Layer(**common)  # type: ignore[arg-type]
         assert isinstance(module, QuantConv2d)
-        if isinstance(module.padding, str):
-            raise ExportError(f"export: padding of {name} must be numbers, got {module.padding!r}")
-        geometry = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
+        geometry = {"stride": module.stride, "padding": _padding(name, module), "dilation": module.dilation}
         return Layer(**common, **geometry, groups=module.groups)  # type: ignore[arg-type]
 
     def _batch_norm(self, x: str, module: QuantBatchNorm) -> Rescale:
@@ -204,25 +206,38 @@ class _Exporter:
         if isinstance(first, str) and isinstance(second, str):
             self._open(node, Add(first, (), None, second))
             return
-        opened, other = (first, second) if isinstance(first, _Open) else (second, first)
-        alone = isinstance(opened, _Open) and isinstance(opened.step, Layer) and not opened.outs and not opened.pools
-        if not alone or not isinstance(other, str) or opened.step.activation or opened.step.residual:  # type: ignore[union-attr]
+        source, other = node.all_input_nodes if isinstance(first, _Open) else reversed(node.all_input_nodes)
+        residual, opened = self.items[other], self._taken(source)
+        alone = isinstance(opened.step, Layer) and not (opened.pools or opened.step.activation or opened.step.residual)
+        if not alone or not isinstance(residual, str):
             raise ExportError(f"export: one side of {node.name} must be quantized, the other one a layer's sums")
-        assert isinstance(opened, _Open)
-        opened.step = replace(opened.step, residual=other)  # type: ignore[call-arg]
+        opened.step = replace(opened.step, residual=residual)  # type: ignore[call-arg]
         self.order.remove(opened)
         self.order.append(opened)  # its residual is there by now
         self.items[node] = opened
 
     def _activation(self, node: fx.Node, activation: str) -> None:
-        item = self.items[node.all_input_nodes[0]]
+        source = node.all_input_nodes[0]
+        item = self.items[source]
         if isinstance(item, str):
             self._open(node, Rescale(item, (), activation))
             return
-        if item.outs or item.step.activation or item.pools:
-            raise ExportError(f"export: {node.name} must be the only reader of {node.all_input_nodes[0].name}")
-        item.step = replace(item.step, activation=activation)
-        self.items[node] = item
+        opened = self._taken(source)
+        if opened.step.activation:
+            raise ExportError(f"export: {node.name} must not follow another activation, got {opened.step.activation}")
+        opened.step = replace(
+            opened.step, activation=activation
+        )  # behind a max pool too: the largest stays the largest
+        self.items[node] = opened
+
+    def _taken(self, source: fx.Node) -> _Open:
+        """The open step that made `source`, for a reader that changes it."""
+        item = self.items[source]
+        assert isinstance(item, _Open)
+        if len(source.users) > 1:
+            item = _Open(item.step, [], item.pools)
+            self.order.append(item)
+        return item
 
     def _move(self, node: fx.Node) -> None:
         """A flattening in front of a linear layer, which flattens by itself; or no move at all."""
@@ -234,7 +249,9 @@ class _Exporter:
 
     def _max_pool(self, node: fx.Node, item: _Item) -> None:
         if isinstance(item, _Open):
-            self.items[node] = replace(item, outs=item.outs, pools=(*item.pools, node))
+            opened = self._taken(node.all_input_nodes[0])
+            opened.pools = (*opened.pools, node)
+            self.items[node] = opened
             return
         self.items[node] = self._pooled(item, node)
 
@@ -254,7 +271,7 @@ class _Exporter:
 
     def _quantized(self, node: fx.Node, item: _Item, quantizer: ActivationQuantizer) -> None:
         """Makes the value of a node that gives `(value, scale)`."""
-        name = node.name
+        name = self._name(node.name)
         self.grids[name] = Grid(
             float(quantizer.scale), int(quantizer.zero_point), quantizer.quant_min, quantizer.quant_max
         )
@@ -266,8 +283,14 @@ class _Exporter:
             name = self._pooled(name, pool, f"{node.name}_{pool.name}")
         self.pairs[node] = name
 
+    def _name(self, wanted: str) -> str:
+        """A name that no other value has."""
+        while wanted in self.grids or wanted in (IMAGES, LOGITS):
+            wanted += "_"
+        return wanted
+
     def _pooled(self, x: str, node: fx.Node, name: str | None = None) -> str:
-        name = name or node.name
+        name = self._name(name or node.name)
         window = _window(node, self.model)
         self.grids[name] = self.grids[x]
         self.order.append(_Open(MaxPool(x, (), None, **window), [name]))
@@ -280,11 +303,26 @@ class _Exporter:
         return item
 
     def _logits(self, node: fx.Node) -> str:
-        item = self.items[node]
-        if not isinstance(item, _Open) or item.outs or item.pools or not isinstance(item.step, (Layer, AveragePool)):
+        if isinstance(self.items[node], str):
             raise ExportError("export: the logits must come from a layer or an average pool")
-        item.outs.append("logits")
-        return "logits"
+        opened = self._taken(node)
+        if opened.outs:  # a step makes integers or logits
+            opened = _Open(opened.step, [], opened.pools)
+            self.order.append(opened)
+        if opened.pools or not isinstance(opened.step, (Layer, AveragePool)):
+            raise ExportError("export: the logits must come from a layer or an average pool")
+        opened.outs.append(LOGITS)
+        return LOGITS
+
+
+def _padding(name: str, module: QuantConv2d) -> tuple[int, ...]:
+    """In numbers, where it is `valid` or `same`."""
+    if not isinstance(module.padding, str):
+        return tuple(module.padding)
+    spans = [d * (k - 1) for d, k in zip(module.dilation, module.weight.shape[2:], strict=True)]
+    if module.padding == "same" and any(span % 2 for span in spans):
+        raise ExportError(f"export: padding of {name} must be as much before as behind, got 'same' with an even kernel")
+    return tuple(span // 2 if module.padding == "same" else 0 for span in spans)
 
 
 def _average_pool(x: str, module: QuantAveragePool) -> AveragePool:

@@ -20,6 +20,7 @@ from torch import Tensor
 from dfq.checkpoint import write_atomic
 from dfq.engine.check import Shape, check_graph
 from dfq.engine.graph import IMAGES, Add, AveragePool, Grid, IntegerGraph, Layer, MaxPool, Quantize, Rescale, Step
+from dfq.errors import first_line
 from dfq.export import ExportError
 
 OPSET, IR_VERSION = 17, 8
@@ -37,7 +38,10 @@ def save_onnx(graph: IntegerGraph, path: Path) -> None:
     except ImportError as error:
         raise ExportError("export: the package onnx must be installed for an ONNX file (pip install onnx)") from error
     model = _Builder(graph, onnx).model()
-    onnx.checker.check_model(model, full_check=True)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:  # its errors are Exceptions of several modules
+        raise ExportError(f"export: the network must have an ONNX form: {first_line(error)}") from error
     write_atomic(path, model.SerializeToString())
 
 
@@ -109,9 +113,19 @@ class _Builder:
             return self._average_pool(step, x, out)
         if isinstance(step, MaxPool):
             window = {"kernel_shape": step.kernel, "strides": step.stride, "dilations": step.dilation}
-            pads = [*step.padding, *step.padding]
-            return self._node("MaxPool", [x], out, **window, pads=pads, ceil_mode=int(step.ceil_mode))
+            return self._node("MaxPool", [x], out, **window, pads=self._pool_pads(step))
         return self._node("Identity", [x], out)
+
+    def _pool_pads(self, step: MaxPool) -> list[int]:
+        """Begins and ends; the ends make as many windows as torch does, whose ceil_mode is not ONNX's."""
+        before, after = self.shapes[step.x][1:], self.shapes[step.outs[0]][1:]
+        ends = [
+            max(0, (count - 1) * s + (k - 1) * d + 1 - side - p)
+            for side, count, k, s, p, d in zip(
+                before, after, step.kernel, step.stride, step.padding, step.dilation, strict=True
+            )
+        ]
+        return [*step.padding, *ends]
 
     def _layer(self, step: Layer, x: str, out: str) -> str:
         scale = step.mult.double() / self.graph.grids[step.x].scale

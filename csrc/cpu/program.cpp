@@ -52,6 +52,9 @@ void average_pool(const Work& w, int64_t begin, int64_t end) {
   });
 }
 
+// The first tap of a window that begins at `begin` and is not above or left of the map.
+int64_t first_inside(int64_t begin, int64_t dilation) { return begin < 0 ? (-begin + dilation - 1) / dilation : 0; }
+
 void max_pool(const Work& w, int64_t begin, int64_t end) {
   const Step& s = w.step;
   const View2d in(w.program.planes[s.x], w.arena), out(w.program.planes[s.outs[0]], w.arena);
@@ -59,12 +62,10 @@ void max_pool(const Work& w, int64_t begin, int64_t end) {
     for (int64_t x = 0; x < s.out_width; ++x) {
       uint8_t* to = out.at(y, x);
       std::memset(to, 0, static_cast<size_t>(out.pixel));
-      for (int64_t r = 0; r < s.kernel_y; ++r)
-        for (int64_t k = 0; k < s.kernel_x; ++k) {
-          const int64_t from_y = y * s.stride_y - s.pad_y + r * s.dilation_y;
-          const int64_t from_x = x * s.stride_x - s.pad_x + k * s.dilation_x;
-          if (from_y < 0 || from_y >= in.plane->height || from_x < 0 || from_x >= in.plane->width) continue;
-          const uint8_t* from = in.at(from_y, from_x);
+      const int64_t top = y * s.stride_y - s.pad_y, left = x * s.stride_x - s.pad_x;
+      for (int64_t r = first_inside(top, s.dilation_y); r < s.kernel_y && top + r * s.dilation_y < in.plane->height; ++r)
+        for (int64_t k = first_inside(left, s.dilation_x); k < s.kernel_x && left + k * s.dilation_x < in.plane->width; ++k) {
+          const uint8_t* from = in.at(top + r * s.dilation_y, left + k * s.dilation_x);
           for (int64_t c = 0; c < out.pixel; ++c) to[c] = std::max(to[c], from[c]);
         }
     }

@@ -1,4 +1,4 @@
-// A whole integer network as a list of steps over planes in one arena: what dfq/engine/plan.py made of a graph.
+// A whole integer network as a list of steps over planes in one arena: what dfq/engine/native.py made of a graph.
 //
 // A plane is one image's value, height x width x channels of bytes, with a frame around it that holds the zero point, so
 // that convolutions read padding like everything else. Channels lie together, their number rounded up to 4. A signed
@@ -36,7 +36,7 @@ struct Step {
   int32_t kernel_y = 1, kernel_x = 1, stride_y = 1, stride_x = 1, pad_y = 0, pad_x = 0, dilation_y = 1, dilation_x = 1;
   int32_t groups = 1;
   std::vector<int8_t> weight;          // [out, kernel_y, kernel_x, in / groups]
-  std::vector<float> mult, bias, mean;  // per channel, rounded up to a multiple of 16; average pool: mult per window
+  std::vector<float> mult, bias, mean;  // per channel, and 16 more; average pool: mult per window
   std::vector<int32_t> windows;        // average pool: begin and end of every row's, then of every column's
   // made by the level that runs it
   std::vector<uint8_t> packed;

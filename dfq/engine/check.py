@@ -53,6 +53,7 @@ def check_graph(graph: IntegerGraph) -> dict[str, Shape]:
         fits = len(mean) == len(std) == graph.input_shape[0] and all(math.isfinite(value) for value in (*mean, *std))
         require(fits and min(std) > 0, "normalization", "a mean and a deviation > 0 per channel", graph.normalization)
     shapes: dict[str, Shape] = {IMAGES: graph.input_shape}
+    require(IMAGES not in graph.grids, "the images", "without a grid", "one")
     for name, grid in graph.grids.items():
         _check_grid(name, grid)
     require(bool(graph.steps), "steps", "at least one", 0)
@@ -66,6 +67,8 @@ def check_graph(graph: IntegerGraph) -> dict[str, Shape]:
         require(0 < size <= LARGEST, f"the shape of {step.outs}", f"of 1 to {LARGEST} elements", shape)
         some = isinstance(step.outs, tuple) and 1 <= len(step.outs) <= MOST_OUTS
         require(some, "outs", f"1 to {MOST_OUTS} results", step.outs)
+        integers_or_logits = graph.output not in step.outs or step.outs == (graph.output,)
+        require(integers_or_logits, "the output's step", "of the output alone", step.outs)
         for out in step.outs:
             require(isinstance(out, str) and out not in shapes, "a result", "a new name", out)
             require(out in graph.grids or out == graph.output, out, "on a grid, or the output", "neither")
@@ -112,6 +115,7 @@ def _quantize(step: Quantize, shapes: dict[str, Shape], graph: IntegerGraph) -> 
 
 
 def _layer(step: Layer, shapes: dict[str, Shape], graph: IntegerGraph) -> Shape:
+    require(isinstance(step.name, str), "a layer's name", "text", step.name)
     name, x = f"layer {step.name}", shapes[step.x]
     _tensor(f"{name}: weight", step.weight, torch.int8)
     require(
@@ -129,12 +133,19 @@ def _layer(step: Layer, shapes: dict[str, Shape], graph: IntegerGraph) -> Shape:
     bound = largest * int(step.weight.flatten(1).abs().sum(1, dtype=torch.int64).max())
     require(bound <= LARGEST, f"{name}: the largest sum", "below 2^31", bound)
     if step.weight.dim() == 2:
+        geometry = step.stride, step.padding, step.dilation, step.groups
+        require(geometry == ((1, 1), (0, 0), (1, 1), 1), f"{name}: geometry", "none of a linear layer", geometry)
         require(math.prod(x) == step.weight.shape[1], f"{name}: weight", f"[out, {math.prod(x)}]", step.weight.shape)
         shape: Shape = (out,)
     else:
         shape = _convolved(name, step, x)
     if step.residual is not None:
-        require(shapes[step.residual] == shape, f"{name}: residual", f"of shape {shape}", shapes[step.residual])
+        require(
+            _flat(shapes[step.residual]) == _flat(shape),
+            f"{name}: residual",
+            f"of shape {shape}",
+            shapes[step.residual],
+        )
     return shape
 
 
@@ -160,7 +171,7 @@ def _window(
     sizes = []
     for side, k, s, p, d in zip(x[1:], kernel, stride, padding, dilation, strict=True):
         span = side + 2 * p - d * (k - 1) - 1
-        require(span >= 0, f"{name}: kernel", f"within {side} and its padding", k)
+        require(span + (s - 1 if ceil else 0) >= 0, f"{name}: kernel", f"within {side} and its padding", k)
         count = (span + (s - 1 if ceil else 0)) // s + 1
         sizes.append(count - 1 if ceil and (count - 1) * s >= side + p else count)
     return tuple(sizes)
@@ -176,19 +187,32 @@ def _rescale(step: Rescale, shapes: dict[str, Shape], graph: IntegerGraph) -> Sh
 
 
 def _add(step: Add, shapes: dict[str, Shape], graph: IntegerGraph) -> Shape:
-    require(shapes[step.x] == shapes[step.other], "the sides of an addition", "of one shape", shapes[step.other])
+    require(
+        _flat(shapes[step.x]) == _flat(shapes[step.other]),
+        "the sides of an addition",
+        "of one shape",
+        shapes[step.other],
+    )
     return shapes[step.x]
 
 
 def _average_pool(step: AveragePool, shapes: dict[str, Shape], graph: IntegerGraph) -> Shape:
     x = shapes[step.x]
     require(len(x) == 3, "the input of a pool", "(C, H, W)", x)
+    grid = graph.grids[step.x]
+    largest = max(grid.quant_max - grid.zero_point, grid.zero_point - grid.quant_min)
     if step.kernel is not None:
         _half_padding(step.kernel, step.padding)
+        bound = largest * math.prod(step.kernel)
+        require(bound <= LARGEST, "average pool: the largest sum", "below 2^31", bound)
         return x[0], *_window("average pool", x, step.kernel, step.stride, step.padding, (1, 1))
+    geometry = step.stride, step.padding
+    require(geometry == ((1, 1), (0, 0)), "average pool: geometry", "none of an adaptive pool", geometry)
     _sides("average pool: output", step.output, 2, 1)
     fits = all(parts <= side for parts, side in zip(step.output, x[1:], strict=True))
     require(fits, "average pool: output", f"at most {x[1:]}", step.output)
+    bound = largest * math.prod(-(-side // parts) + 1 for side, parts in zip(x[1:], step.output, strict=True))
+    require(bound <= LARGEST, "average pool: the largest sum", "below 2^31", bound)
     return x[0], *step.output
 
 
@@ -199,7 +223,18 @@ def _max_pool(step: MaxPool, shapes: dict[str, Shape], graph: IntegerGraph) -> S
     _half_padding(step.kernel, step.padding)
     same = len(step.outs) == 1 and graph.grids.get(step.outs[0]) == graph.grids[step.x]
     require(same and step.activation is None, "the result of a max pool", "one on the grid of its input", step.outs)
-    return x[0], *_window("max pool", x, step.kernel, step.stride, step.padding, step.dilation, step.ceil_mode)
+    counts = _window("max pool", x, step.kernel, step.stride, step.padding, step.dilation, step.ceil_mode)
+    for axis, count in enumerate(counts):
+        k, s, p, d = (part[axis] for part in (step.kernel, step.stride, step.padding, step.dilation))
+        firsts = [(begin, -(begin // d) if begin < 0 else 0) for begin in range(-p, count * s - p, s)]
+        meets = all(tap < k and begin + tap * d < x[axis + 1] for begin, tap in firsts)
+        require(meets, "max pool: every window", "one that meets the map", (k, s, p, d))
+    return x[0], *counts
+
+
+def _flat(shape: Shape) -> Shape:
+    """A map of one pixel is its channels."""
+    return shape[:1] if shape[1:] == (1, 1) else shape
 
 
 def _half_padding(kernel: Shape, padding: Shape) -> None:

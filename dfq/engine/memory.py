@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dfq.engine.check import Shape
+from dfq.engine.check import Shape, require
 from dfq.engine.graph import IMAGES, AveragePool, IntegerGraph, Layer, MaxPool, Rescale, Step, inputs
 
 ALIGNMENT = 64
+LARGEST_ARENA = 2**32
 MOST_CHAINED = 4  # rescale steps of a group
 
 
@@ -52,7 +53,9 @@ def fuse(graph: IntegerGraph) -> list[Group]:
     maker: dict[str, int] = {}
     for step in graph.steps:
         place = maker.get(step.x)
-        if isinstance(step, Rescale) and place is not None and len(groups[place].chained) < MOST_CHAINED:
+        rounded = all(out in graph.grids for out in step.outs)  # logits end in memory
+        room = place is not None and len(groups[place].chained) < MOST_CHAINED
+        if isinstance(step, Rescale) and rounded and room and place is not None:
             groups[place] = Group(groups[place].step, (*groups[place].chained, step))
             continue
         if not isinstance(step, MaxPool):
@@ -85,6 +88,7 @@ def plan_memory(
             places[out] = place
             alive.append((dies.get(out, index), place))  # a value that nothing reads lives for its own step
             total = max(total, place.offset + place.size)
+    require(total <= LARGEST_ARENA, "the memory of one image", f"at most {LARGEST_ARENA} bytes", total)
     return places, total
 
 

@@ -99,7 +99,8 @@ class NativeNetwork:
 
 
 def _padded(values: Tensor) -> list[float]:
-    return torch.nn.functional.pad(values, (0, -len(values) % LANES)).tolist()
+    """With room for a whole vector from any channel on: groups begin where they like."""
+    return torch.nn.functional.pad(values, (0, LANES)).tolist()
 
 
 def _layer(made: Any, step: Layer, network: NativeNetwork) -> None:

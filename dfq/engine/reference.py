@@ -82,7 +82,7 @@ def _layer(step: Layer, graph: IntegerGraph, values: dict[str, Tensor]) -> Tenso
     else:
         acc = F.conv2d(x, weight, None, step.stride, step.padding, step.dilation, step.groups)
     t = acc.round().float() * _channels(step.mult, acc) + _channels(step.bias, acc)
-    return t if step.residual is None else t + _real(step.residual, graph, values)
+    return t if step.residual is None else t + _real(step.residual, graph, values).reshape(t.shape)
 
 
 def _rescale(step: Rescale, graph: IntegerGraph, values: dict[str, Tensor]) -> Tensor:
@@ -93,7 +93,8 @@ def _rescale(step: Rescale, graph: IntegerGraph, values: dict[str, Tensor]) -> T
 
 
 def _add(step: Add, graph: IntegerGraph, values: dict[str, Tensor]) -> Tensor:
-    return _real(step.x, graph, values) + _real(step.other, graph, values)
+    x = _real(step.x, graph, values)
+    return x + _real(step.other, graph, values).reshape(x.shape)
 
 
 def _average_pool(step: AveragePool, graph: IntegerGraph, values: dict[str, Tensor]) -> Tensor:

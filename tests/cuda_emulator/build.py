@@ -29,7 +29,8 @@ def build(folder: Path) -> Path:
     python = f"-I{sysconfig.get_path('include')}"
     jobs = [[f"-I{HERE}", "-x", "c++", str(path)] for path in sorted((CSRC / "cuda").glob("*.cu"))]
     jobs += [[f"-I{HERE}", str(HERE / "emulator.cpp")], [f"-I{CSRC}", str(folder / "one_level.cpp")]]
-    jobs += [["-DDFQ_CUDA_EMULATED", python, f"-I{pybind11.get_include()}", str(CSRC / "bindings.cpp")]]
+    for name in ("bindings.cpp", "program_bindings.cpp"):
+        jobs += [["-DDFQ_CUDA_EMULATED", python, f"-I{pybind11.get_include()}", str(CSRC / name)]]
     cpu = [path for path in sorted((CSRC / "cpu").glob("*.cpp")) if path.stem != "select"]
     jobs += [["-DDFQ_ISA=baseline", str(path)] for path in cpu]
 
