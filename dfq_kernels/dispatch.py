@@ -84,9 +84,12 @@ def _choose(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
     raise BackendError(f"{op}: backend must be one that runs on {device_type}, got {backend!r}: {reason}")
 
 
-@torch.compiler.assume_constant_result
 def _name(op: str, backend: str | None, device_type: str, dtype: torch.dtype) -> str:
     return _choose(op, backend or _FOR_ALL or "auto", device_type, dtype)
+
+
+# what torch.compiler.assume_constant_result does; but it imports the compiler, 1.7 seconds of every program's start
+_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def chosen(op: str, device_type: str) -> str | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 import dfq_kernels
 from dfq.checkpoint import save_weights
@@ -287,7 +288,8 @@ def test_help_documents_every_option(command: str) -> None:
     from dfq.cli import app
 
     click_command = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
-    text = " ".join(dfq_command(command, "--help").stdout.split())
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
+    text = " ".join(shown.stdout.split())
     for parameter in click_command.params:
         if parameter.name != "help":
             assert parameter.help, parameter.name

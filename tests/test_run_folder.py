@@ -56,6 +56,12 @@ def test_importing_dfq_leaves_matplotlib_alone() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "svg"
 
 
+def test_importing_dfq_does_not_import_the_compiler() -> None:
+    """It takes longer than everything else together."""
+    code = "import dfq.cli, sys; print('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
 def test_damaged_versions_and_metrics_do_not_stop_a_resume(tmp_path: Path) -> None:
     RunFolder(tmp_path, SETTINGS, resume=False)
     saved = json.loads((tmp_path / "config.json").read_text())
