@@ -14,6 +14,10 @@ from dfq.checkpoint import write_atomic
 from dfq.run_folder import versions
 
 RESULTS = Path(__file__).parent / "results"
+# of the code that was imported, not of what lies there when the results are written
+COMMIT = subprocess.run(
+    ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+).stdout.strip()
 
 
 def processor() -> str:
@@ -31,11 +35,8 @@ def machine_line() -> dict[str, Any]:
         if capabilities.get(name)
     ]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
-    ).stdout
     machine = {"cpu": f"{processor()} ({', '.join(isa)})", "threads": torch.get_num_threads(), "gpu": gpu}
-    return {**machine, **versions(), "commit": commit.strip()}
+    return {**machine, **versions(), "commit": COMMIT}
 
 
 def results_file(what: str) -> Path:

@@ -123,10 +123,7 @@ def test_hostile_structures_crash_nothing(file: Path, tmp_path_factory: pytest.T
                 target[place[-1]] = value
         except (LookupError, TypeError):
             continue  # the first change has taken this place away
-    try:
-        written = save(tensors, metadata={KEY: json.dumps(structure)})
-    except Exception:  # no file holds it
-        return
+    written = save(tensors, metadata={KEY: json.dumps(structure)})
     path = tmp_path_factory.mktemp("hostile") / "hostile.safetensors"
     path.write_bytes(written)
     runs_or_is_refused(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dfq.engine.check import Shape, require
 from dfq.engine.graph import IMAGES, AveragePool, IntegerGraph, Layer, MaxPool, Rescale, Step, inputs
@@ -114,4 +114,4 @@ def _put(place: Place, others: list[Place]) -> Place:
         if offset + place.size <= other.offset:
             break
         offset = max(offset, -(-(other.offset + other.size) // ALIGNMENT) * ALIGNMENT)
-    return Place(place.height, place.width, place.channels, place.stride, place.frame, offset)
+    return replace(place, offset=offset)
