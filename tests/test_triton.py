@@ -85,6 +85,22 @@ def test_infinities_are_what_the_reference_makes_of_them(monkeypatch: pytest.Mon
 
 
 @triton_only
+@pytest.mark.parametrize(("layers", "launches"), [(1, 1), (48, 1), (49, 2)])
+def test_all_layers_are_one_launch(monkeypatch: pytest.MonkeyPatch, layers: int, launches: int) -> None:
+    from dfq_kernels.bn_stat_loss import triton as loss
+    from dfq_kernels.fake_quant_weights import triton as weights
+
+    seen: list[str] = []
+    for module in (loss, weights):
+        monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: seen.append(kernel.fn.__name__))
+    vectors, scalar = [torch.ones(8)] * layers, torch.ones(())
+    weights.forward([torch.ones(4, 9)] * layers, [4] * layers)
+    loss.forward(*[vectors] * 4, [1e-5] * layers)
+    loss.backward(scalar, *[vectors] * 4, [1e-5] * layers)
+    assert seen == [name for name in ("rows_kernel", "forward_kernel", "backward_kernel") for _ in range(launches)]
+
+
+@triton_only
 @pytest.mark.parametrize("elements", [32, 2048])
 @pytest.mark.parametrize("shape", [(2, 3, 5), (70, 2, 41), (3, 70, 1), (9, 5, 130)])
 def test_tiles_cover_every_element_once(shape: tuple[int, int, int], elements: int) -> None:

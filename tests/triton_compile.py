@@ -30,20 +30,24 @@ Launch = tuple[Any, str, tuple[Any, ...], dict[str, Any]]
 
 def specialized(kernel: Any, arguments: tuple[Any, ...], compile_time: dict[str, Any]) -> ASTSource:
     """The source as Triton's own launcher would specialize it: None and 1 are constants, multiples of 16 are known."""
-    types: dict[str, str] = dict.fromkeys(compile_time, "constexpr")
-    constants, known = dict(compile_time), {}
-    for index, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
+    types: dict[str, Any] = dict.fromkeys(compile_time, "constexpr")
+    constants: dict[Any, Any] = dict(compile_time)
+    known: dict[tuple[int, ...], Any] = {}
+
+    def kind(value: Any, *path: int) -> Any:
+        if isinstance(value, tuple):
+            return tuple(kind(item, *path, index) for index, item in enumerate(value))
         if value is None or (isinstance(value, int) and value == 1):
-            types[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            types[name] = POINTERS[value.dtype]
-            known[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            types[name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0:
-                known[(index,)] = [["tt.divisibility", 16]]
-        else:
-            types[name] = "fp32"
+            constants[path if len(path) > 1 else kernel.arg_names[path[0]]] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            known[path] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            return POINTERS[value.dtype]
+        return ("i32" if value < 2**31 else "i64") if isinstance(value, int) else "fp32"
+
+    pairs = zip(kernel.arg_names, arguments, strict=False)
+    types |= {name: kind(value, index) for index, (name, value) in enumerate(pairs)}
     return ASTSource(kernel, types, constexprs=constants, attrs=known)
 
 
@@ -65,20 +69,20 @@ def record_launches() -> dict[str, Launch]:
 
 def call_all(x: torch.Tensor) -> None:
     """Every forward and backward of every operator; results are not looked at."""
-    c, s, lists = torch.ones(32), torch.ones(()), [[torch.ones(32)]] * 4
+    c, s, lists = torch.ones(32), torch.ones(()), [[torch.ones(32), torch.ones(64)]] * 4
     b = BACKENDS
     for axis, scale in ((None, s), (1, c)):
         out, mask = b["fake_quant"].forward(x, scale, scale, 0, 15, axis)
         b["fake_quant"].backward_learned(out, x, scale, scale, 0, 15, axis)
     b["fake_quant"].backward(x, mask, x.stride())
     b["observe_fake_quant"].forward(x, *[s.clone() for _ in range(4)], 0.01, 0, 15, False)
-    b["fake_quant_weights"].forward([x], [4])
+    b["fake_quant_weights"].forward([x, x[:1]], [4, 8])
     b["bn_stats"].forward(x)
     b["bn_stats"].backward(c, c, x, c)
     b["bn_act_stats"].forward(x, c, c, c, c, 1e-5, "relu")
     b["bn_act_stats"].backward(x, c, c, x, c, c, c, c, c, 1e-5, "relu")
-    b["bn_stat_loss"].forward(*lists, [1e-5])
-    b["bn_stat_loss"].backward(s, *lists, [1e-5])
+    b["bn_stat_loss"].forward(*lists, [1e-5, 1e-3])
+    b["bn_stat_loss"].backward(s, *lists, [1e-5, 1e-3])
     for training in (True, False):
         ranges = [s.clone() for _ in range(4)]
         settings = (training, 0.1, 1e-5, "relu", True, 0.01, 0, 15, False)

@@ -45,6 +45,7 @@ SPEC = OpSpec(
     cases=(
         Case("one_layer", _random(16)),
         Case("layers", _random(16, 7, 64)),
+        Case("more_layers_than_one_launch", _random(*range(1, 101))),
         Case("eps_per_layer", _random(16, 7, eps=[1e-5, 0.5])),
         Case("dead_channels", _random(8, 8, eps=1e-3, dead=True)),
     ),

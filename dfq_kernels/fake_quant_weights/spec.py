@@ -27,6 +27,16 @@ def _random(dtype: torch.dtype, bits: Any) -> Any:
     return make
 
 
+def _two_types(generator: torch.Generator) -> Arguments:
+    weights, keywords = _random(torch.float32, [8, 4, 3, 2])(generator)
+    return {**weights, "weight1": weights["weight1"].bfloat16()}, keywords
+
+
+def _many(generator: torch.Generator) -> Arguments:
+    """More than one launch takes: rows of 1 to 99."""
+    return {f"weight{size}": randn(generator, 1 + size % 2, size) for size in range(1, 100)}, {"bits": 4}
+
+
 def _dead_channel(generator: torch.Generator) -> Arguments:
     weight = randn(generator, 4, 3, 3, 3)
     weight[1] = 0
@@ -47,6 +57,8 @@ SPEC = OpSpec(
         *(Case(f"bits{bits}", _random(torch.float32, bits)) for bits in (2, 5, 8)),
         Case("bf16", _random(torch.bfloat16, 4)),
         Case("fp16", _random(torch.float16, 4)),
+        Case("two_types", _two_types),
+        Case("many_layers", _many),
         Case("dead_channel", _dead_channel),
         Case("ties", _ties),
         Case("transposed", lambda generator: ({"weight0": randn(generator, 5, 7).t()}, {"bits": 4})),

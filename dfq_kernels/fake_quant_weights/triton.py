@@ -1,25 +1,31 @@
-"""`fake_quant_weights` in Triton: one launch per layer."""
+"""`fake_quant_weights` in Triton: one launch for all layers of one type."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dfq_kernels.fake_quant_weights import schema
+from dfq_kernels.layers import chunks, find_layer, of_layer
 from dfq_kernels.registration import register
 from dfq_kernels.tiles import clamp, elements, launch, most, most_of, narrow, reciprocal, rne
 
 
 @triton.jit
-def rows_kernel(weight, out, scales, size, quant_max, BLOCK: tl.constexpr):
+def rows_kernel(weights, outs, scales, sizes, quant_maxs, ends, BLOCK: tl.constexpr):
     # math     scale = max(max |w| / quant_max, 2^-23); out = clamp(rne(w / scale), -quant_max, quant_max) * scale
     # traffic  w read (the second read is from cache), out written
-    # grid     one program per output channel
+    # grid     one program per output channel of any layer
     # order    the maximum is exact in any order; every operation rounded on its own
-    row = tl.program_id(0).to(tl.int64) * size
+    layer, begin = find_layer(ends, tl.program_id(0))
+    channel = tl.program_id(0) - begin
+    weight, out, size = of_layer(weights, layer), of_layer(outs, layer), of_layer(sizes, layer)
+    quant_max = of_layer(quant_maxs, layer)
+    row = channel.to(tl.int64) * size
     largest = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, size, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -27,7 +33,7 @@ def rows_kernel(weight, out, scales, size, quant_max, BLOCK: tl.constexpr):
         largest = most(largest, tl.abs(values))
     scale = tl.div_rn(most_of(largest), quant_max)
     scale = tl.where(scale < 1.1920928955078125e-07, 1.1920928955078125e-07, scale)  # 2^-23; NaN stays NaN
-    tl.store(scales + tl.program_id(0), scale)
+    tl.store(of_layer(scales, layer) + channel, scale)
     inv = reciprocal(scale)
     for start in range(0, size, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -41,9 +47,13 @@ def forward(weights: Sequence[Tensor], bits: Sequence[int]) -> tuple[list[Tensor
     """`(outs, scales)`, one of each per weight."""
     weights = [schema.rows(weight) for weight in weights]
     outs, scales = schema.allocate(weights, bits)
-    for weight, out, scale, count in zip(weights, outs, scales, bits, strict=True):
-        size = weight.numel() // weight.shape[0]
-        block = min(elements("row"), triton.next_power_of_2(size))
-        quant_max = float(2 ** (count - 1) - 1)
-        launch(rows_kernel, "row", weight.shape[0], weight, weight, out, scale, size, quant_max, BLOCK=block)
+    layers = list(zip(weights, outs, scales, bits, strict=True))
+    for dtype in dict.fromkeys(weight.dtype for weight in weights):
+        for chunk in chunks([layer for layer in layers if layer[0].dtype == dtype]):
+            chosen, results, factors, counts = zip(*chunk, strict=True)
+            sizes = tuple(weight.numel() // weight.shape[0] for weight in chosen)
+            ends = tuple(accumulate(weight.shape[0] for weight in chosen))
+            block = min(elements("row"), triton.next_power_of_2(max(sizes)))
+            levels = tuple(float(2 ** (count - 1) - 1) for count in counts)
+            launch(rows_kernel, "row", ends[-1], chosen[0], chosen, results, factors, sizes, levels, ends, BLOCK=block)
     return outs, scales
