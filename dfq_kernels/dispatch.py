@@ -17,6 +17,7 @@ from dfq_kernels import extension
 from dfq_kernels.memory import DTYPES
 
 _BEST_FIRST = {"cuda": ("native", "triton", "reference"), "cpu": ("native", "reference")}
+_INTEGERS = {"cuda": ("triton", "reference"), "cpu": ("native", "reference")}
 
 # op -> device type -> backends, best first; a row changes only with a committed benchmark
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
@@ -27,7 +28,12 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "bn_act_stats": _BEST_FIRST,
     "bn_act_fake_quant": _BEST_FIRST,
     "bn_stat_loss": _BEST_FIRST,
+    "quantize": _INTEGERS,
+    "requantize": _INTEGERS,
+    "int_conv2d": _INTEGERS,
+    "int_pool": _INTEGERS,
 }
+READS_INTEGERS = ("requantize", "int_conv2d", "int_pool")
 _FOR_ALL = os.environ.get("DFQ_BACKEND")
 BACKENDS = ("native", "triton", "reference")
 
@@ -51,9 +57,11 @@ def missing(op: str, backend: str, device_type: str, dtype: torch.dtype = torch.
             return "Triton runs on the CPU only interpreted (TRITON_INTERPRET=1)"
         if backend == "triton" and (reason := _no_triton()) is not None:
             return reason
+        if backend == "native" and backend not in TABLE[op][device_type]:
+            return f"there is no native kernel for device type {device_type}"
         if backend == "native" and (reason := extension.missing(device_type)) is not None:
             return reason
-        if dtype not in DTYPES:
+        if op not in READS_INTEGERS and dtype not in DTYPES:
             return f"it runs float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if device_type == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"

@@ -103,7 +103,7 @@ def architecture() -> str:
 
 @cache
 def tuning() -> dict[str, dict[str, int]]:
-    """Per kind of kernel the elements of a tile and the warps of a program: of this architecture, or the defaults."""
+    """Per kind of kernel the sides of a tile and the warps of a program: of this architecture, or the defaults."""
     chosen = json.loads((FOLDER / "default.json").read_text())
     own = FOLDER / f"{architecture()}.json" if torch.cuda.is_available() else None
     return chosen | json.loads(own.read_text()) if own and own.exists() else chosen
@@ -116,7 +116,9 @@ def elements(kernel: str) -> int:
 
 def options(name: str) -> dict[str, Any]:
     """What kernels of this kind are compiled with."""
-    return {"num_warps": tuning()[name]["warps"], "enable_fp_fusion": False}
+    chosen = tuning()[name]
+    stages = {"num_stages": chosen["stages"]} if "stages" in chosen else {}
+    return {"num_warps": chosen["warps"], "enable_fp_fusion": False, **stages}
 
 
 def launch(kernel: Any, name: str, programs: int, like: Tensor, *arguments: Any, **compile_time: Any) -> None:

@@ -1,0 +1,110 @@
+"""What several integer operators check of their arguments, and how their results are wrapped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dfq_kernels._checks import check_activation, check_device, check_float, check_storage
+from dfq_kernels.integers import Epilogue, Grid, QuantizedTensor, Requantize, one_or_two, storage_width
+
+MOST_OUTS = 4  # results on grids, of an operator and of what follows it
+LARGEST_SUM = 2**31 - 1
+
+
+def require(op: str, ok: bool, name: str, rule: str, value: object) -> None:
+    """Raises `<op>: <name> must be <rule>, got <value>` unless `ok`."""
+    if not ok:
+        raise ValueError(f"{op}: {name} must be {rule}, got {value!r}")
+
+
+def check_grid(op: str, name: str, grid: object) -> None:
+    if not isinstance(grid, Grid):
+        raise ValueError(f"{op}: {name} must be a Grid, got {type(grid).__name__}")
+    numbers = (grid.zero_point, grid.quant_min, grid.quant_max)
+    require(op, all(type(number) is int for number in numbers), name, "of integers", numbers)
+    low, high = (-128, 127) if grid.quant_min < 0 else (0, 255)
+    fits = low <= grid.quant_min < grid.quant_max <= high
+    require(op, fits, name, "of at most 8 bits", (grid.quant_min, grid.quant_max))
+    inside = grid.quant_min <= grid.zero_point <= grid.quant_max
+    require(op, inside, f"{name}: zero_point", f"in [{grid.quant_min}, {grid.quant_max}]", grid.zero_point)
+    normal = isinstance(grid.scale, float) and math.isfinite(grid.scale) and 2.0**-126 <= grid.scale <= 2.0**64
+    require(op, normal, f"{name}: scale", "in [2^-126, 2^64]", grid.scale)
+
+
+def check_quantized(op: str, name: str, x: object, dims: tuple[int, ...] = (4,)) -> None:
+    """A quantized tensor whose memory fits its grid."""
+    if not isinstance(x, QuantizedTensor):
+        raise ValueError(f"{op}: {name} must be a QuantizedTensor, got {type(x).__name__}")
+    check_grid(op, f"{name}: grid", x.grid)
+    require(op, x.bits in (8, 4, 2) and x.grid.bits <= x.bits, f"{name}: bits", "8, 4 or 2 and hold its grid", x.bits)
+    dtype = torch.int8 if x.grid.signed and x.bits == 8 else torch.uint8
+    if not isinstance(x.q, Tensor) or x.q.dtype != dtype or x.q.layout is not torch.strided:
+        got = x.q.dtype if isinstance(x.q, Tensor) else type(x.q).__name__
+        raise ValueError(f"{op}: {name} must be of dtype {dtype}, got {got}")
+    fits = x.q.dim() in dims and x.q.shape[1] > 0
+    require(op, fits, name, " or ".join(_SHAPES[count] for count in dims), tuple(x.q.shape))
+    check_storage(op, name, x.q)
+
+
+_SHAPES = {2: "[N, C]", 4: "[N, C, H, W]"}
+
+
+def check_vector(op: str, name: str, vector: Tensor, channels: int, like: Tensor) -> None:
+    """One number per channel."""
+    check_float(op, name, vector)
+    require(op, tuple(vector.shape) == (channels,), name, f"of shape ({channels},)", tuple(vector.shape))
+    check_device(op, name, vector, like)
+
+
+def check_norm(op: str, named: dict[str, Tensor | None], channels: int, like: Tensor) -> list[Tensor]:
+    """mean, mult and bias of a batch norm, all or none."""
+    given = [vector for vector in named.values() if vector is not None]
+    require(op, len(given) in (0, len(named)), ", ".join(named), "given together", f"{len(given)} of them")
+    for name, vector in named.items():
+        if vector is not None:
+            check_vector(op, name, vector, channels, like)
+    return given
+
+
+def check_pair(op: str, name: str, value: int | Sequence[int], least: int) -> list[int]:
+    """Two integers of a window, one for each axis."""
+    pair = one_or_two(value)
+    fits = len(pair) == 2 and all(type(side) is int and least <= side <= 2**16 for side in pair)
+    require(op, fits, name, f"one or two integers in [{least}, 65536]", value)
+    return pair
+
+
+def check_epilogue(
+    op: str, activation: str | None, outs: Sequence[Grid], then: Requantize | None, packed: bool, channels: int,
+    like: Tensor,
+) -> Epilogue:  # fmt: skip
+    """The arguments that every operator ends with."""
+    check_activation(op, activation)
+    outs = (outs,) if isinstance(outs, Grid) else tuple(outs)
+    require(op, len(outs) <= MOST_OUTS, "outs", f"at most {MOST_OUTS} grids", len(outs))
+    for index, grid in enumerate(outs):
+        check_grid(op, f"outs[{index}]", grid)
+    width = [storage_width(grid.bits, channels) if packed else 8 for grid in outs]
+    if then is None:
+        return Epilogue(activation, outs, tuple(width))
+    require(op, len(outs) > 0, "outs", "at least one grid where something follows", len(outs))
+    require(op, 1 <= len(then.outs) <= MOST_OUTS, "then: outs", f"1 to {MOST_OUTS} grids", len(then.outs))
+    for index, grid in enumerate(then.outs):
+        check_grid(op, f"then: outs[{index}]", grid)
+    check_activation(op, then.activation)
+    check_norm(op, {"then: mean": then.mean, "then: mult": then.mult, "then: bias": then.bias}, channels, like)
+    next_width = [storage_width(grid.bits, channels) if packed else 8 for grid in then.outs]
+    return Epilogue(activation, outs, tuple(width), then, tuple(next_width))
+
+
+def wrap(results: list[Tensor], epilogue: Epilogue) -> tuple[QuantizedTensor, ...] | Tensor:
+    """Results with their grids; the real numbers where no grid was asked for."""
+    if not epilogue.outs:
+        return results[0]
+    return tuple(
+        QuantizedTensor(q, grid, bits) for q, (grid, bits) in zip(results, epilogue.results, strict=True)
+    )

@@ -1,0 +1,49 @@
+"""What every backend of `int_pool` has: arguments, results and their shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dfq_kernels.integers import EPILOGUE, Epilogue, allocate, unflat
+from dfq_kernels.registration import Schema
+
+
+def out_sides(
+    sides: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], ceil_mode: bool,
+) -> list[int]:  # fmt: skip
+    """Height and width; with `ceil_mode` a last window may begin inside and end outside."""
+    found = []
+    for side, k, s, p, d in zip(sides, kernel, stride, padding, dilation, strict=True):
+        span = side + 2 * p - d * (k - 1) - 1 + (s - 1 if ceil_mode else 0)
+        count = span // s + 1
+        found.append(count - 1 if ceil_mode and (count - 1) * s >= side + p else count)
+    return found
+
+
+def out_shape(
+    x: Tensor, bits: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], ceil_mode: bool, output_size: Sequence[int],
+) -> list[int]:  # fmt: skip
+    """`[N, C, OH, OW]`; output_size: of an adaptive pool, else empty."""
+    sides = list(output_size) or out_sides(x.shape[2:], kernel, stride, padding, dilation, ceil_mode)
+    return [x.shape[0], x.shape[1] * 8 // bits, *sides]
+
+
+def _forward(
+    x: Tensor, x_grid: list[float], mode: str, kernel: list[int], stride: list[int], padding: list[int],
+    dilation: list[int], ceil_mode: bool, output_size: list[int], *epilogue: Any,
+) -> list[Tensor]:  # fmt: skip
+    shape = out_shape(x, unflat(x_grid)[1], kernel, stride, padding, dilation, ceil_mode, output_size)
+    return allocate(x, shape, Epilogue.of(*epilogue))
+
+
+FORWARD = Schema(
+    "int_pool",
+    "(Tensor x, float[] x_grid, str mode, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
+    f"bool ceil_mode, int[] output_size, {EPILOGUE}) -> Tensor[]",
+    _forward,
+)

@@ -1,0 +1,62 @@
+"""Cases of `int_pool`: windows at the edge, of every kind, in every storage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfq_kernels.int_pool.api import int_pool
+from dfq_kernels.int_pool.schema import out_shape
+from dfq_kernels.integer_cases import ENDS, Arguments, as_tensors, bytes_moved, grid, integers
+from dfq_kernels.integers import Grid, QuantizedTensor, one_or_two
+from dfq_kernels.specs import Case, OpSpec
+
+
+def _call(x: Tensor, bits: int, on: Grid, backend: str | None = None, **keywords: Any) -> Any:
+    return as_tensors(int_pool(QuantizedTensor(x, on, bits), backend=backend, **keywords))
+
+
+def _case(name: str, shape: tuple[int, int, int, int], on: Grid, *, packed_x: bool = False, **keywords: Any) -> Case:
+    def make(generator: torch.Generator) -> Arguments:
+        x = integers(generator, shape, on, packed_x)
+        return {"x": x["q"]}, {"bits": x["bits"], "on": on, **keywords}
+
+    return Case(name, make)
+
+
+def _bytes_moved(tensors: dict[str, Any], keywords: dict[str, Any]) -> tuple[int, int]:
+    sides = one_or_two(keywords["output_size"]) if "output_size" in keywords else []
+    kernel = one_or_two(keywords.get("kernel_size", 1))
+    windows = [one_or_two(keywords.get(name, default)) for name, default in (("padding", 0), ("dilation", 1))]
+    stride, ceil_mode = one_or_two(keywords.get("stride", kernel)), keywords.get("ceil_mode", False)
+    shape = out_shape(tensors["x"], keywords["bits"], kernel, stride, *windows, ceil_mode, sides)
+    outs = keywords.get("outs") or ((keywords["on"],) if keywords.get("mode") == "max" else ())
+    ends = {**keywords, "outs": outs, "packed": keywords["bits"] < 8 or keywords.get("packed", False)}
+    return bytes_moved(tensors, ends, shape[0] * shape[2] * shape[3], shape[1])
+
+
+SPEC = OpSpec(
+    op="int_pool",
+    call=_call,
+    differentiable=(),
+    cases=(
+        _case("global", (3, 10, 7, 5), grid(8), output_size=1, **ENDS["one"]),
+        _case("adaptive", (2, 12, 7, 5), grid(4, True), packed_x=True, output_size=(3, 4), **ENDS["packed"]),
+        _case("average", (2, 5, 7, 6), grid(8, True), kernel_size=3, stride=2, padding=1, **ENDS["real"]),
+        _case("average_packed", (2, 8, 7, 6), grid(2), packed_x=True, kernel_size=(2, 3), **ENDS["packed"]),
+        _case("max", (2, 5, 7, 6), grid(8, True), mode="max", kernel_size=3, stride=2, padding=1),
+        _case("max_packed", (2, 12, 9, 6), grid(4, True), packed_x=True, mode="max", kernel_size=2, dilation=2),
+        _case("max_ceil", (1, 6, 8, 7), grid(4), mode="max", kernel_size=2, stride=2, ceil_mode=True),
+        _case("empty", (0, 6, 8, 7), grid(8), output_size=1, **ENDS["one"]),
+    ),
+    bytes_moved=_bytes_moved,
+    mutations=(
+        ("- grid.zero_point, torch", ", torch"),
+        ("(scale / count)", "scale / count"),
+        ("-(-(index + 1) * size // parts)", "(index + 1) * size // parts"),
+        ("padding, dilation, ceil_mode)", "padding, dilation, False)"),
+        ("stride, padding) * count", "stride, padding, count_include_pad=False) * count"),
+    ),
+)

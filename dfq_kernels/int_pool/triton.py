@@ -1,0 +1,110 @@
+"""`int_pool` in Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dfq_kernels.int_pool import schema
+from dfq_kernels.integer_tiles import Ending, as_bytes, blocks, finish, integers, keep, place_of
+from dfq_kernels.integers import Epilogue, allocate, channels_last, unflat
+from dfq_kernels.registration import register
+from dfq_kernels.tiles import launch, quotient
+
+
+@triton.jit
+def average_kernel(
+    x, pixels, x_zero, x_scale, outs, numbers, nexts, next_numbers, scale, zero, mean, factor, shift,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr,
+    KY: tl.constexpr, KX: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr,
+    ADAPTIVE: tl.constexpr, X_BITS: tl.constexpr, X_SIGNED: tl.constexpr,
+    CHANNELS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr, ACTIVATION: tl.constexpr,
+    NEXT_ACTIVATION: tl.constexpr, BITS: tl.constexpr, NEXT_BITS: tl.constexpr,
+):  # fmt: skip
+    # math     t = float(sum over the window of (x - zero_point)) * (scale / count); KY, KX: the largest window's sides
+    # traffic  x read, results written
+    # grid     one program per R pixels of the result and B channels
+    # order    sums in int32, exact in any order; then every operation rounded on its own
+    pixel, c, rows, known, block = place_of(tl.program_id(0), pixels, CHANNELS, R, B, P)
+    image = pixel // (OUT_HEIGHT * OUT_WIDTH) * (HEIGHT * WIDTH)
+    place = (pixel % (OUT_HEIGHT * OUT_WIDTH)).to(tl.int32)
+    row, column = place // OUT_WIDTH, place % OUT_WIDTH
+    if ADAPTIVE:
+        top, left = row * HEIGHT // OUT_HEIGHT, column * WIDTH // OUT_WIDTH
+        bottom = ((row + 1) * HEIGHT + OUT_HEIGHT - 1) // OUT_HEIGHT
+        right = ((column + 1) * WIDTH + OUT_WIDTH - 1) // OUT_WIDTH
+    else:
+        top, left = row * SY - PY, column * SX - PX
+        bottom, right = top + KY, left + KX
+    acc = tl.zeros((R, B), tl.int32)
+    for tap in range(KY * KX):
+        y, at = top + tap // KX, left + tap % KX
+        there = rows & known & (y >= 0) & (y < tl.minimum(bottom, HEIGHT)) & (at >= 0) & (at < tl.minimum(right, WIDTH))
+        q = integers(x, image + y * WIDTH + at, c, there, CHANNELS, X_BITS, X_SIGNED)
+        acc += tl.where(there, q - x_zero, 0)
+    count = ((bottom - top) * (right - left)).to(tl.float32)
+    t = acc.to(tl.float32) * quotient(tl.zeros((R, 1), tl.float32) + x_scale, count)
+    finish(t, pixel, c, rows, known, block, outs, numbers, nexts, next_numbers, scale, zero, mean, factor, shift,
+           CHANNELS, R, B, P, ACTIVATION, NEXT_ACTIVATION, BITS, NEXT_BITS)  # fmt: skip
+
+
+@triton.jit
+def max_kernel(
+    x, out, pixels,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr,
+    KY: tl.constexpr, KX: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr,
+    DY: tl.constexpr, DX: tl.constexpr, X_BITS: tl.constexpr, X_SIGNED: tl.constexpr,
+    CHANNELS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    # math     the largest integer of each window
+    # traffic  x read, the result written
+    # grid     one program per R pixels of the result and B channels
+    # order    exact in any order
+    pixel, c, rows, known, block = place_of(tl.program_id(0), pixels, CHANNELS, R, B, P)
+    image = pixel // (OUT_HEIGHT * OUT_WIDTH) * (HEIGHT * WIDTH)
+    place = (pixel % (OUT_HEIGHT * OUT_WIDTH)).to(tl.int32)
+    top, left = place // OUT_WIDTH * SY - PY, place % OUT_WIDTH * SX - PX
+    largest = tl.full((R, B), -128, tl.int32)
+    for tap in range(KY * KX):
+        y, at = top + tap // KX * DY, left + tap % KX * DX
+        there = rows & known & (y >= 0) & (y < HEIGHT) & (at >= 0) & (at < WIDTH)
+        q = integers(x, image + y * WIDTH + at, c, there, CHANNELS, X_BITS, X_SIGNED)
+        largest = tl.maximum(largest, tl.where(there, q, -128))
+    keep(out, largest, pixel, c, rows, known, block, CHANNELS, R, B, P, X_BITS)
+
+
+@register(schema.FORWARD, "triton")
+def forward(
+    x: Tensor, x_grid: list[float], mode: str, kernel: list[int], stride: list[int], padding: list[int],
+    dilation: list[int], ceil_mode: bool, output_size: list[int], activation: str | None, outs: list[float],
+    then: Sequence[Tensor], then_activation: str | None, then_outs: list[float],
+) -> list[Tensor]:  # fmt: skip
+    """Average: sums, scaled, and what every operator ends with. Max: integers."""
+    epilogue, (grid, bits) = Epilogue.of(activation, outs, then, then_activation, then_outs), unflat(x_grid)
+    shape = schema.out_shape(x, bits, kernel, stride, padding, dilation, ceil_mode, output_size)
+    results = allocate(x, shape, epilogue)
+    if 0 in shape:
+        return results
+    x, ending, pixels = channels_last(x), Ending(epilogue, results), shape[0] * shape[2] * shape[3]
+    programs, tile = blocks(pixels, shape[1], ending)
+    if output_size:  # an adaptive window is at most so large
+        kernel = [triton.cdiv(side, parts) + 1 for side, parts in zip(x.shape[2:], output_size, strict=True)]
+    geometry = {
+        **dict(zip(("HEIGHT", "WIDTH", "OUT_HEIGHT", "OUT_WIDTH"), (*x.shape[2:], *shape[2:]), strict=True)),
+        **dict(zip(("KY", "KX"), kernel, strict=True)), **dict(zip(("SY", "SX"), stride, strict=True)),
+        **dict(zip(("PY", "PX"), padding, strict=True)), "X_BITS": bits, "X_SIGNED": grid.signed, "CHANNELS": shape[1],
+    }  # fmt: skip
+    if mode == "max":
+        launch(
+            max_kernel, "pixels", programs, x, as_bytes(x), as_bytes(results[0]), pixels, DY=dilation[0], DX=dilation[1],
+            **geometry, **tile, P=ending.planes,
+        )  # fmt: skip
+        return results
+    launch(
+        average_kernel, "pixels", programs, x, as_bytes(x), pixels, grid.zero_point, grid.scale, *ending.arguments,
+        ADAPTIVE=bool(output_size), **geometry, **tile, **ending.constants,
+    )  # fmt: skip
+    return results

@@ -1,0 +1,212 @@
+"""What the Triton kernels on integers share: channels in blocks, fields of bytes, and what every operator ends with.
+
+A map is `[pixels, channels]` in memory. A block of B columns holds B / P neighbours of each of P planes of channels
+(`integers.py`): whoever writes packed integers then has all fields of a byte. A plane of bytes comes out of four bytes
+at once by a shift and a mask.
+Launches switch off the fusion of products and sums, because every operation is rounded on its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dfq_kernels.integers import Epilogue, Grid
+from dfq_kernels.memory import ACTIVATIONS, optional
+from dfq_kernels.tiles import INTERPRETED, activate, clamp, rne, tuning
+
+FLOAT = 32  # "bits" of a result that is no integer
+MULTIPROCESSORS = 128  # about; a grid that leaves some idle is cut finer
+SWAR = not INTERPRETED.value and torch.version.hip is None  # four bytes in a register, by NVIDIA's instructions
+
+
+class Ending:
+    """The last arguments of a kernel, and its compile-time ones, from an epilogue and the results' memory."""
+
+    def __init__(self, epilogue: Epilogue, results: list[Tensor]) -> None:
+        count, then = max(1, len(epilogue.outs)), epilogue.then
+        first = epilogue.outs[0] if epilogue.outs else Grid(1.0, 0, 0, 1)
+        constants = (then.mean, then.mult, then.bias) if then else (None, None, None)
+        nexts = then.outs if then else ()
+        self.arguments = (
+            tuple(as_bytes(out) for out in results[:count]),
+            tuple(number for grid in epilogue.outs for number in _numbers(grid)) or (0.0,),
+            tuple(as_bytes(out) for out in results[count:]) or None,
+            tuple(number for grid in nexts for number in _numbers(grid)) or None,
+            first.scale, float(first.zero_point), *[optional(constant) for constant in constants],
+        )  # fmt: skip
+        self.planes = 8 // min((8, *epilogue.bits, *epilogue.next_bits))
+        self.constants = {
+            "P": self.planes, "ACTIVATION": ACTIVATIONS[epilogue.activation],
+            "NEXT_ACTIVATION": ACTIVATIONS[then.activation] if then else 0,
+            "BITS": epilogue.bits or (FLOAT,), "NEXT_BITS": epilogue.next_bits,
+        }  # fmt: skip
+
+
+def _numbers(grid: Grid) -> tuple[float, float, float, float]:
+    """What rounding to a grid needs."""
+    return grid.inverse, float(grid.zero_point), float(grid.quant_min), float(grid.quant_max)
+
+
+def as_bytes(q: Tensor) -> Tensor:
+    """Integers as the kernels read and write them; fp32 as it is."""
+    return q if q.dtype == torch.float32 else q.view(torch.uint8)
+
+
+def blocks(pixels: int, channels: int, ending: Ending) -> tuple[int, dict[str, int]]:
+    """How many programs cover a map, and their compile-time R pixels and B columns."""
+    chosen = tuning()["pixels"]
+    columns = min(chosen["channels"], triton.next_power_of_2(channels))
+    columns = max(columns, ending.planes)
+    rows = min(max(1, chosen["elements"] // columns), triton.next_power_of_2(pixels))
+    count = triton.cdiv(channels // ending.planes, columns // ending.planes)
+    return triton.cdiv(pixels, rows) * count, {"R": rows, "B": columns}
+
+
+# --- channels and fields ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def columns(block, CHANNELS: tl.constexpr, B: tl.constexpr, P: tl.constexpr):
+    """The channels of a block's B columns, and which of them there are."""
+    place = tl.arange(0, B)
+    inside = block * (B // P) + place % (B // P)
+    return place // (B // P) * (CHANNELS // P) + inside, inside < CHANNELS // P
+
+
+@triton.jit
+def place_of(program, pixels, CHANNELS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr):
+    """A program's pixels `[R, 1]` (int64) and channels `[1, B]`, and which of them there are; its block of channels."""
+    COUNT: tl.constexpr = (CHANNELS // P + B // P - 1) // (B // P)
+    block = program % COUNT
+    pixel = (program // COUNT).to(tl.int64) * R + tl.arange(0, R)[:, None]
+    c, known = columns(block, CHANNELS, B, P)
+    return pixel, c[None, :], pixel < pixels, known[None, :], block
+
+
+@triton.jit
+def integers(x, pixel, c, there, CHANNELS: tl.constexpr, BITS: tl.constexpr, SIGNED: tl.constexpr):
+    """The integers of channels at pixels, int32."""
+    BYTES: tl.constexpr = CHANNELS * BITS // 8
+    HALF: tl.constexpr = 1 << (BITS - 1)
+    q = tl.load(x + pixel * BYTES + c % BYTES, mask=there, other=0).to(tl.int32)
+    if BITS < 8:
+        q = (q >> (c // BYTES * BITS)) & (2 * HALF - 1)
+    if SIGNED:
+        q = (q ^ HALF) - HALF
+    return q
+
+
+@triton.jit
+def real(q, zero, scale):
+    """`(q - zero_point) * scale`."""
+    return (q.to(tl.float32) - zero) * scale
+
+
+@triton.constexpr_function
+def _repeated(value, bits):
+    """A field of `bits` bits in every field of four bytes."""
+    return sum(value << place for place in range(0, 32, bits))
+
+
+@triton.constexpr_function
+def _field(k, bits, flip):
+    """PTX: the k-th field of each of four bytes, with its highest bit turned where `flip`."""
+    turned = _repeated(1 << (bits - 1), bits) if flip else 0
+    mask = _repeated((1 << bits) - 1, 8)
+    return f"{{ .reg .b32 t; xor.b32 t, $1, {turned}; shr.b32 t, t, {k * bits}; and.b32 $0, t, {mask}; }}"
+
+
+@triton.constexpr_function
+def _weight_field(k, bits):
+    """PTX: the k-th field of each of four bytes in its highest bits."""
+    mask = _repeated(((1 << bits) - 1) << (8 - bits), 8)
+    return f"{{ .reg .b32 t; shl.b32 t, $1, {8 - bits * (k + 1)}; and.b32 $0, t, {mask}; }}"
+
+
+@triton.jit
+def field(x, k: tl.constexpr, BITS: tl.constexpr, SIGNED: tl.constexpr, SWAR: tl.constexpr):
+    """The k-th field of bytes as an int8 factor, which is `q + origin(BITS, SIGNED)`."""
+    FLIP: tl.constexpr = SIGNED != (BITS == 8)
+    HALF: tl.constexpr = 1 << (BITS - 1)
+    if BITS == 8 and not FLIP:
+        q = x
+    elif SWAR:  # the compiler would take the bytes one by one
+        q = tl.inline_asm_elementwise(_field(k, BITS, FLIP), "=r,r", [x], tl.uint8, True, 4)
+    else:
+        q = (x >> (k * BITS)) & (2 * HALF - 1)
+        if FLIP:
+            q = q ^ HALF
+    return q.to(tl.int8, bitcast=True)
+
+
+def origin(bits: int, signed: bool) -> int:
+    """What `field` adds to an integer so that it is an int8 that needs no sign: u8 is moved down, few bits up."""
+    if bits == 8:
+        return 0 if signed else -128
+    return 2 ** (bits - 1) if signed else 0
+
+
+@triton.jit
+def weight_field(w, k: tl.constexpr, BITS: tl.constexpr, SWAR: tl.constexpr):
+    """The k-th field of bytes as an int8 factor `q * 2^(8 - BITS)`: the sign is in its place, nothing is spread."""
+    if BITS == 8:
+        q = w
+    elif SWAR:
+        q = tl.inline_asm_elementwise(_weight_field(k, BITS), "=r,r", [w], tl.uint8, True, 4)
+    else:
+        q = (w << (8 - BITS * (k + 1))) & (256 - (1 << (8 - BITS)))
+    return q.to(tl.int8, bitcast=True)
+
+
+# --- ends ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def rounded(t, numbers, k: tl.constexpr):
+    """To the k-th grid; a float."""
+    return clamp(rne(t * numbers[4 * k] + numbers[4 * k + 1]), numbers[4 * k + 2], numbers[4 * k + 3])
+
+
+@triton.jit
+def keep(
+    out, q, pixel, c, rows, known, block,
+    CHANNELS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Writes a tile of integers; its planes are fields of the same bytes."""
+    if BITS == 8:
+        tl.store(out + pixel * CHANNELS + c, q.to(tl.int32).to(tl.uint8), mask=rows & known)
+    else:
+        N: tl.constexpr = 8 // BITS
+        fields = tl.reshape(q.to(tl.int32) & ((1 << BITS) - 1), (R, N, B // N))
+        byte = tl.sum(fields << (tl.arange(0, N) * BITS)[None, :, None], 1)
+        c, known = columns(block, CHANNELS // N, B // N, P // N)
+        tl.store(out + pixel * (CHANNELS // N) + c[None, :], byte.to(tl.uint8), mask=rows & known[None, :])
+
+
+@triton.jit
+def finish(
+    t, pixel, c, rows, known, block, outs, numbers, nexts, next_numbers, scale, zero, mean, factor, shift,
+    CHANNELS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr, ACTIVATION: tl.constexpr,
+    NEXT_ACTIVATION: tl.constexpr, BITS: tl.constexpr, NEXT_BITS: tl.constexpr,
+):  # fmt: skip
+    """Activation, rounding to every result's grid, and what follows the first of them."""
+    t = activate(t, ACTIVATION)
+    if BITS[0] == 32:
+        tl.store(outs[0] + pixel * CHANNELS + c, t, mask=rows & known)
+    else:
+        for k in tl.static_range(len(BITS)):
+            keep(outs[k], rounded(t, numbers, k), pixel, c, rows, known, block, CHANNELS, R, B, P, BITS[k])
+        if len(NEXT_BITS) > 0:
+            t = (rounded(t, numbers, 0) - zero) * scale
+            if mean is not None:
+                t = t - tl.load(mean + c, mask=known, other=0.0)
+                t = t * tl.load(factor + c, mask=known, other=0.0) + tl.load(shift + c, mask=known, other=0.0)
+            t = activate(t, NEXT_ACTIVATION)
+            for k in tl.static_range(len(NEXT_BITS)):
+                q = rounded(t, next_numbers, k)
+                keep(nexts[k], q, pixel, c, rows, known, block, CHANNELS, R, B, P, NEXT_BITS[k])

@@ -1,0 +1,52 @@
+"""Public function of the operator: checks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dfq_kernels._checks import check_float
+from dfq_kernels._integer_checks import check_epilogue, require
+from dfq_kernels.dispatch import resolve
+from dfq_kernels.integers import Grid, QuantizedTensor
+
+OP = "quantize"
+
+
+def quantize(
+    x: Tensor, grid: Grid, *, activation: str | None = None, packed: bool = False, backend: str | None = None
+) -> QuantizedTensor:
+    """Rounds real numbers to integers.
+
+        q = clamp(rne(act(x) * (1 / scale) + zero_point), quant_min, quant_max)
+
+    fp32 arithmetic, every operation rounded on its own; `rne` rounds half to even, `1 / scale` is rounded once.
+
+    Args:
+        x: `[N, C]` or `[N, C, H, W]`, float32, bfloat16 or float16, any strides.
+        grid: scale, zero point and range.
+        activation: None, `relu` or `relu6`.
+        packed: whether integers of 4 or 2 bits share bytes, where the channels fill them.
+        backend: `native`, `triton` or `reference`; None takes the best that is there.
+
+    Returns:
+        The integers, channels-last.
+
+    Raises:
+        ValueError: a wrong dtype, shape or grid; NaN in x (not looked for while a CUDA graph is captured, where NaN
+            becomes some integer of the grid).
+        BackendError: an explicit backend that is not there.
+
+    Source: Jacob et al. 2018 (arXiv 1712.05877) section 2.1.
+    """
+    check_float(OP, "x", x)
+    require(OP, x.dim() in (2, 4) and x.shape[1] > 0, "x", "[N, C] or [N, C, H, W]", tuple(x.shape))
+    epilogue = check_epilogue(OP, activation, (grid,), None, packed, x.shape[1], x)
+    if not _unseen(x) and bool(x.isnan().any()):
+        raise ValueError(f"{OP}: x must be numbers, got NaN")
+    return QuantizedTensor(resolve(OP, backend, x).forward(x, *epilogue.flat())[0], grid, epilogue.bits[0])
+
+
+def _unseen(x: Tensor) -> bool:
+    """Whether values cannot be read now."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -1,0 +1,59 @@
+"""Rounding to grids in plain PyTorch: what `quantize` does, and what every integer operator ends with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dfq_kernels.integers import Epilogue, Grid, Requantize, allocate, pack_channels
+
+
+def forward(x: Tensor, *epilogue: object) -> list[Tensor]:
+    """Activation and rounding of real numbers."""
+    return finish(x.float(), Epilogue.of(*epilogue))  # type: ignore[arg-type]
+
+
+def finish(t: Tensor, epilogue: Epilogue) -> list[Tensor]:
+    """Activation, rounding to every result's grid, and what follows the first of them; or t itself."""
+    results = allocate(t, t.shape, epilogue)
+    t = activate(t, epilogue.activation)
+    if not epilogue.outs:
+        results[0].copy_(t)
+        return results
+    values = [rounded(t, grid) for grid in epilogue.outs]
+    if epilogue.then is not None:
+        t = activate(normalized(real(values[0], epilogue.outs[0]), epilogue.then), epilogue.then.activation)
+        values += [rounded(t, grid) for grid in epilogue.then.outs]
+    for result, q, (_, bits) in zip(results, values, epilogue.results, strict=True):
+        result.copy_(pack_channels(q, bits))
+    return results
+
+
+def rounded(t: Tensor, grid: Grid) -> Tensor:
+    """`clamp(rne(t * (1 / scale) + zero_point), quant_min, quant_max)`."""
+    q = (t * grid.inverse + grid.zero_point).round().clamp(grid.quant_min, grid.quant_max)
+    return q.to(torch.int8 if grid.signed else torch.uint8)
+
+
+def real(q: Tensor, grid: Grid) -> Tensor:
+    """`(q - zero_point) * scale`, fp32."""
+    return (q.float() - grid.zero_point) * grid.scale
+
+
+def normalized(t: Tensor, then: Requantize) -> Tensor:
+    """`(t - mean[c]) * mult[c] + bias[c]`, where there is a batch norm."""
+    if then.mean is None or then.mult is None or then.bias is None:
+        return t
+    mean, mult, bias = (per_channel(vector, t) for vector in (then.mean, then.mult, then.bias))
+    return (t - mean) * mult + bias
+
+
+def activate(t: Tensor, activation: str | None) -> Tensor:
+    if activation == "relu":
+        return t.relu()
+    return t.clamp(0, 6) if activation == "relu6" else t
+
+
+def per_channel(vector: Tensor, t: Tensor) -> Tensor:
+    """A number per channel, shaped to meet `[N, C, ...]`."""
+    return vector.float().reshape(1, -1, *[1] * (t.dim() - 2))
