@@ -18,7 +18,15 @@ class Runner {
  public:
   explicit Runner(Program program) : program_(std::move(program)) { cpu_kernels().prepare_program(program_); }
 
-  void run(uintptr_t images, int64_t count, uintptr_t logits, int threads) {
+  // inputs, outputs: addresses of what the program's planes of these names hold, all images of a call.
+  void run(uintptr_t images, int64_t count, uintptr_t logits, int threads, const std::vector<uintptr_t>& inputs,
+           const std::vector<uintptr_t>& outputs) {
+    if (inputs.size() != program_.inputs.size() || outputs.size() != program_.outputs.size())
+      throw std::invalid_argument("program: inputs and outputs must be as many as its planes of these names");
+    std::vector<const uint8_t*> from;
+    std::vector<uint8_t*> to;
+    for (uintptr_t address : inputs) from.push_back(reinterpret_cast<const uint8_t*>(address));
+    for (uintptr_t address : outputs) to.push_back(reinterpret_cast<uint8_t*>(address));
     std::vector<std::unique_ptr<uint8_t[]>> arenas;
     std::vector<uint8_t*> pointers;
     const int needed = count >= threads ? threads : 1;  // few images are worked on by all threads, one after the other
@@ -26,7 +34,8 @@ class Runner {
     for (const auto& arena : arenas) pointers.push_back(arena.get());
     std::atomic<bool> has_nan{false};
     cpu_kernels().run_program({&program_, count, reinterpret_cast<const float*>(images),
-                               reinterpret_cast<float*>(logits), pointers.data(), threads, &has_nan});
+                               reinterpret_cast<float*>(logits), from.data(), to.data(), pointers.data(), threads,
+                               &has_nan});
     const std::lock_guard<std::mutex> lock(mutex_);
     for (auto& arena : arenas) free_.push_back(std::move(arena));
     if (has_nan) throw std::invalid_argument("engine: images must be numbers, got NaN");
@@ -34,7 +43,7 @@ class Runner {
 
   // The arena after one image: every plane, in a program whose planes share no memory.
   py::bytes trace(uintptr_t image, uintptr_t logits) {
-    run(image, 1, logits, 1);
+    run(image, 1, logits, 1, {}, {});
     const std::lock_guard<std::mutex> lock(mutex_);
     return py::bytes(reinterpret_cast<const char*>(free_.back().get()), static_cast<size_t>(program_.arena_bytes));
   }
@@ -81,11 +90,14 @@ void bind_programs(py::module_& m) {
   py::class_<Program>(m, "Program")
       .def(py::init<>())
       DFQ_PLAIN(Program, planes) DFQ_PLAIN(Program, steps) DFQ_PLAIN(Program, arena_bytes)
+      DFQ_PLAIN(Program, inputs) DFQ_PLAIN(Program, outputs) DFQ_PLAIN(Program, logit_pixels)
       DFQ_PLAIN(Program, image_channels) DFQ_PLAIN(Program, image_height) DFQ_PLAIN(Program, image_width)
       DFQ_PLAIN(Program, classes);
 #undef DFQ_PLAIN
   py::class_<Runner>(m, "Runner")
       .def(py::init<Program>())
-      .def("run", &Runner::run, py::call_guard<py::gil_scoped_release>())
+      .def("run", &Runner::run, py::arg("images"), py::arg("count"), py::arg("logits"), py::arg("threads"),
+           py::arg("inputs") = std::vector<uintptr_t>(), py::arg("outputs") = std::vector<uintptr_t>(),
+           py::call_guard<py::gil_scoped_release>())
       .def("trace", &Runner::trace);
 }

@@ -8,7 +8,7 @@ memory are neighbours in the map.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -138,6 +138,10 @@ class Epilogue:
             return Epilogue(activation, grids, bits)
         next_grids, next_bits = _unflat_all(nexts)
         return Epilogue(activation, grids, bits, Requantize(next_grids, *(constants or [None] * 3), then_activation), next_bits)
+
+    def byte_wide(self) -> Epilogue:
+        """The same with every result in bytes."""
+        return replace(self, bits=(8,) * len(self.bits), next_bits=(8,) * len(self.next_bits))
 
     @property
     def results(self) -> list[tuple[Grid, int]]:

@@ -123,11 +123,11 @@ struct Finish {
   int activation, count = 0, chains = 0;
   Sink outs[kMostOuts];
   Chain chained[kMostChained];
-  float* logits;
-  int32_t classes;
+  float *logits, *logit_row = nullptr;
+  int32_t classes, width;
 
   Finish(const Program& program, const Step& step, uint8_t* arena, float* to)
-      : activation(step.activation), logits(to), classes(program.classes) {
+      : activation(step.activation), logits(to), classes(program.classes), width(step.out_width) {
     for (int out : step.outs) outs[count++] = Sink(program.planes[out], arena, activation);
     for (const Step& next : step.chained) {
       Chain& chain = chained[chains++];
@@ -139,6 +139,7 @@ struct Finish {
     }
   }
   void begin_row(int64_t y) {
+    logit_row = logits + y * width * classes;
     for (int i = 0; i < count; ++i) outs[i].row = outs[i].view.at(y, 0);
     for (int c = 0; c < chains; ++c)
       for (int i = 0; i < chained[c].count; ++i) chained[c].outs[i].row = chained[c].outs[i].view.at(y, 0);
@@ -151,7 +152,8 @@ struct Finish {
     }
     if (count || channel >= classes) return;
     t = activate(t, activation);
-    std::memcpy(logits + channel, &t, static_cast<size_t>(std::min<int64_t>(kWidth, classes - channel)) * sizeof(float));
+    const int64_t lanes = std::min<int64_t>(kWidth, classes - channel);
+    std::memcpy(logit_row + x * classes + channel, &t, static_cast<size_t>(lanes) * sizeof(float));
   }
   DFQ_INLINE static void run_chain(const Chain& chain, Vec rounded, int64_t x, int64_t channel) {
     const Vec t = normalize(*chain.step, chain.real(rounded), channel);

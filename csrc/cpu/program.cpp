@@ -35,7 +35,7 @@ void rescale(const Work& w, int64_t begin, int64_t end) {
 void add(const Work& w, int64_t begin, int64_t end) {
   const View2d in(w.program.planes[w.step.x], w.arena), other(w.program.planes[w.step.other], w.arena);
   each_pixel(w, begin, end, w.step.out_channels, [&](int64_t y, int64_t x, int64_t c) DFQ_INLINE {
-    return real(in, in.at(y, x) + c) + real(other, other.at(y, x) + c);
+    return normalize(w.step, real(in, in.at(y, x) + c), c) + real(other, other.at(y, x) + c);
   });
 }
 
@@ -82,18 +82,50 @@ void run_rows(const Work& w, int64_t begin, int64_t end) {
   }
 }
 
+void fill_frame(const Plane& p, uint8_t* arena) {
+  if (!p.frame_y && !p.frame_x) return;
+  uint8_t* frame = arena + p.offset;
+  const int64_t row = p.row_bytes(), side = int64_t(p.frame_x) * p.stride;
+  for (int64_t y = 0; y < p.height + 2 * p.frame_y; ++y) {
+    const bool inside = y >= p.frame_y && y < p.frame_y + p.height;
+    std::memset(frame + y * row, p.stored_zero(), static_cast<size_t>(inside ? side : row));
+    if (inside) std::memset(frame + (y + 1) * row - side, p.stored_zero(), static_cast<size_t>(side));
+  }
+}
+
 void fill_frames(const Program& program, const Step& step, uint8_t* arena) {
   for (const Step& next : step.chained) fill_frames(program, next, arena);
-  for (int index : step.outs) {
-    const Plane& p = program.planes[index];
-    if (!p.frame_y && !p.frame_x) continue;
-    uint8_t* frame = arena + p.offset;
-    const int64_t row = p.row_bytes(), side = int64_t(p.frame_x) * p.stride;
-    for (int64_t y = 0; y < p.height + 2 * p.frame_y; ++y) {
-      const bool inside = y >= p.frame_y && y < p.frame_y + p.height;
-      std::memset(frame + y * row, p.stored_zero(), static_cast<size_t>(inside ? side : row));
-      if (inside) std::memset(frame + (y + 1) * row - side, p.stored_zero(), static_cast<size_t>(side));
-    }
+  for (int index : step.outs) fill_frame(program.planes[index], arena);
+}
+
+// copy(bytes of the caller's pixel, bytes of the plane's) for every pixel of an image; both turn the sign of signed ones.
+template <class Byte, class Copy>
+void each_shared_pixel(const Plane& p, uint8_t* arena, Byte* image, const Copy& copy) {
+  const View2d view(p, arena);
+  for (int64_t y = 0; y < p.height; ++y)
+    for (int64_t x = 0; x < p.width; ++x, image += p.channels) copy(image, view.at(y, x));
+}
+
+void take_inputs(const ProgramRun& run, int64_t index, uint8_t* arena) {
+  for (size_t i = 0; i < run.program->inputs.size(); ++i) {
+    const Plane& p = run.program->planes[run.program->inputs[i]];
+    fill_frame(p, arena);
+    const int64_t bytes = int64_t(p.height) * p.width * p.channels;
+    const uint8_t turn = static_cast<uint8_t>(p.shift);
+    each_shared_pixel(p, arena, run.inputs[i] + index * bytes, [&](const uint8_t* from, uint8_t* to) {
+      for (int32_t c = 0; c < p.channels; ++c) to[c] = from[c] ^ turn;
+    });
+  }
+}
+
+void give_outputs(const ProgramRun& run, int64_t index, uint8_t* arena) {
+  for (size_t i = 0; i < run.program->outputs.size(); ++i) {
+    const Plane& p = run.program->planes[run.program->outputs[i]];
+    const int64_t bytes = int64_t(p.height) * p.width * p.channels;
+    const uint8_t turn = static_cast<uint8_t>(p.shift);
+    each_shared_pixel(p, arena, run.outputs[i] + index * bytes, [&](uint8_t* to, const uint8_t* from) {
+      for (int32_t c = 0; c < p.channels; ++c) to[c] = from[c] ^ turn;
+    });
   }
 }
 
@@ -116,23 +148,29 @@ void prepare_program(Program& program) {
 void run_program(const ProgramRun& run) {
   const Program& program = *run.program;
   const int64_t pixels = int64_t(program.image_channels) * program.image_height * program.image_width;
+  const int64_t logits = int64_t(program.classes) * program.logit_pixels;
   const auto work_on = [&](const Step& step, int64_t index, uint8_t* arena) {
-    return Work{program, step, arena, run.images + index * pixels, run.logits + index * program.classes, run.has_nan};
+    return Work{program, step, arena, run.images + index * pixels, run.logits + index * logits, run.has_nan};
   };
   if (run.count >= run.threads) {
     parallel_for(run.threads, 1, run.threads, [&](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; ++slot)
-        for (int64_t index = slot * run.count / run.threads; index < (slot + 1) * run.count / run.threads; ++index)
+        for (int64_t index = slot * run.count / run.threads; index < (slot + 1) * run.count / run.threads; ++index) {
+          take_inputs(run, index, run.arenas[slot]);
           for (const Step& step : program.steps) {
             fill_frames(program, step, run.arenas[slot]);
             run_rows(work_on(step, index, run.arenas[slot]), 0, step.out_height);
           }
+          give_outputs(run, index, run.arenas[slot]);
+        }
     });
     return;
   }
   Barrier barrier;
   parallel_team(run.threads, [&](int self, int team) {
-    for (int64_t index = 0; index < run.count; ++index)
+    for (int64_t index = 0; index < run.count; ++index) {
+      if (self == 0) take_inputs(run, index, run.arenas[0]);
+      if (!program.inputs.empty()) barrier.wait(team);
       for (const Step& step : program.steps) {
         const int sharing = work_of(program, step) < kWorthSharing ? 1 : team;  // a barrier costs less than a fork
         if (self == 0) fill_frames(program, step, run.arenas[0]);
@@ -141,6 +179,9 @@ void run_program(const ProgramRun& run) {
         if (begin < end) run_rows(work_on(step, index, run.arenas[0]), begin, end);
         barrier.wait(team);
       }
+      if (self == 0) give_outputs(run, index, run.arenas[0]);
+      if (!program.outputs.empty()) barrier.wait(team);  // nobody writes to what is being taken away
+    }
   });
 }
 

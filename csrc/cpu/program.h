@@ -46,16 +46,21 @@ struct Step {
 struct Program {
   std::vector<Plane> planes;
   std::vector<Step> steps;
+  std::vector<int> inputs, outputs;  // planes that a call brings and takes away
   int64_t arena_bytes = 0;
-  int32_t image_channels = 0, image_height = 0, image_width = 0, classes = 0;
+  int32_t image_channels = 0, image_height = 0, image_width = 0;
+  int32_t classes = 0, logit_pixels = 1;  // real results, per pixel and image
 };
 
-// One call of a program. images: fp32 [count, C, H, W]; logits: fp32 [count, classes]; arenas: one for each thread.
+// One call of a program. images: fp32 [count, C, H, W]; logits: fp32 [count, logit_pixels, classes]; inputs and outputs:
+// bytes [count, H, W, C], a signed integer as it is; arenas: one for each thread.
 struct ProgramRun {
   const Program* program;
   int64_t count;
   const float* images;
   float* logits;
+  const uint8_t* const* inputs;
+  uint8_t* const* outputs;
   uint8_t* const* arenas;
   int threads;
   std::atomic<bool>* has_nan;  // set where an image does

@@ -156,7 +156,7 @@ def pad_byte(grid: Grid, bits: int) -> int:
     return sum((grid.zero_point % 2**bits) << place for place in range(0, 8, bits))
 
 
-def _byte_wide(q: Tensor, bits: int, signed: bool) -> tuple[Tensor, int]:
+def _unpacked(q: Tensor, bits: int, signed: bool) -> tuple[Tensor, int]:
     return channels_last(unpack_channels(q, bits, signed)), 8
 
 
@@ -177,11 +177,9 @@ def forward(
     by_channel = groups == channels == weight.shape[0] and groups > 1
     grouped = groups > 1 and not by_channel  # planes cut across groups: their integers are bytes
     if grouped and bits < 8:
-        x, bits = _byte_wide(x, bits, grid.signed)
-    wide = epilogue if not grouped else Epilogue(
-        epilogue.activation, epilogue.outs, (8,) * len(epilogue.outs), epilogue.then, (8,) * len(epilogue.next_bits)
-    )  # fmt: skip
-    written = results if wide.results == epilogue.results else allocate(x, shape, wide)
+        x, bits = _unpacked(x, bits, grid.signed)
+    wide = epilogue.byte_wide() if grouped else epilogue
+    written = results if wide is epilogue else allocate(x, shape, wide)
     x, ending = channels_last(x), Ending(wide, written)
     other, other_bits = unflat(residual_grid) if residual is not None else (grid, bits)
     pixels, inner, outer = shape[0] * shape[2] * shape[3], channels // groups, shape[1] // groups

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dfq_kernels.int_pool.schema import windows
 from dfq_kernels.integers import Epilogue, allocate, pack_channels, unflat, unpack_channels
 from dfq_kernels.quantize import reference as quantize
 
@@ -31,8 +32,3 @@ def forward(
             for top, bottom in rows]  # fmt: skip
     counts = [[float((bottom - top) * (right - left)) for left, right in columns] for top, bottom in rows]
     return quantize.finish(torch.stack(sums, 2).float() * (scale / torch.tensor(counts, device=x.device)), end)
-
-
-def windows(size: int, parts: int) -> list[tuple[int, int]]:
-    """Where the windows of an adaptive pool begin and end along an axis."""
-    return [(index * size // parts, -(-(index + 1) * size // parts)) for index in range(parts)]

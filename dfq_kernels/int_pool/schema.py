@@ -33,6 +33,22 @@ def out_shape(
     return [x.shape[0], x.shape[1] * 8 // bits, *sides]
 
 
+def spans(
+    sides: Sequence[int], out_sides: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    output_size: Sequence[int],
+) -> list[list[tuple[int, int]]]:  # fmt: skip
+    """Where an average's windows begin and end, along both axes; padding lies outside of the map."""
+    if output_size:
+        return [windows(side, parts) for side, parts in zip(sides, output_size, strict=True)]
+    axes = zip(out_sides, kernel, stride, padding, strict=True)
+    return [[(index * s - p, index * s - p + k) for index in range(count)] for count, k, s, p in axes]
+
+
+def windows(size: int, parts: int) -> list[tuple[int, int]]:
+    """Where the windows of an adaptive pool begin and end along an axis."""
+    return [(index * size // parts, -(-(index + 1) * size // parts)) for index in range(parts)]
+
+
 def _forward(
     x: Tensor, x_grid: list[float], mode: str, kernel: list[int], stride: list[int], padding: list[int],
     dilation: list[int], ceil_mode: bool, output_size: list[int], *epilogue: Any,

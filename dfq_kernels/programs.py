@@ -1,0 +1,141 @@
+"""Programs of the native module (csrc/cpu/program.h): planes and steps of them, and one operator as a program of one step.
+
+A network packs its weights once, into one program; an operator packs them at every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfq_kernels.extension import native
+from dfq_kernels.integers import Epilogue, Grid, allocate, channels_last, pack_channels
+from dfq_kernels.memory import ACTIVATIONS
+
+QUANTIZE, CONVOLVE, RESCALE, ADD, AVERAGE_POOL, MAX_POOL = range(6)  # the kinds of steps
+LANES = 16  # channels that kernels read constants of at once
+ALIGNMENT = 64
+
+
+def make_plane(grid: Grid, channels: int, height: int, width: int, frame: Sequence[int] = (0, 0), offset: int = 0) -> Any:
+    """A value of one image, inside a frame of zero points; offset: of its first byte."""
+    made = native().Plane()
+    made.offset, made.height, made.width, made.channels = offset, height, width, channels
+    made.stride = stride_of(channels)
+    made.frame_y, made.frame_x = frame
+    made.scale, made.inverse = grid.scale, grid.inverse
+    made.zero_point, made.quant_min, made.quant_max = grid.zero_point, grid.quant_min, grid.quant_max
+    made.shift = 128 if grid.signed else 0
+    return made
+
+
+def stride_of(channels: int) -> int:
+    """Bytes of a pixel."""
+    return -(-channels // 4) * 4
+
+
+def make_step(kind: int, activation: str | None, shape: Sequence[int], x: int, outs: Sequence[int]) -> Any:
+    """A step that reads and writes planes by their numbers; shape: `(C, H, W)` of its results."""
+    made = native().Step()
+    made.kind, made.activation, made.x, made.outs = kind, ACTIVATIONS[activation], x, list(outs)
+    made.out_channels, made.out_height, made.out_width = shape
+    return made
+
+
+def set_layer(made: Any, weight: Tensor, mult: Tensor, bias: Tensor, groups: int = 1) -> None:
+    """A convolution's constants; weight: int8 `[O, I, kh, kw]`."""
+    weight = weight.permute(0, 2, 3, 1).contiguous()
+    made.set_weight(weight.data_ptr(), weight.numel())
+    made.kernel_y, made.kernel_x = weight.shape[1:3]
+    made.mult, made.bias, made.groups = padded(mult), padded(bias), groups
+
+
+def set_window(made: Any, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int] = (1, 1)) -> None:
+    """Where a window begins and which places it sees."""
+    (made.stride_y, made.stride_x), (made.pad_y, made.pad_x) = stride, padding
+    made.dilation_y, made.dilation_x = dilation
+
+
+def set_norm(made: Any, mean: Tensor | None, mult: Tensor | None, bias: Tensor | None) -> None:
+    """A rescale step's batch norm, where it has one."""
+    if mean is not None and mult is not None and bias is not None:
+        made.mean, made.mult, made.bias = padded(mean), padded(mult), padded(bias)
+
+
+def set_average(made: Any, scale: float, spans: Sequence[Sequence[tuple[int, int]]]) -> None:
+    """An average pool's windows; spans: begin and end of every row's, of every column's."""
+    rows, columns = spans
+    made.windows = [edge for axis in spans for span in axis for edge in span]
+    counts = [float((bottom - top) * (right - left)) for top, bottom in rows for left, right in columns]
+    made.mult = (torch.tensor(scale) / torch.tensor(counts)).tolist()
+
+
+def padded(values: Tensor) -> list[float]:
+    """With room for a whole vector from any channel on: groups begin where they like."""
+    return torch.nn.functional.pad(values.float(), (0, LANES)).tolist()
+
+
+class OneStep:
+    """An operator as a program of one step, and what follows it.
+
+    Args:
+        kind: of the step.
+        shape: `[N, C]` or `[N, C, H, W]` of its results.
+        epilogue: their grids.
+        inputs: integers and their grids, bytes `[N, C, H, W]` channels-last; the first is read through windows.
+        frame: padding of the first.
+        fill: what else the step needs, of the step.
+    """
+
+    def __init__(
+        self, kind: int, shape: Sequence[int], epilogue: Epilogue, inputs: Sequence[tuple[Tensor, Grid]] = (),
+        frame: Sequence[int] = (0, 0), fill: Callable[[Any], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.shape, self.epilogue = shape, epilogue
+        self.inputs = [channels_last(q) for q, _ in inputs]
+        self.program, self.planes, sides = native().Program(), [], (*shape[1:], 1, 1)[:3]
+        for q, (_, grid) in zip(self.inputs, inputs, strict=True):
+            self._add(grid, q.shape[1:], (0, 0) if self.planes else frame)
+        first = len(self.planes)
+        for grid, _ in epilogue.results:
+            self._add(grid, sides)
+        places, count = list(range(first, len(self.planes))), len(epilogue.outs)
+        step = make_step(kind, epilogue.activation, sides, 0 if inputs else -1, places[:count])
+        step.other = 1 if len(inputs) > 1 else -1
+        if fill is not None:
+            fill(step)
+        if epilogue.then is not None:
+            then = epilogue.then
+            following = make_step(RESCALE, then.activation, sides, first, places[count:])
+            set_norm(following, then.mean, then.mult, then.bias)
+            step.chained = [following]
+        self.program.planes, self.program.steps = self.planes, [step]
+        self.program.inputs, self.program.outputs = list(range(first)), places
+        self.program.classes, self.program.logit_pixels = (0 if count else sides[0]), sides[1] * sides[2]
+
+    def _add(self, grid: Grid, shape: Sequence[int], frame: Sequence[int] = (0, 0)) -> None:
+        offset = self.program.arena_bytes
+        self.planes.append(make_plane(grid, *shape, frame, offset))
+        self.program.arena_bytes = -(-(offset + self.planes[-1].bytes) // ALIGNMENT) * ALIGNMENT
+
+    def run(self, like: Tensor, images: Tensor | None = None) -> list[Tensor]:
+        """The results; images: fp32 `[N, C, H, W]` that a quantize step reads."""
+        results = allocate(like, self.shape, self.epilogue)
+        if 0 in self.shape:
+            return results
+        wide = self.epilogue.byte_wide()
+        written = results if wide == self.epilogue else allocate(like, self.shape, wide)
+        if images is not None:
+            self.program.image_channels, self.program.image_height, self.program.image_width = images.shape[1:]
+        native().Runner(self.program).run(
+            0 if images is None else images.data_ptr(), self.shape[0], 0 if self.epilogue.outs else written[0].data_ptr(),
+            torch.get_num_threads(), [q.data_ptr() for q in self.inputs],
+            [out.data_ptr() for out in written] if self.epilogue.outs else [],
+        )  # fmt: skip
+        for result, out, (_, bits) in zip(results, written, self.epilogue.results, strict=False):
+            if result is not out:
+                result.copy_(pack_channels(out, bits))
+        return results
