@@ -79,7 +79,7 @@ def check_pair(op: str, name: str, value: int | Sequence[int], least: int) -> li
 
 
 def check_epilogue(
-    op: str, activation: str | None, outs: Sequence[Grid], then: Requantize | None, packed: bool, channels: int,
+    op: str, activation: str | None, outs: Grid | Sequence[Grid], then: Requantize | None, packed: bool, channels: int,
     like: Tensor,
 ) -> Epilogue:  # fmt: skip
     """The arguments that every operator ends with."""
@@ -105,6 +105,4 @@ def wrap(results: list[Tensor], epilogue: Epilogue) -> tuple[QuantizedTensor, ..
     """Results with their grids; the real numbers where no grid was asked for."""
     if not epilogue.outs:
         return results[0]
-    return tuple(
-        QuantizedTensor(q, grid, bits) for q, (grid, bits) in zip(results, epilogue.results, strict=True)
-    )
+    return tuple(QuantizedTensor(q, grid, bits) for q, (grid, bits) in zip(results, epilogue.results, strict=True))

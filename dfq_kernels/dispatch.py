@@ -16,8 +16,8 @@ import torch
 from dfq_kernels import extension
 from dfq_kernels.memory import DTYPES
 
-_BEST_FIRST = {"cuda": ("native", "triton", "reference"), "cpu": ("native", "reference")}
-_INTEGERS = {"cuda": ("triton", "reference"), "cpu": ("native", "reference")}
+_BEST_FIRST: dict[str, tuple[str, ...]] = {"cuda": ("native", "triton", "reference"), "cpu": ("native", "reference")}
+_INTEGERS: dict[str, tuple[str, ...]] = {"cuda": ("triton", "reference"), "cpu": ("native", "reference")}
 
 # op -> device type -> backends, best first; a row changes only with a committed benchmark
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {

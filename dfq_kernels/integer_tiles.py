@@ -8,15 +8,13 @@ Launches switch off the fusion of products and sums, because every operation is 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dfq_kernels.integers import Epilogue, Grid
-from dfq_kernels.memory import ACTIVATIONS, optional
+from dfq_kernels.memory import ACTIVATIONS, fp32
 from dfq_kernels.tiles import INTERPRETED, activate, clamp, rne, tuning
 
 FLOAT = 32  # "bits" of a result that is no integer
@@ -30,14 +28,14 @@ class Ending:
     def __init__(self, epilogue: Epilogue, results: list[Tensor]) -> None:
         count, then = max(1, len(epilogue.outs)), epilogue.then
         first = epilogue.outs[0] if epilogue.outs else Grid(1.0, 0, 0, 1)
-        constants = (then.mean, then.mult, then.bias) if then else (None, None, None)
+        norm = [fp32(vector) for vector in then.norm] if then else []
         nexts = then.outs if then else ()
         self.arguments = (
             tuple(as_bytes(out) for out in results[:count]),
             tuple(number for grid in epilogue.outs for number in _numbers(grid)) or (0.0,),
             tuple(as_bytes(out) for out in results[count:]) or None,
             tuple(number for grid in nexts for number in _numbers(grid)) or None,
-            first.scale, float(first.zero_point), *[optional(constant) for constant in constants],
+            first.scale, float(first.zero_point), *(norm or (None, None, None)),
         )  # fmt: skip
         self.planes = 8 // min((8, *epilogue.bits, *epilogue.next_bits))
         self.constants = {
@@ -131,7 +129,7 @@ def _weight_field(k, bits):
 @triton.jit
 def field(x, k: tl.constexpr, BITS: tl.constexpr, SIGNED: tl.constexpr, SWAR: tl.constexpr):
     """The k-th field of bytes as an int8 factor, which is `q + origin(BITS, SIGNED)`."""
-    FLIP: tl.constexpr = SIGNED != (BITS == 8)
+    FLIP: tl.constexpr = (BITS == 8) != SIGNED
     HALF: tl.constexpr = 1 << (BITS - 1)
     if BITS == 8 and not FLIP:
         q = x

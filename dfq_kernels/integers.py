@@ -7,6 +7,7 @@ memory are neighbours in the map.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -38,7 +39,10 @@ class Grid:
     @property
     def inverse(self) -> float:
         """`1 / scale`, rounded to fp32."""
-        return float(1 / torch.tensor(self.scale, dtype=torch.float32))
+        nearest: float = struct.unpack("f", struct.pack("f", 1 / self.scale))[
+            0
+        ]  # of fp32 numbers, through fp64: the same
+        return nearest
 
     @property
     def largest(self) -> int:
@@ -50,7 +54,7 @@ class Grid:
 class QuantizedTensor:
     """Integers and what they stand for.
 
-    q: `[N, C, ...]`, int8 where the grid is signed, else uint8; where `bits` is 4 or 2, packed: uint8 `[N, C / n, ...]`.
+    q: `[N, C, ...]`, int8 where the grid is signed, else uint8; packed where `bits` is 4 or 2: uint8 `[N, C / n, ...]`.
     """
 
     q: Tensor
@@ -105,6 +109,11 @@ class Requantize:
     bias: Tensor | None = None
     activation: str | None = None
 
+    @property
+    def norm(self) -> list[Tensor]:
+        """mean, mult and bias, or nothing."""
+        return [vector for vector in (self.mean, self.mult, self.bias) if vector is not None]
+
 
 @dataclass(frozen=True)
 class Epilogue:
@@ -124,8 +133,7 @@ class Epilogue:
         activation, outs = self.activation, _flat_all(self.outs, self.bits)
         if self.then is None:
             return activation, outs, [], None, []
-        constants = [item for item in (self.then.mean, self.then.mult, self.then.bias) if item is not None]
-        return activation, outs, constants, self.then.activation, _flat_all(self.then.outs, self.next_bits)
+        return activation, outs, self.then.norm, self.then.activation, _flat_all(self.then.outs, self.next_bits)
 
     @staticmethod
     def of(
@@ -137,7 +145,8 @@ class Epilogue:
         if not nexts:
             return Epilogue(activation, grids, bits)
         next_grids, next_bits = _unflat_all(nexts)
-        return Epilogue(activation, grids, bits, Requantize(next_grids, *(constants or [None] * 3), then_activation), next_bits)
+        mean, mult, bias = constants or (None, None, None)
+        return Epilogue(activation, grids, bits, Requantize(next_grids, mean, mult, bias, then_activation), next_bits)
 
     def byte_wide(self) -> Epilogue:
         """The same with every result in bytes."""

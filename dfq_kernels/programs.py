@@ -1,4 +1,4 @@
-"""Programs of the native module (csrc/cpu/program.h): planes and steps of them, and one operator as a program of one step.
+"""Programs of the native module (csrc/cpu/program.h): planes and steps, and one operator as a program of one step.
 
 A network packs its weights once, into one program; an operator packs them at every call.
 """
@@ -20,7 +20,9 @@ LANES = 16  # channels that kernels read constants of at once
 ALIGNMENT = 64
 
 
-def make_plane(grid: Grid, channels: int, height: int, width: int, frame: Sequence[int] = (0, 0), offset: int = 0) -> Any:
+def make_plane(
+    grid: Grid, channels: int, height: int, width: int, frame: Sequence[int] = (0, 0), offset: int = 0
+) -> Any:
     """A value of one image, inside a frame of zero points; offset: of its first byte."""
     made = native().Plane()
     made.offset, made.height, made.width, made.channels = offset, height, width, channels
@@ -59,10 +61,10 @@ def set_window(made: Any, stride: Sequence[int], padding: Sequence[int], dilatio
     made.dilation_y, made.dilation_x = dilation
 
 
-def set_norm(made: Any, mean: Tensor | None, mult: Tensor | None, bias: Tensor | None) -> None:
-    """A rescale step's batch norm, where it has one."""
-    if mean is not None and mult is not None and bias is not None:
-        made.mean, made.mult, made.bias = padded(mean), padded(mult), padded(bias)
+def set_norm(made: Any, norm: Sequence[Tensor]) -> None:
+    """A rescale step's batch norm (mean, mult and bias), where it has one."""
+    if norm:
+        made.mean, made.mult, made.bias = (padded(vector) for vector in norm)
 
 
 def set_average(made: Any, scale: float, spans: Sequence[Sequence[tuple[int, int]]]) -> None:
@@ -96,7 +98,8 @@ class OneStep:
     ) -> None:  # fmt: skip
         self.shape, self.epilogue = shape, epilogue
         self.inputs = [channels_last(q) for q, _ in inputs]
-        self.program, self.planes, sides = native().Program(), [], (*shape[1:], 1, 1)[:3]
+        self.program, sides = native().Program(), (*shape[1:], 1, 1)[:3]
+        self.planes: list[Any] = []
         for q, (_, grid) in zip(self.inputs, inputs, strict=True):
             self._add(grid, q.shape[1:], (0, 0) if self.planes else frame)
         first = len(self.planes)
@@ -110,7 +113,7 @@ class OneStep:
         if epilogue.then is not None:
             then = epilogue.then
             following = make_step(RESCALE, then.activation, sides, first, places[count:])
-            set_norm(following, then.mean, then.mult, then.bias)
+            set_norm(following, then.norm)
             step.chained = [following]
         self.program.planes, self.program.steps = self.planes, [step]
         self.program.inputs, self.program.outputs = list(range(first)), places
@@ -118,7 +121,8 @@ class OneStep:
 
     def _add(self, grid: Grid, shape: Sequence[int], frame: Sequence[int] = (0, 0)) -> None:
         offset = self.program.arena_bytes
-        self.planes.append(make_plane(grid, *shape, frame, offset))
+        channels, height, width = shape
+        self.planes.append(make_plane(grid, channels, height, width, frame, offset))
         self.program.arena_bytes = -(-(offset + self.planes[-1].bytes) // ALIGNMENT) * ALIGNMENT
 
     def run(self, like: Tensor, images: Tensor | None = None) -> list[Tensor]:
@@ -130,10 +134,11 @@ class OneStep:
         written = results if wide == self.epilogue else allocate(like, self.shape, wide)
         if images is not None:
             self.program.image_channels, self.program.image_height, self.program.image_width = images.shape[1:]
+        addresses = [out.data_ptr() for out in written]
+        real, integers = (0, addresses) if self.epilogue.outs else (addresses[0], [])
         native().Runner(self.program).run(
-            0 if images is None else images.data_ptr(), self.shape[0], 0 if self.epilogue.outs else written[0].data_ptr(),
-            torch.get_num_threads(), [q.data_ptr() for q in self.inputs],
-            [out.data_ptr() for out in written] if self.epilogue.outs else [],
+            0 if images is None else images.data_ptr(), self.shape[0], real, torch.get_num_threads(),
+            [q.data_ptr() for q in self.inputs], integers,
         )  # fmt: skip
         for result, out, (_, bits) in zip(results, written, self.epilogue.results, strict=False):
             if result is not out:

@@ -121,7 +121,7 @@ def options(name: str) -> dict[str, Any]:
     return {"num_warps": chosen["warps"], "enable_fp_fusion": False, **stages}
 
 
-def launch(kernel: Any, name: str, programs: int, like: Tensor, *arguments: Any, **compile_time: Any) -> None:
+def launch(kernel: Any, name: str, programs: int, like: Tensor, /, *arguments: Any, **compile_time: Any) -> None:
     """Queues `kernel` on the device of `like`; `name` says whose launch configuration it takes."""
     with _on(like):
         kernel[(programs,)](*arguments, **compile_time, **options(name))

@@ -11,6 +11,8 @@ from torch import Tensor, fx, nn
 from dfq.config import quant_config
 from dfq.embedded import load_teacher
 from dfq.engine import IntegerGraph
+from dfq.engine.operators import OperatorNetwork
+from dfq.execution import Execution
 from dfq.export import export
 from dfq.models import ModelSpec, build_model
 from dfq.quant import freeze_ranges, prepare, set_adapting
@@ -75,6 +77,13 @@ def exact_values(model: fx.GraphModule, graph: IntegerGraph, images: Tensor) -> 
         assert isinstance(value, Tensor)
         values[name] = (value / grid.scale).round().long() + grid.zero_point
     return values
+
+
+def reference_values(graph: IntegerGraph, images: Tensor) -> dict[str, Tensor]:
+    """Every value by the operators' references."""
+    return OperatorNetwork(graph, torch.device("cpu"), "reference", Execution("off", torch.device("cpu"))).values(
+        images
+    )
 
 
 def exported(name: str, preset: str) -> tuple[fx.GraphModule, IntegerGraph]:

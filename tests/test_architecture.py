@@ -68,7 +68,7 @@ def test_kernels_know_nothing_of_dfq(path: Path) -> None:
     roots = {name.split(".")[0] for name in imports(path)}
     assert roots <= {"dfq_kernels", "torch", "triton", "__future__", "collections", "typing", "types", "functools",
                      "importlib",
-                     "dataclasses", "math", "os", "pathlib", "contextlib", "itertools", "json"}  # fmt: skip
+                     "dataclasses", "math", "os", "pathlib", "contextlib", "itertools", "json", "struct"}  # fmt: skip
 
 
 def test_backends_are_strangers() -> None:

@@ -20,7 +20,6 @@ from torch import Tensor
 from dfq import engine
 from dfq.config import quant_config
 from dfq.data import load_images
-from dfq.engine import reference
 from dfq.engine.check import GraphError, check_graph
 from dfq.engine.graph import (
     IMAGES,
@@ -33,14 +32,41 @@ from dfq.engine.graph import (
 )  # fmt: skip
 from dfq.engine.memory import fuse, plan_memory
 from dfq.engine.native import NativeNetwork
+from dfq.engine.operators import OperatorNetwork
+from dfq.engine.run import BACKENDS, missing
+from dfq.execution import WARM_UP, Execution
 from dfq.export import ExportError, export
 from dfq.quant import freeze_ranges, prepare
 from dfq_kernels import BackendError, extension
 from tests.conftest import small_net
-from tests.integer_networks import NETWORKS, PRESETS, exact_values, exported, input_shape, quantized
+from tests.integer_networks import (
+    NETWORKS,
+    PRESETS,
+    exact_values,
+    exported,
+    input_shape,
+    quantized,
+    reference_values,
+)
 from tests.random_networks import fp32, networks
+from tests.recorded_steps import RecordedSteps
 
 needs_native = pytest.mark.skipif(extension.missing("cpu") is not None, reason="no native kernels")
+
+
+@pytest.fixture
+def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter is fastest with few programs of large tiles; a GPU takes its own."""
+    if torch.cuda.is_available() or missing("triton", torch.device("cpu")) is not None:
+        return
+    from dfq_kernels import tiles
+    from dfq_kernels.int_conv2d import triton as convolution
+
+    monkeypatch.setattr(convolution, "MULTIPROCESSORS", 1)
+    wide = {"convolution": {"pixels": 1024, "channels": 512, "depth": 512}, "pixels": {"elements": 2**18}}
+    for kind, sides in wide.items():
+        for side, size in sides.items():
+            monkeypatch.setitem(tiles.tuning()[kind], side, size)
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
@@ -54,14 +80,28 @@ def test_every_integer_is_the_trained_graph_s(name: str, preset: str) -> None:
     model, graph = exported(name, preset)
     images = torch.randn(2, *input_shape(name), generator=torch.Generator().manual_seed(3))
     expected = exact_values(model, graph, images)
-    found = reference.run(graph, images)
-    del found[IMAGES]
+    found = reference_values(graph, images)
     assert found.keys() == expected.keys() and not same(found, expected)
     if extension.missing("cpu") is None:
         assert torch.equal(NativeNetwork(graph)(images), expected[graph.output])
         one = NativeNetwork(graph, keep=True).values(images[:1])
         assert one.keys() == expected.keys()
         assert not same(one, {name: value[:1] for name, value in expected.items()})
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_integer_on_the_triton_backend(name: str, preset: str, wide_tiles: None) -> None:
+    """Interpreted where there is no GPU; activations and weights packed."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if (reason := missing("triton", device)) is not None:
+        pytest.skip(reason)
+    model, graph = exported(name, preset)
+    images = torch.randn(1, *input_shape(name), generator=torch.Generator().manual_seed(4))
+    network = OperatorNetwork(graph, device, "triton", Execution("off", device))
+    found = {name: value.cpu() for name, value in network.values(images.to(device)).items()}
+    expected = exact_values(model, graph, images)
+    assert found.keys() == expected.keys() and not same(found, expected)
 
 
 @needs_native
@@ -84,22 +124,31 @@ def test_the_whole_test_set_has_the_trained_graph_s_logits() -> None:
 def test_layers_of_any_shape(graph: IntegerGraph, count: int, seed: int) -> None:
     check_graph(graph)
     images = 3 * torch.randn(count, *graph.input_shape, generator=torch.Generator().manual_seed(seed))
-    expected = reference.run(graph, images)
+    expected = reference_values(graph, images)
     assert torch.equal(NativeNetwork(graph)(images), expected["logits"])
     kept = NativeNetwork(graph, keep=True).values(images[:1])
     assert not same(kept, {name: value[:1] for name, value in expected.items()})
 
 
+@pytest.mark.skipif(missing("triton", torch.device("cpu")) is not None, reason="Triton is not interpreted")
+@settings(max_examples=60, deadline=None)
+@given(graph=networks(), count=st.integers(1, 2), seed=st.integers(0, 2**31))
+def test_layers_of_any_shape_in_triton(graph: IntegerGraph, count: int, seed: int) -> None:
+    device = torch.device("cpu")
+    images = 3 * torch.randn(count, *graph.input_shape, generator=torch.Generator().manual_seed(seed))
+    found = OperatorNetwork(graph, device, "triton", Execution("off", device)).values(images)
+    assert not same(found, reference_values(graph, images))
+
+
 LEVEL = """
 import sys, torch
-from dfq.engine import reference
 from dfq.engine.native import NativeNetwork
 from dfq_kernels import extension
-from tests.integer_networks import exported, input_shape
+from tests.integer_networks import exported, input_shape, reference_values
 for name in ("wrn-16-1", "mobilenet-v2"):
     _, graph = exported(name, "W4A8")
     images = torch.randn(2, *input_shape(name))
-    assert torch.equal(NativeNetwork(graph)(images), reference.run(graph, images)["logits"]), name
+    assert torch.equal(NativeNetwork(graph)(images), reference_values(graph, images)["logits"]), name
 print(extension.native().isa)
 """
 
@@ -162,7 +211,7 @@ def test_rounding_of_every_accumulator_in_a_window(name: str) -> None:
     graph = IntegerGraph((2, 256, 256), 2, {"x": Grid(1.0, 0, 0, 255), "y": grid}, steps, "logits", {})
     values = torch.arange(256.0)
     images = torch.stack([values[:, None].expand(256, 256), values.expand(256, 256)])[None]
-    found = [reference.run(graph, images)["y"]]
+    found = [reference_values(graph, images)["y"]]
     if extension.missing("cpu") is None:
         found.append(NativeNetwork(graph, keep=True).values(images)["y"])
         assert torch.equal(*found)
@@ -202,6 +251,27 @@ def test_batches_and_threads_change_no_bit() -> None:
     assert torch.equal(engine.Engine(graph, backend="reference")(images), whole)
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_captured_network_is_replayed(backend: str, wide_tiles: None) -> None:
+    """By a stand-in for CUDA graphs that runs a call's operators again: no value is read in between."""
+    device = torch.device("cpu")
+    if (reason := missing(backend, device)) is not None:
+        pytest.skip(reason)
+    model = quantized(small_net(), (1, 12, 12), "W4A4")
+    graph = export(model, (1, 12, 12), 4)
+    execution = Execution("on", device, recorder=RecordedSteps(list))
+    network = OperatorNetwork(graph, device, backend, execution)
+    for count in (2, 3):
+        for _ in range(WARM_UP + 2):
+            images = torch.randn(count, 1, 12, 12)
+            first = network(images)
+            assert torch.equal(first, model(images))
+            assert torch.equal(network(-images), model(-images)) and torch.equal(first, model(images))
+        with pytest.raises(ValueError, match="engine: images must be numbers, got NaN"):
+            network(torch.full((count, 1, 12, 12), float("nan")))
+    assert execution.recorded == [2, 3]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["wrn-16-1", "mobilenet-v2"])
 def test_a_gpu_gives_the_same_bits(name: str) -> None:
@@ -230,10 +300,10 @@ def test_values_that_live_together_share_no_byte(graph: IntegerGraph) -> None:
                 assert place.offset + place.size <= its.offset or its.offset + its.size <= place.offset
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
-def test_wrong_images_are_refused(backend: str) -> None:
-    if backend == "native" and extension.missing("cpu") is not None:
-        pytest.skip("no native kernels")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_wrong_images_are_refused(backend: str, wide_tiles: None) -> None:
+    if (reason := missing(backend, torch.device("cpu"))) is not None:
+        pytest.skip(reason)
     _, graph = exported("wrn-16-1", "W8A8")
     network = engine.Engine(graph, backend=backend)
     images = torch.zeros(2, 1, 32, 32)
@@ -252,7 +322,7 @@ def test_wrong_images_are_refused(backend: str) -> None:
 
 def test_a_backend_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     _, graph = exported("wrn-16-1", "W8A8")
-    with pytest.raises(ValueError, match="engine: backend must be one of native, reference, got 'cuda'"):
+    with pytest.raises(ValueError, match="engine: backend must be one of native, triton, reference, got 'cuda'"):
         engine.Engine(graph, backend="cuda")
     monkeypatch.setattr(extension, "missing", lambda _: "it was not built")
     with pytest.raises(BackendError, match="engine: backend must be one that is there, got 'native': it was not built"):

@@ -17,7 +17,6 @@ from safetensors.torch import save, save_file
 
 from dfq import engine
 from dfq.checkpoint import CheckpointError, save_weights
-from dfq.engine import reference
 from dfq.engine.check import check_graph
 from dfq.engine.io import KEY
 from dfq.engine.memory import fuse, plan_memory
@@ -25,7 +24,7 @@ from dfq.engine.native import NativeNetwork
 from dfq.export import export
 from dfq_kernels import extension, pack_bits, unpack_bits
 from tests.conftest import SEED, small_net
-from tests.integer_networks import PRESETS, exported, float_network, quantized
+from tests.integer_networks import PRESETS, exported, float_network, quantized, reference_values
 
 SMALL = 50_000_000  # bytes of an arena that a mutated file may ask for here
 
@@ -44,7 +43,7 @@ def test_what_is_written_is_read(preset: str, tmp_path: Path) -> None:
     engine.save_graph(graph, tmp_path / "a.safetensors")
     loaded = engine.load_graph(tmp_path / "a.safetensors")
     images = torch.randn(2, 1, 32, 32)
-    expected, found = reference.run(graph, images), reference.run(loaded, images)
+    expected, found = reference_values(graph, images), reference_values(loaded, images)
     assert expected.keys() == found.keys()
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
     assert (loaded.bounds, loaded.grids, loaded.normalization) == (graph.bounds, graph.grids, graph.normalization)
@@ -70,7 +69,7 @@ def runs_or_is_refused(path: Path) -> bool:
     _, arena = plan_memory(graph, fuse(graph), check_graph(graph))
     if arena < SMALL and extension.missing("cpu") is None:
         images = torch.randn(1, *graph.input_shape)
-        assert torch.equal(NativeNetwork(graph)(images), reference.run(graph, images)[graph.output])
+        assert torch.equal(NativeNetwork(graph)(images), reference_values(graph, images)[graph.output])
     return True
 
 

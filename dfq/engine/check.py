@@ -23,6 +23,7 @@ from dfq.engine.graph import (
     Step,
     inputs,
 )  # fmt: skip
+from dfq_kernels.int_pool.schema import out_sides, windows_meet
 
 Shape = tuple[int, ...]
 LARGEST = 2**31 - 1  # elements of a value, for one image; sums of a layer
@@ -168,13 +169,10 @@ def _window(
         ("dilation", dilation, 1),
     ):
         _sides(f"{name}: {key}", value, 2, least)
-    sizes = []
     for side, k, s, p, d in zip(x[1:], kernel, stride, padding, dilation, strict=True):
-        span = side + 2 * p - d * (k - 1) - 1
-        require(span + (s - 1 if ceil else 0) >= 0, f"{name}: kernel", f"within {side} and its padding", k)
-        count = (span + (s - 1 if ceil else 0)) // s + 1
-        sizes.append(count - 1 if ceil and (count - 1) * s >= side + p else count)
-    return tuple(sizes)
+        span = side + 2 * p - d * (k - 1) - 1 + (s - 1 if ceil else 0)
+        require(span >= 0, f"{name}: kernel", f"within {side} and its padding", k)
+    return tuple(out_sides(x[1:], kernel, stride, padding, dilation, ceil))
 
 
 def _rescale(step: Rescale, shapes: dict[str, Shape], graph: IntegerGraph) -> Shape:
@@ -224,11 +222,8 @@ def _max_pool(step: MaxPool, shapes: dict[str, Shape], graph: IntegerGraph) -> S
     same = len(step.outs) == 1 and graph.grids.get(step.outs[0]) == graph.grids[step.x]
     require(same and step.activation is None, "the result of a max pool", "one on the grid of its input", step.outs)
     counts = _window("max pool", x, step.kernel, step.stride, step.padding, step.dilation, step.ceil_mode)
-    for axis, count in enumerate(counts):
-        k, s, p, d = (part[axis] for part in (step.kernel, step.stride, step.padding, step.dilation))
-        firsts = [(begin, -(begin // d) if begin < 0 else 0) for begin in range(-p, count * s - p, s)]
-        meets = all(tap < k and begin + tap * d < x[axis + 1] for begin, tap in firsts)
-        require(meets, "max pool: every window", "one that meets the map", (k, s, p, d))
+    meets = windows_meet(x[1:], counts, step.kernel, step.stride, step.padding, step.dilation)
+    require(meets, "max pool: every window", "one that meets the map", step.kernel)
     return x[0], *counts
 
 

@@ -14,25 +14,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from dfq_kernels.integers import Grid
+
 ACTIVATIONS = (None, "relu", "relu6")
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Integers `[quant_min, quant_max]` that stand for `(q - zero_point) * scale`; `scale` is an fp32 number."""
-
-    scale: float
-    zero_point: int
-    quant_min: int
-    quant_max: int
-
-    @property
-    def bits(self) -> int:
-        return (self.quant_max - self.quant_min).bit_length()
-
-    @property
-    def signed(self) -> bool:
-        return self.quant_min < 0
 
 
 @dataclass(frozen=True)
@@ -152,8 +136,3 @@ def inputs(step: Step) -> list[str]:
     """The values that a step reads."""
     others = [getattr(step, name, None) for name in ("residual", "other")]
     return [step.x, *(name for name in others if name is not None)]
-
-
-def windows(size: int, parts: int) -> list[tuple[int, int]]:
-    """Where the windows of an adaptive pool begin and end along an axis."""
-    return [(index * size // parts, -(-(index + 1) * size // parts)) for index in range(parts)]

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from dfq.engine.check import Shape, require
 from dfq.engine.graph import IMAGES, AveragePool, IntegerGraph, Layer, MaxPool, Rescale, Step, inputs
+from dfq_kernels.programs import ALIGNMENT, stride_of
 
-ALIGNMENT = 64
 LARGEST_ARENA = 2**32
 MOST_CHAINED = 4  # rescale steps of a group
 
@@ -104,7 +104,7 @@ def _frames(graph: IntegerGraph) -> dict[str, tuple[int, int]]:
 
 def _place(shape: Shape, frame: tuple[int, int]) -> Place:
     channels, height, width = shape if len(shape) == 3 else (shape[0], 1, 1)
-    return Place(height, width, channels, -(-channels // 4) * 4, frame)
+    return Place(height, width, channels, stride_of(channels), frame)
 
 
 def _put(place: Place, others: list[Place]) -> Place:

@@ -8,24 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfq.engine.check import Shape, check_graph
-from dfq.engine.graph import (
-    ACTIVATIONS,
-    Add,
-    AveragePool,
-    IntegerGraph,
-    Layer,
-    MaxPool,
-    Quantize,
-    Rescale,
-    Step,
-    windows,
-)  # fmt: skip
+from dfq.engine.check import check_graph
+from dfq.engine.graph import Add, AveragePool, IntegerGraph, Layer, MaxPool, Quantize, Rescale, Step
 from dfq.engine.memory import Group, Place, fuse, plan_memory
 from dfq_kernels.extension import native
+from dfq_kernels.int_pool.schema import spans
+from dfq_kernels.programs import (
+    ADD,
+    AVERAGE_POOL,
+    CONVOLVE,
+    MAX_POOL,
+    QUANTIZE,
+    RESCALE,
+    make_plane,
+    make_step,
+    set_average,
+    set_layer,
+    set_norm,
+    set_window,
+)
 
-LANES = 16  # channels that kernels read constants of at once
-_KINDS: dict[type[Step], int] = {Quantize: 0, Layer: 1, Rescale: 2, Add: 3, AveragePool: 4, MaxPool: 5}
+_KINDS: dict[type[Step], int] = {
+    Quantize: QUANTIZE, Layer: CONVOLVE, Rescale: RESCALE, Add: ADD, AveragePool: AVERAGE_POOL, MaxPool: MAX_POOL,
+}  # fmt: skip
 
 
 class NativeNetwork:
@@ -42,7 +47,10 @@ class NativeNetwork:
         self.places, arena = plan_memory(graph, groups, self.shapes, reuse=not keep)
         self.index = {name: position for position, name in enumerate(self.places)}
         program = native().Program()
-        program.planes = [self._plane(name, place) for name, place in self.places.items()]
+        program.planes = [
+            make_plane(graph.grids[name], place.channels, place.height, place.width, place.frame, place.offset)
+            for name, place in self.places.items()
+        ]
         program.steps = [self._group(group) for group in groups]
         program.arena_bytes, program.classes = arena, graph.num_classes
         program.image_channels, program.image_height, program.image_width = graph.input_shape
@@ -50,7 +58,7 @@ class NativeNetwork:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits `[N, num_classes]` of images `[N, C, H, W]`, both fp32 on the CPU."""
-        images = images.float().contiguous()
+        images = images.contiguous()
         logits = torch.empty(len(images), self.graph.num_classes)
         self.runner.run(images.data_ptr(), len(images), logits.data_ptr(), torch.get_num_threads())
         return logits
@@ -71,59 +79,31 @@ class NativeNetwork:
         inside = whole[top : top + place.height, left : left + place.width, : place.channels].long()
         return (inside - 128 * self.graph.grids[name].signed).permute(2, 0, 1).reshape(1, *self.shapes[name])
 
-    def _plane(self, name: str, place: Place) -> Any:
-        grid, plane = self.graph.grids[name], native().Plane()
-        plane.offset, plane.height, plane.width = place.offset, place.height, place.width
-        plane.channels, plane.stride = place.channels, place.stride
-        plane.frame_y, plane.frame_x = place.frame
-        plane.scale, plane.inverse = grid.scale, float(1 / torch.tensor(grid.scale))
-        plane.zero_point, plane.quant_min, plane.quant_max = grid.zero_point, grid.quant_min, grid.quant_max
-        plane.shift = 128 if grid.signed else 0
-        return plane
-
     def _group(self, group: Group) -> Any:
         made = self._step(group.step)
         made.chained = [self._step(step) for step in group.chained]
         return made
 
     def _step(self, step: Step) -> Any:
-        made = native().Step()
-        made.kind, made.activation = _KINDS[type(step)], ACTIVATIONS.index(step.activation)
-        made.x = self.index.get(step.x, -1)
-        made.outs = [self.index[out] for out in step.outs if out in self.index]
-        channels, *size = self.shapes[step.outs[0]]
-        made.out_channels, (made.out_height, made.out_width) = channels, size or (1, 1)
+        shape = (*self.shapes[step.outs[0]], 1, 1)[:3]
+        outs = [self.index[out] for out in step.outs if out in self.index]
+        made = make_step(_KINDS[type(step)], step.activation, shape, self.index.get(step.x, -1), outs)
         if (fill := _FILL.get(type(step))) is not None:
             fill(made, step, self)
         return made
-
-
-def _padded(values: Tensor) -> list[float]:
-    """With room for a whole vector from any channel on: groups begin where they like."""
-    return torch.nn.functional.pad(values, (0, LANES)).tolist()
 
 
 def _layer(made: Any, step: Layer, network: NativeNetwork) -> None:
     place, weight = network.places[step.x], step.weight
     if weight.dim() == 2:  # a window as large as the map
         weight = weight.reshape(len(weight), place.channels, place.height, place.width)
-    weight = weight.permute(0, 2, 3, 1).contiguous()
-    made.set_weight(weight.data_ptr(), weight.numel())
-    made.kernel_y, made.kernel_x = weight.shape[1:3]
-    made.mult, made.bias, made.groups = _padded(step.mult), _padded(step.bias), step.groups
+    set_layer(made, weight, step.mult, step.bias, step.groups)
+    set_window(made, step.stride, step.padding, step.dilation)
     made.other = -1 if step.residual is None else network.index[step.residual]
-    _window(made, step)
-
-
-def _window(made: Any, step: Layer | AveragePool | MaxPool) -> None:
-    (made.stride_y, made.stride_x), (made.pad_y, made.pad_x) = step.stride, step.padding
-    if not isinstance(step, AveragePool):
-        made.dilation_y, made.dilation_x = step.dilation
 
 
 def _rescale(made: Any, step: Rescale, network: NativeNetwork) -> None:
-    if step.mean is not None and step.mult is not None and step.bias is not None:
-        made.mean, made.mult, made.bias = _padded(step.mean), _padded(step.mult), _padded(step.bias)
+    set_norm(made, [vector for vector in (step.mean, step.mult, step.bias) if vector is not None])
 
 
 def _add(made: Any, step: Add, network: NativeNetwork) -> None:
@@ -131,23 +111,16 @@ def _add(made: Any, step: Add, network: NativeNetwork) -> None:
 
 
 def _average_pool(made: Any, step: AveragePool, network: NativeNetwork) -> None:
-    shape: Shape = network.shapes[step.x]
-    spans = []
-    for axis, parts in enumerate((made.out_height, made.out_width)):
-        if step.kernel is None:
-            spans.append(windows(shape[axis + 1], parts))
-        else:
-            begins = [index * step.stride[axis] - step.padding[axis] for index in range(parts)]
-            spans.append([(begin, begin + step.kernel[axis]) for begin in begins])
-    made.windows = [edge for axis in spans for span in axis for edge in span]
-    scale = torch.tensor(network.graph.grids[step.x].scale)
-    counts = [float((bottom - top) * (right - left)) for top, bottom in spans[0] for left, right in spans[1]]
-    made.mult = (scale / torch.tensor(counts)).tolist()
+    sides, outs = network.shapes[step.x][1:], (made.out_height, made.out_width)
+    kernel, adaptive = ((1, 1), step.output) if step.kernel is None else (step.kernel, ())
+    set_window(made, step.stride, step.padding)
+    scale = network.graph.grids[step.x].scale
+    set_average(made, scale, spans(sides, outs, kernel, step.stride, step.padding, adaptive))
 
 
 def _max_pool(made: Any, step: MaxPool, network: NativeNetwork) -> None:
     made.kernel_y, made.kernel_x = step.kernel
-    _window(made, step)
+    set_window(made, step.stride, step.padding, step.dilation)
 
 
 _FILL: dict[type[Step], Callable[..., None]] = {

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dfq.engine import reference
-from dfq.engine.check import check_graph
-from dfq.engine.graph import IntegerGraph, Step
+from dfq.engine.graph import IntegerGraph
 from dfq.engine.io import load_graph
 from dfq.engine.native import NativeNetwork
+from dfq.engine.operators import OperatorNetwork
 from dfq.errors import check
-from dfq_kernels import extension
+from dfq.execution import Execution
+from dfq_kernels import dispatch, extension
 from dfq_kernels.dispatch import BackendError
 
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "triton", "reference")
 REFERENCE_BATCH = 100  # images at once: float64 takes memory
+
+
+def missing(backend: str, device: torch.device) -> str | None:
+    """Why a backend cannot run on a device; None if it can."""
+    if backend == "native":
+        return extension.missing("cpu") if device.type == "cpu" else f"it runs on the CPU, not on {device}"
+    return dispatch.missing("int_conv2d", backend, device.type)
 
 
 class Engine:
@@ -26,26 +33,33 @@ class Engine:
 
     Args:
         graph: the network.
-        device: `cpu`, or a GPU, where the reference runs.
-        backend: `native` or `reference`; None takes the best that is there.
+        device: `cpu`, or a GPU, where a CUDA graph is captured for every batch size (for the first 16 of them).
+        backend: `native` (C++ on the CPU), `triton` or `reference`; None takes the best that is there.
+        capture: `auto`, `on` or `off`, as in `dfq.execution.Execution`.
 
     Raises:
         ValueError: an unknown backend, or a graph that is no network.
         BackendError: an explicit backend that is not there.
     """
 
-    def __init__(self, graph: IntegerGraph, device: torch.device | str = "cpu", backend: str | None = None) -> None:
+    def __init__(
+        self, graph: IntegerGraph, device: torch.device | str = "cpu", backend: str | None = None, capture: str = "auto"
+    ) -> None:
         check("engine", "backend", backend, f"one of {', '.join(BACKENDS)}", backend is None or backend in BACKENDS)
         self.graph, self.device = graph, torch.device(device)
-        reason = extension.missing("cpu") if self.device.type == "cpu" else f"it runs on the CPU, not on {self.device}"
-        if backend == "native" and reason is not None:
-            raise BackendError(f"engine: backend must be one that is there, got 'native': {reason}")
-        self.backend = backend or ("native" if reason is None else "reference")
-        if self.backend == "native":
-            self._native = NativeNetwork(graph)
-        else:
-            check_graph(graph)
-            self.graph = _on(self.device, graph)
+        automatic = ("triton", "reference") if self.device.type == "cuda" else ("native", "reference")
+        reasons = {name: missing(name, self.device) for name in ((backend,) if backend else automatic)}
+        found = next((name for name, reason in reasons.items() if reason is None), None)
+        if found is None:
+            name, reason = next(iter(reasons.items()))
+            raise BackendError(f"engine: backend must be one that is there, got {name!r}: {reason}")
+        self.backend, self._network = found, self._make(found, capture)
+
+    def _make(self, backend: str, capture: str) -> Callable[[Tensor], Tensor]:
+        if backend == "native":
+            return NativeNetwork(self.graph)
+        execution = Execution(capture if backend == "triton" else "off", self.device)
+        return OperatorNetwork(self.graph, self.device, backend, execution)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits, fp32 `[N, num_classes]`.
@@ -60,11 +74,10 @@ class Engine:
         check("engine", "images", shape, f"[N, {', '.join(map(str, self.graph.input_shape))}]",
               len(shape) == 4 and shape[1:] == self.graph.input_shape)  # fmt: skip
         check("engine", "images", images.dtype, "floating point (see normalize)", images.is_floating_point())
-        if self.backend == "native":
-            return self._native(images.detach().to(self.device))
-        parts = images.detach().to(self.device).split(REFERENCE_BATCH)
-        logits = [reference.run(self.graph, part)[self.graph.output] for part in parts]
-        return torch.cat(logits)
+        images = images.detach().to(self.device).float()
+        if self.backend == "reference":
+            return torch.cat([self._network(part) for part in images.split(REFERENCE_BATCH)])
+        return self._network(images)
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """uint8 pixels `[N, C, H, W]` to the network's input: `(pixels / 255 - mean) / std`, fp32.
@@ -77,16 +90,6 @@ class Engine:
         assert self.graph.normalization is not None
         mean, std = (torch.tensor(part, device=pixels.device).view(-1, 1, 1) for part in self.graph.normalization)
         return (pixels.float() / 255 - mean) / std
-
-
-def _on(device: torch.device, graph: IntegerGraph) -> IntegerGraph:
-    """The network with its tensors on a device."""
-
-    def moved(step: Step) -> Step:
-        tensors = {name: value for name in step.tensors if (value := getattr(step, name)) is not None}
-        return replace(step, **{name: value.to(device) for name, value in tensors.items()})  # type: ignore[arg-type]
-
-    return replace(graph, steps=tuple(moved(step) for step in graph.steps))
 
 
 def load(path: str | Path, device: torch.device | str = "cpu", backend: str | None = None) -> Engine:

@@ -56,8 +56,8 @@ def int_conv2d(
         t = float(acc) * mult[c] + bias[c] + float(residual - its zero_point) * its scale
         q = clamp(rne(act(t) * (1 / scale) + zero_point), quant_min, quant_max)          for each of outs
 
-    fp32 behind the sum, every operation rounded on its own. With `mult = x.grid.scale * weight scale [* batch norm]` it is
-    the convolution of what the integers stand for.
+    fp32 behind the sum, every operation rounded on its own. With `mult = x.grid.scale * weight scale` (times a batch
+    norm's factor) it is the convolution of what the integers stand for.
 
     Args:
         x: `[N, C, H, W]`.
@@ -97,7 +97,7 @@ def int_conv2d(
         check_quantized(OP, "residual", residual)
         require(OP, residual.shape == shape, "residual", f"of shape {shape}", residual.shape)
         check_device(OP, "residual", residual.q, x.q)
-    epilogue = check_epilogue(OP, activation, outs if isinstance(outs, Grid) else list(outs), then, packed, outer, x.q)
+    epilogue = check_epilogue(OP, activation, outs, then, packed, outer, x.q)
     results = resolve(OP, backend, x.q).forward(
         x.q, flat(x.grid, x.bits), weight.q, weight.sums, weight.bits, mult, bias, strides, paddings, dilations, groups,
         None if residual is None else residual.q, [] if residual is None else flat(residual.grid, residual.bits),

@@ -27,7 +27,9 @@ def _call(
 
 
 def _sides(x: Tensor, weight: Tensor, keywords: dict[str, Any]) -> tuple[int, ...]:
-    geometry = [one_or_two(keywords.get(name, least)) for name, least in (("stride", 1), ("padding", 0), ("dilation", 1))]
+    geometry = [
+        one_or_two(keywords.get(name, least)) for name, least in (("stride", 1), ("padding", 0), ("dilation", 1))
+    ]
     return out_shape(x, weight, *geometry)
 
 
@@ -77,16 +79,20 @@ SPEC = OpSpec(
     differentiable=(),
     cases=(
         _case("u8_s8", (2, 16, 7, 5), (12, 16, 3, 3), grid(8), padding=1, **ENDS["one"]),
-        _case("stem", (2, 3, 9, 9), (16, 3, 3, 3), grid(8, zero_point=255), stride=2, padding=1, then=True, **ENDS["one"]),
+        _case("stem", (2, 3, 9, 9), (16, 3, 3, 3), grid(8, zero_point=255), stride=2, padding=1, then=True,
+              **ENDS["one"]),
         _case("s8_s4", (1, 32, 5, 5), (33, 32, 1, 1), grid(8, True), 4, residual=grid(8, True), **ENDS["real"]),
-        _case("u4_s4", (2, 32, 6, 6), (32, 32, 3, 3), grid(4), 4, packed_x=True, padding=(1, 0), residual=grid(4, True),
-              then=True, **ENDS["packed"]),
-        _case("s4_s2", (2, 20, 6, 6), (8, 20, 2, 3), grid(4, True), 2, packed_x=True, padding=1, dilation=2, **ENDS["one"]),
-        _case("u2_s8", (2, 12, 6, 6), (20, 12, 3, 3), grid(2), packed_x=True, padding=1, stride=(1, 2), **ENDS["packed"]),
+        _case("u4_s4", (2, 32, 6, 6), (32, 32, 3, 3), grid(4), 4, packed_x=True, padding=(1, 0),
+              residual=grid(4, True), then=True, **ENDS["packed"]),
+        _case("s4_s2", (2, 20, 6, 6), (8, 20, 2, 3), grid(4, True), 2, packed_x=True, padding=1, dilation=2,
+              **ENDS["one"]),
+        _case("u2_s8", (2, 12, 6, 6), (20, 12, 3, 3), grid(2), packed_x=True, padding=1, stride=(1, 2),
+              **ENDS["packed"]),
         _case("s2_s2", (1, 64, 4, 4), (16, 64, 3, 3), grid(2, True), 2, packed_x=True, padding=1, **ENDS["packed"]),
         _case("odd_channels", (2, 7, 5, 5), (5, 7, 3, 3), grid(8), 5, padding=2, **ENDS["one"]),
         _case("groups", (2, 24, 5, 5), (18, 8, 3, 3), grid(4), 4, packed_x=True, groups=3, padding=1, **ENDS["packed"]),
-        _case("depthwise", (2, 36, 6, 5), (36, 1, 3, 3), grid(8), groups=36, padding=1, residual=grid(8), **ENDS["packed"]),
+        _case("depthwise", (2, 36, 6, 5), (36, 1, 3, 3), grid(8), groups=36, padding=1, residual=grid(8),
+              **ENDS["packed"]),
         _case("depthwise_packed", (2, 20, 9, 9), (20, 1, 5, 3), grid(2, True), 4, packed_x=True, groups=20, padding=2,
               stride=2, then=True, **ENDS["one"]),
         _case("depthwise_twice", (1, 6, 5, 5), (12, 1, 3, 3), grid(8), groups=6, **ENDS["one"]),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dfq_kernels._integer_checks import LARGEST_SUM, check_epilogue, check_pair, check_quantized, require, wrap
 from dfq_kernels.dispatch import resolve
+from dfq_kernels.int_pool.schema import out_sides, windows_meet
 from dfq_kernels.integers import Grid, QuantizedTensor, flat
 
 OP = "int_pool"
@@ -81,7 +82,9 @@ def int_pool(
     return wrap(results, epilogue)
 
 
-def _check_average(x: QuantizedTensor, kernel: list[int], stride: list[int], padding: list[int], sides: list[int]) -> None:
+def _check_average(
+    x: QuantizedTensor, kernel: list[int], stride: list[int], padding: list[int], sides: list[int]
+) -> None:
     size = x.shape[2:]
     if sides:
         plain = (kernel, stride, padding) == ([1, 1], [1, 1], [0, 0])
@@ -90,22 +93,27 @@ def _check_average(x: QuantizedTensor, kernel: list[int], stride: list[int], pad
         require(OP, fits, "output_size", f"at most {size}", sides)
         kernel = [-(-side // parts) + 1 for side, parts in zip(size, sides, strict=True)]
     else:
-        _check_window(kernel, padding, size, [1, 1])
+        _check_window(kernel, padding, size, (0, 0))
     bound = x.grid.largest * math.prod(kernel)
     require(OP, bound <= LARGEST_SUM, "the largest sum", "below 2^31", bound)
 
 
-def _check_window(kernel: list[int], padding: list[int], size: Sequence[int], dilation: list[int], last: int = 0) -> None:
+def _check_window(kernel: list[int], padding: list[int], size: Sequence[int], spare: Sequence[int]) -> None:
+    """`size`: of the map; `spare`: what a window may reach beyond its padding."""
     half = all(2 * p <= k for p, k in zip(padding, kernel, strict=True))
     require(OP, half, "padding", "at most half of kernel_size", padding)
-    spans = zip(size, kernel, padding, dilation, strict=True)
-    inside = all(side + 2 * p + last >= d * (k - 1) + 1 for side, k, p, d in spans)
+    inside = all(side + 2 * p + more >= k for side, k, p, more in zip(size, kernel, padding, spare, strict=True))
     require(OP, inside, "kernel_size", f"within {tuple(size)} and its padding", kernel)
 
 
 def _check_max(
     x: QuantizedTensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
 ) -> None:
-    """Every window sees a pixel."""
     require(OP, type(ceil_mode) is bool, "ceil_mode", "true or false", ceil_mode)
-    _check_window(kernel, padding, x.shape[2:], dilation)
+    reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    half = all(2 * p <= k for p, k in zip(padding, kernel, strict=True))
+    require(OP, half, "padding", "at most half of kernel_size", padding)
+    _check_window(reach, padding, x.shape[2:], [s - 1 if ceil_mode else 0 for s in stride])
+    counts = out_sides(x.shape[2:], kernel, stride, padding, dilation, ceil_mode)
+    meet = windows_meet(x.shape[2:], counts, kernel, stride, padding, dilation)
+    require(OP, meet, "kernel_size", "of windows that all meet the map", kernel)

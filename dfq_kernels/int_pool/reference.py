@@ -15,7 +15,7 @@ def forward(
     x: Tensor, x_grid: list[float], mode: str, kernel: list[int], stride: list[int], padding: list[int],
     dilation: list[int], ceil_mode: bool, output_size: list[int], *epilogue: object,
 ) -> list[Tensor]:  # fmt: skip
-    """Average: `t = float(sum of (q - zero_point)) * (scale / count)` and what every operator ends with. Max: integers."""
+    """Average: `t = float(sum of (q - zero_point)) * (scale / count)`, and what every operator ends with. Max: q."""
     grid, bits = unflat(x_grid)
     q, end = unpack_channels(x, bits, grid.signed), Epilogue.of(*epilogue)  # type: ignore[arg-type]
     if mode == "max":

@@ -24,6 +24,19 @@ def out_sides(
     return found
 
 
+def windows_meet(
+    sides: Sequence[int], counts: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int],
+) -> bool:  # fmt: skip
+    """Whether every window sees a place of the map."""
+    for side, count, k, s, p, d in zip(sides, counts, kernel, stride, padding, dilation, strict=True):
+        for begin in range(-p, count * s - p, s):
+            first = -(begin // d) if begin < 0 else 0  # the first tap that is not above or left of the map
+            if first >= k or begin + first * d >= side:
+                return False
+    return True
+
+
 def out_shape(
     x: Tensor, bits: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], ceil_mode: bool, output_size: Sequence[int],
@@ -34,8 +47,8 @@ def out_shape(
 
 
 def spans(
-    sides: Sequence[int], out_sides: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    output_size: Sequence[int],
+    sides: Sequence[int], out_sides: Sequence[int], kernel: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], output_size: Sequence[int],
 ) -> list[list[tuple[int, int]]]:  # fmt: skip
     """Where an average's windows begin and end, along both axes; padding lies outside of the map."""
     if output_size:

@@ -29,9 +29,9 @@ def _case(name: str, shape: tuple[int, int, int, int], on: Grid, *, packed_x: bo
 def _bytes_moved(tensors: dict[str, Any], keywords: dict[str, Any]) -> tuple[int, int]:
     sides = one_or_two(keywords["output_size"]) if "output_size" in keywords else []
     kernel = one_or_two(keywords.get("kernel_size", 1))
-    windows = [one_or_two(keywords.get(name, default)) for name, default in (("padding", 0), ("dilation", 1))]
+    padding, dilation = one_or_two(keywords.get("padding", 0)), one_or_two(keywords.get("dilation", 1))
     stride, ceil_mode = one_or_two(keywords.get("stride", kernel)), keywords.get("ceil_mode", False)
-    shape = out_shape(tensors["x"], keywords["bits"], kernel, stride, *windows, ceil_mode, sides)
+    shape = out_shape(tensors["x"], keywords["bits"], kernel, stride, padding, dilation, ceil_mode, sides)
     outs = keywords.get("outs") or ((keywords["on"],) if keywords.get("mode") == "max" else ())
     ends = {**keywords, "outs": outs, "packed": keywords["bits"] < 8 or keywords.get("packed", False)}
     return bytes_moved(tensors, ends, shape[0] * shape[2] * shape[3], shape[1])
@@ -55,7 +55,7 @@ SPEC = OpSpec(
     mutations=(
         ("- grid.zero_point, torch", ", torch"),
         ("(scale / count)", "scale / count"),
-        ("-(-(index + 1) * size // parts)", "(index + 1) * size // parts"),
+        ("sum((2, 3)) for left", "amax((2, 3)) for left"),
         ("padding, dilation, ceil_mode)", "padding, dilation, False)"),
         ("stride, padding) * count", "stride, padding, count_include_pad=False) * count"),
     ),

@@ -99,8 +99,8 @@ def forward(
     }  # fmt: skip
     if mode == "max":
         launch(
-            max_kernel, "pixels", programs, x, as_bytes(x), as_bytes(results[0]), pixels, DY=dilation[0], DX=dilation[1],
-            **geometry, **tile, P=ending.planes,
+            max_kernel, "pixels", programs, x, as_bytes(x), as_bytes(results[0]), pixels,
+            DY=dilation[0], DX=dilation[1], **geometry, **tile, P=ending.planes,
         )  # fmt: skip
         return results
     launch(

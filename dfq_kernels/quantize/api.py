@@ -14,8 +14,9 @@ OP = "quantize"
 
 
 def quantize(
-    x: Tensor, grid: Grid, *, activation: str | None = None, packed: bool = False, backend: str | None = None
-) -> QuantizedTensor:
+    x: Tensor, grid: Grid, *, activation: str | None = None, packed: bool = False, check_nan: bool = True,
+    backend: str | None = None,
+) -> QuantizedTensor:  # fmt: skip
     """Rounds real numbers to integers.
 
         q = clamp(rne(act(x) * (1 / scale) + zero_point), quant_min, quant_max)
@@ -27,14 +28,14 @@ def quantize(
         grid: scale, zero point and range.
         activation: None, `relu` or `relu6`.
         packed: whether integers of 4 or 2 bits share bytes, where the channels fill them.
+        check_nan: whether to look for NaN, which waits for a GPU; without, NaN is 0 (`native` looks anyway).
         backend: `native`, `triton` or `reference`; None takes the best that is there.
 
     Returns:
         The integers, channels-last.
 
     Raises:
-        ValueError: a wrong dtype, shape or grid; NaN in x (not looked for while a CUDA graph is captured, where NaN
-            becomes some integer of the grid).
+        ValueError: a wrong dtype, shape or grid; NaN in x.
         BackendError: an explicit backend that is not there.
 
     Source: Jacob et al. 2018 (arXiv 1712.05877) section 2.1.
@@ -42,11 +43,6 @@ def quantize(
     check_float(OP, "x", x)
     require(OP, x.dim() in (2, 4) and x.shape[1] > 0, "x", "[N, C] or [N, C, H, W]", tuple(x.shape))
     epilogue = check_epilogue(OP, activation, (grid,), None, packed, x.shape[1], x)
-    if not _unseen(x) and bool(x.isnan().any()):
+    if check_nan and not torch.compiler.is_compiling() and bool(x.isnan().any()):
         raise ValueError(f"{OP}: x must be numbers, got NaN")
     return QuantizedTensor(resolve(OP, backend, x).forward(x, *epilogue.flat())[0], grid, epilogue.bits[0])
-
-
-def _unseen(x: Tensor) -> bool:
-    """Whether values cannot be read now."""
-    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dfq_kernels.integers import Epilogue, Grid, Requantize, allocate, pack_channels
+from dfq_kernels.integers import Epilogue, Grid, allocate, pack_channels
 
 
 def forward(x: Tensor, *epilogue: object) -> list[Tensor]:
     """Activation and rounding of real numbers."""
-    return finish(x.float(), Epilogue.of(*epilogue))  # type: ignore[arg-type]
+    t = torch.where(x.isnan(), 0, x.float())  # whoever wants no NaN has looked for it
+    return finish(t, Epilogue.of(*epilogue))  # type: ignore[arg-type]
 
 
 def finish(t: Tensor, epilogue: Epilogue) -> list[Tensor]:
@@ -22,7 +23,8 @@ def finish(t: Tensor, epilogue: Epilogue) -> list[Tensor]:
         return results
     values = [rounded(t, grid) for grid in epilogue.outs]
     if epilogue.then is not None:
-        t = activate(normalized(real(values[0], epilogue.outs[0]), epilogue.then), epilogue.then.activation)
+        t = normalized(real(values[0], epilogue.outs[0]), *epilogue.then.norm)
+        t = activate(t, epilogue.then.activation)
         values += [rounded(t, grid) for grid in epilogue.then.outs]
     for result, q, (_, bits) in zip(results, values, epilogue.results, strict=True):
         result.copy_(pack_channels(q, bits))
@@ -40,11 +42,11 @@ def real(q: Tensor, grid: Grid) -> Tensor:
     return (q.float() - grid.zero_point) * grid.scale
 
 
-def normalized(t: Tensor, then: Requantize) -> Tensor:
+def normalized(t: Tensor, *norm: Tensor) -> Tensor:
     """`(t - mean[c]) * mult[c] + bias[c]`, where there is a batch norm."""
-    if then.mean is None or then.mult is None or then.bias is None:
+    if not norm:
         return t
-    mean, mult, bias = (per_channel(vector, t) for vector in (then.mean, then.mult, then.bias))
+    mean, mult, bias = (per_channel(vector, t) for vector in norm)
     return (t - mean) * mult + bias
 
 

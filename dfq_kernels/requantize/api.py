@@ -29,7 +29,8 @@ def requantize(
 ) -> tuple[QuantizedTensor, ...] | Tensor:
     """Integers to other grids: rescaling, batch normalisation, addition.
 
-        t = (x - zero_point) * scale;  t = (t - mean[c]) * mult[c] + bias[c];  t = t + (other - its zero_point) * its scale
+        t = (x - zero_point) * scale
+        t = (t - mean[c]) * mult[c] + bias[c];  t = t + (other - its zero_point) * its scale    where they are given
         q = clamp(rne(act(t) * (1 / scale) + zero_point), quant_min, quant_max)          for each of outs
 
     fp32, every operation rounded on its own.
@@ -60,7 +61,7 @@ def requantize(
         check_quantized(OP, "other", other, (2, 4))
         require(OP, other.shape == x.shape, "other", f"of shape {x.shape}", other.shape)
         check_device(OP, "other", other.q, x.q)
-    epilogue = check_epilogue(OP, activation, outs if isinstance(outs, Grid) else list(outs), then, packed, channels, x.q)
+    epilogue = check_epilogue(OP, activation, outs, then, packed, channels, x.q)
     results = resolve(OP, backend, x.q).forward(
         x.q, flat(x.grid, x.bits), norm, None if other is None else other.q,
         [] if other is None else flat(other.grid, other.bits), *epilogue.flat(),

@@ -27,7 +27,7 @@ def forward(
         inputs.append((unpack_channels(other, width, others.signed), others))
 
     def fill(step: Any) -> None:
-        set_norm(step, *(norm or [None] * 3))
+        set_norm(step, norm)
 
     epilogue = Epilogue.of(activation, outs, then, then_activation, then_outs)
     step = OneStep(RESCALE if other is None else ADD, inputs[0][0].shape, epilogue, inputs, fill=fill)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dfq_kernels.integers import Epilogue, Requantize, unflat, unpack_channels
+from dfq_kernels.integers import Epilogue, unflat, unpack_channels
 from dfq_kernels.quantize import reference as quantize
 
 
@@ -15,7 +15,7 @@ def forward(
     *epilogue: object,
 ) -> list[Tensor]:  # fmt: skip
     """What x stands for, normalised, plus what `other` stands for."""
-    t = quantize.normalized(_real(x, x_grid), Requantize((), *(norm or [None] * 3)))
+    t = quantize.normalized(_real(x, x_grid), *norm)
     if other is not None:
         t = t + _real(other, other_grid)
     return quantize.finish(t, Epilogue.of(*epilogue))  # type: ignore[arg-type]

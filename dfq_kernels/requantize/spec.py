@@ -23,7 +23,9 @@ from dfq_kernels.requantize.api import requantize
 from dfq_kernels.specs import Case, OpSpec
 
 
-def _call(x: Tensor, bits: int, on: Grid, other: Tensor | None = None, backend: str | None = None, **keywords: Any) -> Any:
+def _call(
+    x: Tensor, bits: int, on: Grid, other: Tensor | None = None, backend: str | None = None, **keywords: Any
+) -> Any:
     if other is not None:
         keywords["other"] = QuantizedTensor(other, keywords.pop("other_grid"), 8)
     keywords["then"] = on_device(keywords.get("then"), x)
@@ -57,7 +59,9 @@ SPEC = OpSpec(
         _case("rescale", (2, 5, 7, 3), grid(8), **ENDS["one"]),
         _case("norm", (2, 16, 5, 5), grid(8, True), norm=True, **ENDS["packed"]),
         _case("add", (3, 20), grid(4), add=True, **ENDS["one"]),
-        _case("everything", (2, 24, 3, 3), grid(4, True), packed_x=True, norm=True, add=True, then=True, **ENDS["packed"]),
+        _case(
+            "everything", (2, 24, 3, 3), grid(4, True), packed_x=True, norm=True, add=True, then=True, **ENDS["packed"]
+        ),
         _case("packed_u2", (2, 36, 3, 5), grid(2), packed_x=True, **ENDS["one"]),
         _case("dequantize", (2, 6, 3, 5), grid(4, True), packed_x=True, **ENDS["real"]),
         _case("empty", (0, 6, 3, 5), grid(8), **ENDS["one"]),
@@ -67,7 +71,7 @@ SPEC = OpSpec(
     ),
     mutations=(
         ("t = t + _real(other, other_grid)", "pass"),
-        ("quantize.normalized(_real(x, x_grid), Requantize((), *(norm or [None] * 3)))", "_real(x, x_grid)"),
+        ("quantize.normalized(_real(x, x_grid), *norm)", "_real(x, x_grid)"),
         ("(t - mean) * mult + bias", "t * mult + bias"),
         ("(q.float() - grid.zero_point) * grid.scale", "q.float() * grid.scale"),
         ("real(values[0], epilogue.outs[0])", "t"),

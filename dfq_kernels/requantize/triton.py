@@ -24,7 +24,7 @@ def requantize_kernel(
     CHANNELS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr, ACTIVATION: tl.constexpr,
     NEXT_ACTIVATION: tl.constexpr, BITS: tl.constexpr, NEXT_BITS: tl.constexpr,
 ):  # fmt: skip
-    # math     t = (x - x_zero) * x_scale; t = (t - mean[c]) * mult[c] + bias[c]; t += (other - other_zero) * other_scale
+    # math     t = (x - x_zero) * x_scale; t = (t - mean[c]) * mult[c] + bias[c]; t += (other - its zero) * its scale
     # traffic  x and other read once, the results written
     # grid     one program per R pixels and B channels
     # order    every operation rounded on its own
