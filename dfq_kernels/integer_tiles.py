@@ -8,6 +8,8 @@ Launches switch off the fusion of products and sums, because every operation is 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -23,9 +25,12 @@ SWAR = not INTERPRETED.value and torch.version.hip is None  # four bytes in a re
 
 
 class Ending:
-    """The last arguments of a kernel, and its compile-time ones, from an epilogue and the results' memory."""
+    """The last arguments of a kernel, and its compile-time ones, from an epilogue and the results' memory.
 
-    def __init__(self, epilogue: Epilogue, results: list[Tensor]) -> None:
+    bits: of the integers that the kernel reads a block of columns of; a block has as many planes as any of them.
+    """
+
+    def __init__(self, epilogue: Epilogue, results: list[Tensor], *bits: int) -> None:
         count, then = max(1, len(epilogue.outs)), epilogue.then
         first = epilogue.outs[0] if epilogue.outs else Grid(1.0, 0, 0, 1)
         norm = [fp32(vector) for vector in then.norm] if then else []
@@ -37,7 +42,7 @@ class Ending:
             tuple(number for grid in nexts for number in _numbers(grid)) or None,
             first.scale, float(first.zero_point), *(norm or (None, None, None)),
         )  # fmt: skip
-        self.planes = 8 // min((8, *epilogue.bits, *epilogue.next_bits))
+        self.planes = 8 // min((8, *bits, *epilogue.bits, *epilogue.next_bits))
         self.constants = {
             "P": self.planes, "ACTIVATION": ACTIVATIONS[epilogue.activation],
             "NEXT_ACTIVATION": ACTIVATIONS[then.activation] if then else 0,
@@ -87,11 +92,16 @@ def place_of(program, pixels, CHANNELS: tl.constexpr, R: tl.constexpr, B: tl.con
 
 
 @triton.jit
-def integers(x, pixel, c, there, CHANNELS: tl.constexpr, BITS: tl.constexpr, SIGNED: tl.constexpr):
-    """The integers of channels at pixels, int32."""
+def integers(
+    x, pixel, c, there, CHANNELS: tl.constexpr, BITS: tl.constexpr, SIGNED: tl.constexpr, B: tl.constexpr,
+    P: tl.constexpr,
+):  # fmt: skip
+    """The integers of channels at pixels, int32; at least as many planes a block as x has."""
     BYTES: tl.constexpr = CHANNELS * BITS // 8
     HALF: tl.constexpr = 1 << (BITS - 1)
-    q = tl.load(x + pixel * BYTES + c % BYTES, mask=there, other=0).to(tl.int32)
+    ALIGNED: tl.constexpr = _aligned(CHANNELS // P, B // P)  # what the compiler cannot see behind the remainder
+    byte = tl.max_contiguous(tl.multiple_of(c % BYTES, [1, ALIGNED]), [1, ALIGNED])
+    q = tl.load(x + pixel * BYTES + byte, mask=there, other=0).to(tl.int32)
     if BITS < 8:
         q = (q >> (c // BYTES * BITS)) & (2 * HALF - 1)
     if SIGNED:
@@ -103,6 +113,12 @@ def integers(x, pixel, c, there, CHANNELS: tl.constexpr, BITS: tl.constexpr, SIG
 def real(q, zero, scale):
     """`(q - zero_point) * scale`."""
     return (q.to(tl.float32) - zero) * scale
+
+
+@triton.constexpr_function
+def _aligned(channels, columns):
+    """Bytes that begin and end together: runs of neighbours start at multiples of it, up to 16."""
+    return math.gcd(16, channels, columns)
 
 
 @triton.constexpr_function

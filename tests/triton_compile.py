@@ -14,16 +14,19 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dfq_kernels import tiles
+import dfq_kernels as k
+from dfq_kernels import dispatch, tiles
 from dfq_kernels.dispatch import TABLE
 
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8"}
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8",
+            torch.int32: "*i32"}  # fmt: skip
 BACKENDS = {op: importlib.import_module(f"dfq_kernels.{op}.triton") for op in TABLE}
 Launch = tuple[Any, str, tuple[Any, ...], dict[str, Any]]
 
@@ -63,12 +66,14 @@ def record_launches() -> dict[str, Launch]:
     for module in (tiles, *BACKENDS.values()):
         module.launch = record  # type: ignore[attr-defined]
     for dtype, memory_format in ((torch.float32, torch.contiguous_format), (torch.bfloat16, torch.channels_last)):
-        call_all(torch.randn(64, 32, 16, 16).to(dtype).contiguous(memory_format=memory_format))
+        call_training(torch.randn(64, 32, 16, 16).to(dtype).contiguous(memory_format=memory_format))
+    with mock.patch.object(dispatch, "missing", lambda *_: None):  # Triton on the CPU, for it only records
+        call_integers()
     return found
 
 
-def call_all(x: torch.Tensor) -> None:
-    """Every forward and backward of every operator; results are not looked at."""
+def call_training(x: torch.Tensor) -> None:
+    """Every forward and backward of every training operator; results are not looked at."""
     c, s, lists = torch.ones(32), torch.ones(()), [[torch.ones(32), torch.ones(64)]] * 4
     b = BACKENDS
     for axis, scale in ((None, s), (1, c)):
@@ -88,6 +93,29 @@ def call_all(x: torch.Tensor) -> None:
         settings = (training, 0.1, 1e-5, "relu", True, 0.01, 0, 15, False)
         b["bn_act_fake_quant"].forward(x, c, c, c.clone(), c.clone(), *ranges, *settings)
         b["bn_act_fake_quant"].backward(x, x, c, c, c, c, s, s, training, 1e-5, "relu", 0, 15, training)
+
+
+def call_integers() -> None:
+    """Every integer operator in every storage; results are not looked at."""
+    vectors = {name: torch.ones(64) for name in ("mean", "mult", "bias")}
+    for bits, weight_bits, signed in ((8, 8, False), (8, 4, True), (4, 4, False), (4, 4, True), (2, 2, False)):
+        low = -(2 ** (bits - 1)) if signed else 0
+        grid = k.Grid(0.5, low, low, low + 2**bits - 1)
+        x = k.quantize(torch.zeros(64, 64, 16, 16), grid, packed=True, backend="reference")
+        kept = {"packed": True, "backend": "triton"}
+        ends = {"outs": (grid,), "activation": "relu", "then": k.Requantize((grid,), **vectors), **kept}
+        for inner, window in ((64, {"padding": 1}), (1, {"padding": 1, "groups": 64})):
+            weight = k.pack_weight(torch.ones(64, inner, 3, 3, dtype=torch.int8), weight_bits)
+            k.int_conv2d(x, weight, vectors["mult"], vectors["bias"], residual=x, **window, **ends)
+        pixels = k.pack_weight(torch.ones(64, 64, 1, 1, dtype=torch.int8), weight_bits)
+        k.int_conv2d(x, pixels, vectors["mult"], vectors["bias"], **kept)
+        k.quantize(torch.zeros(64, 64, 16, 16), grid, **kept)
+        k.requantize(x, other=x, **vectors, **ends)
+        k.int_pool(x, grid, output_size=1, **kept)
+        k.int_pool(x, mode="max", kernel_size=2, backend="triton")
+    images = k.quantize(torch.zeros(64, 3, 32, 32), k.Grid(0.5, 128, 0, 255), backend="triton")
+    stem = k.pack_weight(torch.ones(64, 3, 3, 3, dtype=torch.int8))
+    k.int_conv2d(images, stem, vectors["mult"], vectors["bias"], padding=1, backend="triton")
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -111,7 +139,11 @@ def main() -> None:
             ptx = compiled.asm["ptx"]
             print(json.dumps({
                 "kernel": name, "kind": kind, "arch": arch, "fused": len(re.findall(r"\bfma\.[\w.]*f32", ptx)),
-                "vector_loads": len(re.findall(r"ld\.global[.\w:]*\.v[24]\.", ptx)), **resources(compiled.asm["cubin"]),
+                "vector_loads": len(re.findall(r"ld\.global[.\w:]*\.v[24]\.", ptx)),
+                "async_loads": len(re.findall(r"cp\.async\.c[ag]\.\S+ .*0x10", ptx)),
+                "products": len(re.findall(r"mma\S*\.s32\.s8\.s8|mma\S*\.s8\.s8\.s32|kind::i8", ptx)),
+                "by_byte": len(re.findall(r"\b(?:and|shr|shl|xor)\.(?:b|u|s)16\b", ptx)),
+                **resources(compiled.asm["cubin"]),
             }), flush=True)  # fmt: skip
 
 

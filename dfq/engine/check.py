@@ -23,7 +23,7 @@ from dfq.engine.graph import (
     Step,
     inputs,
 )  # fmt: skip
-from dfq_kernels.int_pool.schema import out_sides, windows_meet
+from dfq_kernels.int_pool.schema import largest_window, out_sides, windows_meet
 
 Shape = tuple[int, ...]
 LARGEST = 2**31 - 1  # elements of a value, for one image; sums of a layer
@@ -209,7 +209,7 @@ def _average_pool(step: AveragePool, shapes: dict[str, Shape], graph: IntegerGra
     _sides("average pool: output", step.output, 2, 1)
     fits = all(parts <= side for parts, side in zip(step.output, x[1:], strict=True))
     require(fits, "average pool: output", f"at most {x[1:]}", step.output)
-    bound = largest * math.prod(-(-side // parts) + 1 for side, parts in zip(x[1:], step.output, strict=True))
+    bound = largest * math.prod(largest_window(x[1:], step.output))
     require(bound <= LARGEST, "average pool: the largest sum", "below 2^31", bound)
     return x[0], *step.output
 

@@ -36,12 +36,12 @@ LEAST_DEPTH = 32  # bytes of K that int8 tensor cores take at once
 @triton.jit
 def scaled(
     acc, mult, bias, residual, pixel, c, rows, known, residual_zero, residual_scale,
-    CHANNELS: tl.constexpr, R_BITS: tl.constexpr, R_SIGNED: tl.constexpr,
+    CHANNELS: tl.constexpr, R_BITS: tl.constexpr, R_SIGNED: tl.constexpr, B: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """`float(acc) * mult[c] + bias[c] + float(r - z_r) * s_r`."""
     t = acc.to(tl.float32) * tl.load(mult + c, mask=known, other=0.0) + tl.load(bias + c, mask=known, other=0.0)
     if residual is not None:
-        r = integers(residual, pixel, c, rows & known, CHANNELS, R_BITS, R_SIGNED)
+        r = integers(residual, pixel, c, rows & known, CHANNELS, R_BITS, R_SIGNED, B, P)
         t = t + real(r, residual_zero, residual_scale)
     return t
 
@@ -102,7 +102,7 @@ def dense_kernel(
     acc = (acc >> (8 - W_BITS)) - (x_origin * tl.load(sums + c, mask=known, other=0))[None, :]
     pixel, rows, c, known = pixel[:, None], rows[:, None], c[None, :], known[None, :]
     t = scaled(acc, mult, bias, residual, pixel, c, rows, known, residual_zero, residual_scale,
-               CHANNELS, R_BITS, R_SIGNED)  # fmt: skip
+               CHANNELS, R_BITS, R_SIGNED, B, P)  # fmt: skip
     finish(t, pixel, c, rows, known, block, outs, numbers, nexts, next_numbers, scale, zero, mean, factor, shift,
            CHANNELS, R, B, P, ACTIVATION, NEXT_ACTIVATION, BITS, NEXT_BITS)  # fmt: skip
 
@@ -130,20 +130,26 @@ def depthwise_kernel(
     for tap in range(KY * KX):
         y, at = top + tap // KX * DY, left + tap % KX * DX
         there = rows & known & (y >= 0) & (y < HEIGHT) & (at >= 0) & (at < WIDTH)
-        q = integers(x, image + y * WIDTH + at, c, there, CHANNELS, X_BITS, X_SIGNED)
+        q = integers(x, image + y * WIDTH + at, c, there, CHANNELS, X_BITS, X_SIGNED, B, P)
         w = tl.load(weight + c * (KY * KX) + tap, mask=known, other=0).to(tl.int8, bitcast=True).to(tl.int32)
         acc += tl.where(there, q - x_zero, 0) * w
     t = scaled(acc, mult, bias, residual, pixel, c, rows, known, residual_zero, residual_scale,
-               CHANNELS, R_BITS, R_SIGNED)  # fmt: skip
+               CHANNELS, R_BITS, R_SIGNED, B, P)  # fmt: skip
     finish(t, pixel, c, rows, known, block, outs, numbers, nexts, next_numbers, scale, zero, mean, factor, shift,
            CHANNELS, R, B, P, ACTIVATION, NEXT_ACTIVATION, BITS, NEXT_BITS)  # fmt: skip
 
 
-def dense_blocks(pixels: int, outer: int, groups: int, planes: int, depth: int) -> tuple[int, dict[str, int]]:
-    """How many programs there are, and their compile-time R pixels, B columns and K bytes."""
+def dense_blocks(
+    pixels: int, outer: int, groups: int, planes: int, depth: int, fields: int
+) -> tuple[int, dict[str, int]]:
+    """How many programs there are, and their compile-time R pixels, B columns and K bytes.
+
+    depth: bytes of K, each of `fields` integers of an operand.
+    """
     chosen = tuning()["convolution"]
     columns = min(chosen["channels"], max(16, triton.next_power_of_2(outer)))
-    rows = min(chosen["pixels"], max(16, triton.next_power_of_2(pixels)))
+    most = chosen["pixels"] // 2 if fields == 4 else chosen["pixels"]  # four products of tiles fill the registers
+    rows = min(most, max(16, triton.next_power_of_2(pixels)))
     per_row = triton.cdiv(outer // planes, columns // planes) * groups
     while rows > 32 and triton.cdiv(pixels, rows) * per_row < MULTIPROCESSORS:
         rows //= 2
@@ -180,8 +186,10 @@ def forward(
         x, bits = _unpacked(x, bits, grid.signed)
     wide = epilogue.byte_wide() if grouped else epilogue
     written = results if wide is epilogue else allocate(x, shape, wide)
-    x, ending = channels_last(x), Ending(wide, written)
-    other, other_bits = unflat(residual_grid) if residual is not None else (grid, bits)
+    other, other_bits = unflat(residual_grid) if residual is not None else (grid, 8)
+    if residual is not None and grouped and other_bits < 8:
+        residual, other_bits = _unpacked(residual, other_bits, other.signed)
+    x, ending = channels_last(x), Ending(wide, written, other_bits, bits if by_channel else 8)
     pixels, inner, outer = shape[0] * shape[2] * shape[3], channels // groups, shape[1] // groups
     values = (
         x, as_bytes(x), as_bytes(channels_last(weight)), sums, fp32(mult), fp32(bias),
@@ -202,7 +210,8 @@ def forward(
         )  # fmt: skip
     else:
         depth = weight.shape[2] * weight.shape[3] * inner * min(bits, weight_bits) // 8
-        programs, tile = dense_blocks(pixels, outer, groups, ending.planes, depth)
+        fields = 8 // min(bits, weight_bits)
+        programs, tile = dense_blocks(pixels, outer, groups, ending.planes, depth, fields)
         launch(
             dense_kernel, "convolution", programs, *values, grid.zero_point + origin(bits, grid.signed), *numbers,
             *ending.arguments, INNER=inner, OUTER=outer, GROUPS=groups, W_BITS=weight_bits, SWAR=SWAR,

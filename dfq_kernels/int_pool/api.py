@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dfq_kernels._integer_checks import LARGEST_SUM, check_epilogue, check_pair, check_quantized, require, wrap
 from dfq_kernels.dispatch import resolve
-from dfq_kernels.int_pool.schema import out_sides, windows_meet
+from dfq_kernels.int_pool.schema import largest_window, out_sides, windows_meet
 from dfq_kernels.integers import Grid, QuantizedTensor, flat
 
 OP = "int_pool"
@@ -91,7 +91,7 @@ def _check_average(
         require(OP, plain, "stride and padding", "none of an adaptive pool", (stride, padding))
         fits = all(parts <= side for parts, side in zip(sides, size, strict=True))
         require(OP, fits, "output_size", f"at most {size}", sides)
-        kernel = [-(-side // parts) + 1 for side, parts in zip(size, sides, strict=True)]
+        kernel = largest_window(size, sides)
     else:
         _check_window(kernel, padding, size, (0, 0))
     bound = x.grid.largest * math.prod(kernel)

@@ -24,6 +24,11 @@ def out_sides(
     return found
 
 
+def largest_window(sides: Sequence[int], output_size: Sequence[int]) -> list[int]:
+    """Of an adaptive pool."""
+    return [-(-side // parts) + (side % parts > 0) for side, parts in zip(sides, output_size, strict=True)]
+
+
 def windows_meet(
     sides: Sequence[int], counts: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int],

@@ -43,7 +43,7 @@ def average_kernel(
     for tap in range(KY * KX):
         y, at = top + tap // KX, left + tap % KX
         there = rows & known & (y >= 0) & (y < tl.minimum(bottom, HEIGHT)) & (at >= 0) & (at < tl.minimum(right, WIDTH))
-        q = integers(x, image + y * WIDTH + at, c, there, CHANNELS, X_BITS, X_SIGNED)
+        q = integers(x, image + y * WIDTH + at, c, there, CHANNELS, X_BITS, X_SIGNED, B, P)
         acc += tl.where(there, q - x_zero, 0)
     count = ((bottom - top) * (right - left)).to(tl.float32)
     t = acc.to(tl.float32) * quotient(tl.zeros((R, 1), tl.float32) + x_scale, count)
@@ -71,7 +71,7 @@ def max_kernel(
     for tap in range(KY * KX):
         y, at = top + tap // KX * DY, left + tap % KX * DX
         there = rows & known & (y >= 0) & (y < HEIGHT) & (at >= 0) & (at < WIDTH)
-        q = integers(x, image + y * WIDTH + at, c, there, CHANNELS, X_BITS, X_SIGNED)
+        q = integers(x, image + y * WIDTH + at, c, there, CHANNELS, X_BITS, X_SIGNED, B, P)
         largest = tl.maximum(largest, tl.where(there, q, -128))
     keep(out, largest, pixel, c, rows, known, block, CHANNELS, R, B, P, X_BITS)
 
@@ -88,10 +88,10 @@ def forward(
     results = allocate(x, shape, epilogue)
     if 0 in shape:
         return results
-    x, ending, pixels = channels_last(x), Ending(epilogue, results), shape[0] * shape[2] * shape[3]
+    x, ending, pixels = channels_last(x), Ending(epilogue, results, bits), shape[0] * shape[2] * shape[3]
     programs, tile = blocks(pixels, shape[1], ending)
-    if output_size:  # an adaptive window is at most so large
-        kernel = [triton.cdiv(side, parts) + 1 for side, parts in zip(x.shape[2:], output_size, strict=True)]
+    if output_size:
+        kernel = schema.largest_window(x.shape[2:], output_size)
     geometry = {
         **dict(zip(("HEIGHT", "WIDTH", "OUT_HEIGHT", "OUT_WIDTH"), (*x.shape[2:], *shape[2:]), strict=True)),
         **dict(zip(("KY", "KX"), kernel, strict=True)), **dict(zip(("SY", "SX"), stride, strict=True)),

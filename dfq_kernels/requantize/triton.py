@@ -29,12 +29,12 @@ def requantize_kernel(
     # grid     one program per R pixels and B channels
     # order    every operation rounded on its own
     pixel, c, rows, known, block = place_of(tl.program_id(0), pixels, CHANNELS, R, B, P)
-    t = real(integers(x, pixel, c, rows & known, CHANNELS, X_BITS, X_SIGNED), x_zero, x_scale)
+    t = real(integers(x, pixel, c, rows & known, CHANNELS, X_BITS, X_SIGNED, B, P), x_zero, x_scale)
     if norm is not None:
         t = t - tl.load(norm[0] + c, mask=known, other=0.0)
         t = t * tl.load(norm[1] + c, mask=known, other=0.0) + tl.load(norm[2] + c, mask=known, other=0.0)
     if other is not None:
-        q = integers(other, pixel, c, rows & known, CHANNELS, OTHER_BITS, OTHER_SIGNED)
+        q = integers(other, pixel, c, rows & known, CHANNELS, OTHER_BITS, OTHER_SIGNED, B, P)
         t = t + real(q, other_zero, other_scale)
     finish(t, pixel, c, rows, known, block, outs, numbers, nexts, next_numbers, scale, zero, mean, factor, shift,
            CHANNELS, R, B, P, ACTIVATION, NEXT_ACTIVATION, BITS, NEXT_BITS)  # fmt: skip
@@ -50,7 +50,7 @@ def forward(
     grid, bits = unflat(x_grid)
     others, other_bits = unflat(other_grid) if other is not None else (grid, bits)
     results = allocate(x, (x.shape[0], x.shape[1] * 8 // bits, *x.shape[2:]), epilogue)
-    x, ending = channels_last(x), Ending(epilogue, results)
+    x, ending = channels_last(x), Ending(epilogue, results, bits, other_bits)
     pixels, channels = x.shape[0] * x.shape[2] * x.shape[3], x.shape[1] * 8 // bits
     if pixels:
         programs, shape = blocks(pixels, channels, ending)
