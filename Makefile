@@ -37,9 +37,10 @@ accuracy: .venv/installed      ## the README's accuracy table and ablation: hour
 readme: .venv/installed        ## builds the README's tables from benchmarks/results
 	$(BIN)/python -m benchmarks.readme
 
-bench: .venv/installed         ## kernels and whole steps against what users have, into benchmarks/results: 15 minutes
+bench: .venv/installed         ## kernels, steps and integer networks against what users have, into benchmarks/results: 30 minutes
 	$(BIN)/python -m benchmarks.run --compiled
 	$(BIN)/python -m benchmarks.end_to_end --compiled
+	$(BIN)/python -m benchmarks.integer
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 RUNTIMES = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libstdc++.so)
@@ -61,6 +62,7 @@ gpu:                           ## with a GPU: builds in place, checks, measures;
 	  tests/test_conformance.py -k "misaligned or slice or transposed or expanded"; fi
 	$(PYTHON) -m benchmarks.run
 	$(PYTHON) -m benchmarks.end_to_end --compiled
+	$(PYTHON) -m benchmarks.integer --seconds 2
 
 tune:                          ## with a GPU: launch configurations of the Triton kernels for its architecture
 	$(PYTHON) -m benchmarks.tune

@@ -1,7 +1,9 @@
 """Integer inference against what users have: `python -m benchmarks.integer [--out FILE]`.
 
-Images per second of this engine (W8A8, W4A4, W2A2); torch fp32 and bf16 in channels-last, both under `torch.compile`;
-ONNX Runtime fp32, int8 (the same W8A8 network as QDQ) and own int8 (what its quantizer makes of the float network).
+Images per second of this engine (W8A8, W4A4, W2A2). On a CPU against torch fp32 and bf16 in channels-last, both under
+`torch.compile`; ONNX Runtime fp32, int8 (the same W8A8 network as QDQ) and own int8 (what its quantizer makes of the
+float network). On a GPU against torch fp16 in channels-last, captured in a CUDA graph, and compiled (`max-autotune`);
+images and logits are on the GPU, every call ends when its logits are there.
 Medians of interleaved calls in one process. ONNX Runtime's threads spin for up to a tenth of a second after a call and
 would take another's cores: each variant waits for that long, then calls once unmeasured, so that its own are awake.
 """
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import results_file, write_results
-from benchmarks.timing import interleaved
+from benchmarks.timing import interleaved, record
 from dfq.cli import keep_freed_memory
 from dfq.config import quant_config
 from dfq.embedded import load_teacher
@@ -34,9 +36,10 @@ from dfq.quant.quantizers import learn_ranges
 from dfq.seeds import seeded_initialisation
 
 Calls = dict[str, Callable[[Tensor], Any]]
+Round = tuple[int, dict[str, Callable[[], None]], int, float]
 NETWORKS = {"wrn-16-1": 32, "resnet20": 32, "mobilenet-v2": 32, "resnet18": 224}  # side of the images
 PRESETS = ("W8A8", "W4A4", "W2A2")
-PAUSE = 0.1
+PAUSE, CALLS = 0.1, 10
 OURS = "dfq-kernels"
 
 
@@ -85,6 +88,31 @@ def torch_calls(model: nn.Module) -> Calls:
     }  # fmt: skip
 
 
+def gpu_calls(model: nn.Module, images: Tensor) -> Calls:
+    """fp16 in a CUDA graph, and compiled with its choices tuned."""
+    half = copy.deepcopy(model).to(images.device, torch.float16, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    own = images.half().contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        graph, logits = record(lambda: half(own))
+        compiled = torch.compile(half, mode="max-autotune", dynamic=False)
+
+    def replayed(images: Tensor) -> Tensor:
+        own.copy_(images)
+        graph.replay()
+        result: Tensor = logits.clone()
+        torch.cuda.synchronize()
+        return result
+
+    @torch.no_grad()
+    def run_compiled(images: Tensor) -> Tensor:
+        own.copy_(images)
+        result: Tensor = compiled(own).clone()
+        torch.cuda.synchronize()
+        return result
+
+    return {"torch fp16 captured": replayed, "compiled fp16": run_compiled}
+
+
 class Noise:
     """Calibration images for ONNX Runtime's quantizer."""
 
@@ -130,24 +158,40 @@ def repeated(call: Callable[[Tensor], Any], images: Tensor, count: int) -> Calla
     return run
 
 
+def gpu_batches(model: nn.Module, graphs: dict[str, IntegerGraph], shape: tuple[int, int, int]) -> Iterator[Round]:
+    """Of every batch size the calls to compare, how often each is made, and how long to wait before."""
+    ours: Calls = {f"{OURS} {preset}": Engine(graph, "cuda") for preset, graph in graphs.items()}
+    for batch in (1, 128, 2048) if shape[1] < 64 else (1, 64):
+        images = torch.randn(batch, *shape, device="cuda")
+        torch.compiler.reset()
+        calls = ours | gpu_calls(model, images)
+        yield batch, {key: repeated(call, images, CALLS) for key, call in calls.items()}, CALLS, 0.0
+
+
+def cpu_batches(model: nn.Module, graphs: dict[str, IntegerGraph], shape: tuple[int, int, int]) -> Iterator[Round]:
+    """Of every batch size the calls to compare, how often each is made, and how long to wait before."""
+    calls: Calls = {f"{OURS} {preset}": Engine(graph) for preset, graph in graphs.items()}
+    torch.compiler.reset()
+    calls |= torch_calls(model)
+    with tempfile.TemporaryDirectory() as folder:
+        calls |= onnx_calls(model, shape, graphs["W8A8"], Path(folder))
+    for batch in (1, 128 if shape[1] < 64 else 8):
+        images = torch.randn(batch, *shape)
+        channels_last = images.contiguous(memory_format=torch.channels_last)
+        count = CALLS if batch == 1 else 1
+        yield batch, {key: repeated(call, channels_last if "torch" in key or "compiled" in key else images, count)
+                      for key, call in calls.items()}, count, PAUSE  # fmt: skip
+
+
 def measure(name: str, side: int, seconds: float) -> Iterator[dict[str, Any]]:
     """One row for each batch size."""
     model, shape = network(name, side)
     graphs = {preset: integers(model, shape, preset) for preset in PRESETS}
-    ours: Calls = {f"{OURS} {preset}": Engine(graph) for preset, graph in graphs.items()}
-    torch.compiler.reset()
-    theirs = torch_calls(model)
-    with tempfile.TemporaryDirectory() as folder:
-        theirs |= onnx_calls(model, shape, graphs["W8A8"], Path(folder))
-    for batch in (1, 128 if side < 64 else 8):
-        images = torch.randn(batch, *shape)
-        channels_last = images.contiguous(memory_format=torch.channels_last)
-        repeats = 10 if batch == 1 else 1
-        calls = {key: repeated(call, channels_last if "torch" in key or "compiled" in key else images, repeats)
-                 for key, call in (ours | theirs).items()}  # fmt: skip
-        times = interleaved(calls, seconds=seconds, least=9, pause=PAUSE, calls=repeats)
+    batches = gpu_batches if torch.cuda.is_available() else cpu_batches
+    for batch, calls, count, pause in batches(model, graphs, shape):
+        times = interleaved(calls, seconds=seconds, least=9, pause=pause, calls=count)
         rates = {key: round(batch / value.median, 1) for key, value in times.items()}
-        strongest = max(theirs, key=lambda key: rates[key])
+        strongest = max((key for key in rates if not key.startswith(OURS)), key=lambda key: rates[key])
         yield {"model": name, "size": side, "batch": batch, "images_per_second": rates, "strongest": strongest,
                "times_strongest": round(rates[f"{OURS} W8A8"] / rates[strongest], 2)}  # fmt: skip
 

@@ -7,9 +7,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
+T = TypeVar("T")
 PER_GRAPH = 10  # calls in one captured graph
 
 
@@ -65,6 +67,12 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
     Raises:
         RuntimeError: the call cannot be captured.
     """
+    graph, _ = record(call, PER_GRAPH)
+    return graph.replay
+
+
+def record(call: Callable[[], T], count: int = 1) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A CUDA graph of `count` calls, and what the last of them gives at every replay."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -73,6 +81,6 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(PER_GRAPH):
-            call()
-    return graph.replay
+        for _ in range(count):
+            result = call()
+    return graph, result

@@ -1,14 +1,17 @@
 """Finds launch configurations of the Triton kernels on this GPU: `make tune`.
 
-Every kind of kernel (`tiles.tuning()`) is timed in captured graphs over tile sizes and warps, on operators and sizes
-of `benchmarks.run`; the fastest by geometric mean goes to `dfq_kernels/tuning/<architecture>.json`.
+Every kind of kernel (`tiles.tuning()`) is timed in captured graphs over the sides of its tiles and its warps, on
+operators and sizes of `benchmarks.run` and on layers of networks; the fastest by geometric mean goes to
+`dfq_kernels/tuning/<architecture>.json`.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -16,10 +19,11 @@ from benchmarks.baselines import Row, resnet18_weights, rows
 from benchmarks.run import LAYOUTS, SHAPES, backward_of
 from benchmarks.timing import captured, interleaved
 from dfq.checkpoint import write_atomic
-from dfq_kernels import fake_quant_weights, tiles
+from dfq_kernels import Grid, fake_quant_weights, int_conv2d, pack_weight, quantize, requantize, tiles
 
-ELEMENTS = (512, 1024, 2048, 4096, 8192)
-WARPS = (4, 8, 16)
+CHOICES = {"elements": (512, 1024, 2048, 4096, 8192), "warps": (4, 8, 16), "channels": (64, 128)}
+CONVOLUTION = {"pixels": (64, 128), "channels": (64, 128), "depth": (64, 128), "warps": (4, 8), "stages": (3, 4)}
+LAYERS = ((128, 16, 32), (128, 64, 8), (32, 64, 56), (32, 256, 14))  # images, channels, side
 # the operators that show a kind of kernel best
 SHOWN_BY = {
     "elementwise": ("fake_quant", "bn_act_fake_quant"),
@@ -30,6 +34,8 @@ SHOWN_BY = {
 
 def workloads(kind: str, device: torch.device) -> list[Callable[[], object]]:
     """Calls whose time depends on this kind of kernel: forward with backward, so that a graph can capture both."""
+    if kind in ("pixels", "convolution"):
+        return [call for layer in LAYERS for bits in (8, 4) for call in _integers(kind, *layer, bits, device)]
     if kind == "row":
         layers = resnet18_weights(device)
         return [lambda: fake_quant_weights(layers, 4, backend="triton")]
@@ -40,6 +46,22 @@ def workloads(kind: str, device: torch.device) -> list[Callable[[], object]]:
         for layout in LAYOUTS.values()
     ]
     return [backward_of(lambda t, row=row: row.ours(t, "triton"), x, again=True) for row in chosen for x in inputs]
+
+
+def _integers(
+    kind: str, images: int, channels: int, side: int, bits: int, device: torch.device
+) -> list[Callable[[], object]]:
+    """A layer of products of tiles; or a rescaling and a depthwise layer."""
+    grid, ones = Grid(0.1, 0, 0, 2**bits - 1), torch.ones(channels, device=device)
+    settings: dict[str, Any] = {"packed": True, "backend": "triton"}
+    x = quantize(torch.rand(images, channels, side, side, device=device), grid, **settings)
+    inner = channels if kind == "convolution" else 1
+    weight = pack_weight(torch.ones(channels, inner, 3, 3, dtype=torch.int8), bits).to(device)
+    groups = channels // inner
+    calls: list[Callable[[], object]] = [
+        lambda: int_conv2d(x, weight, ones, ones, grid, padding=1, groups=groups, activation="relu", **settings)
+    ]
+    return calls if kind == "convolution" else [*calls, lambda: requantize(x, grid, other=x, **settings)]
 
 
 def seconds(kind: str, device: torch.device) -> float:
@@ -53,14 +75,12 @@ def main() -> None:
         raise SystemExit("tune: a GPU must be there, got none that torch sees")
     device, chosen = torch.device("cuda"), tiles.tuning()  # changed in place: kernels read it at every launch
     for kind, default in chosen.items():
-        found = {}
-        for elements in ELEMENTS:
-            for warps in WARPS:
-                default.update(elements=elements, warps=warps)
-                found[elements, warps] = seconds(kind, device)
-                print(f"{kind}: {elements} elements, {warps} warps: {found[elements, warps] * 1e6:.1f} us", flush=True)
-        elements, warps = min(found, key=lambda key: found[key])
-        default.update(elements=elements, warps=warps)
+        found, choices = {}, CONVOLUTION if kind == "convolution" else CHOICES
+        for sides in itertools.product(*[choices[key] for key in default]):
+            default.update(zip(default, sides, strict=True))
+            found[sides] = seconds(kind, device)
+            print(f"{kind}: {default}: {found[sides] * 1e6:.1f} us", flush=True)
+        default.update(zip(default, min(found, key=lambda key: found[key]), strict=True))
     write_atomic(tiles.FOLDER / f"{tiles.architecture()}.json", (json.dumps(chosen, indent=1) + "\n").encode())
 
 

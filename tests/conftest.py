@@ -14,6 +14,7 @@ from torch import nn
 
 import dfq
 from dfq.config import GeneratorConfig, Recipe
+from dfq.engine.run import missing
 
 SEED = int(os.environ.get("DFQ_TEST_SEED", "20260101"))
 
@@ -99,3 +100,18 @@ def run_small(tmp_path: Path):
         return dfq.quantize(settings.pop("model", None) or small_net(), **settings)
 
     return run
+
+
+@pytest.fixture
+def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter is fastest with few programs of large tiles; a GPU takes its own."""
+    if torch.cuda.is_available() or missing("triton", torch.device("cpu")) is not None:
+        return
+    from dfq_kernels import tiles
+    from dfq_kernels.int_conv2d import triton as convolution
+
+    monkeypatch.setattr(convolution, "MULTIPROCESSORS", 1)
+    wide = {"convolution": {"pixels": 1024, "channels": 512, "depth": 512}, "pixels": {"elements": 2**18}}
+    for kind, sides in wide.items():
+        for side, size in sides.items():
+            monkeypatch.setitem(tiles.tuning()[kind], side, size)

@@ -89,3 +89,8 @@ def reference_values(graph: IntegerGraph, images: Tensor) -> dict[str, Tensor]:
 def exported(name: str, preset: str) -> tuple[fx.GraphModule, IntegerGraph]:
     model = quantized(float_network(name), input_shape(name), preset, "lsq" if preset == "W4A4" else "minmax")
     return model, export(model, input_shape(name), 10)
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """The values that differ."""
+    return [name for name, value in found.items() if not torch.equal(value.flatten(), expected[name].flatten())]

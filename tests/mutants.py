@@ -13,6 +13,7 @@ from dfq_kernels.specs import all_specs
 
 ROOT = Path(__file__).parent.parent
 # references are built on one another: a fault may be in the file that the operator's own one imports
+TESTS = ("tests/test_reference.py", "tests/test_integers.py")
 FILES = [f"dfq_kernels/{op}/reference.py" for op in all_specs()]
 
 
@@ -25,7 +26,7 @@ def survives(folder: Path, op: str, old: str, new: str) -> bool:
     original = path.read_text()
     path.write_text(original.replace(old, new, 1))
     environment = {**os.environ, "PYTHONPATH": str(folder)}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "tests/test_reference.py"]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True)
     path.write_text(original)
     if done.returncode not in (0, 1):

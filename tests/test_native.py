@@ -121,7 +121,7 @@ def test_norms_at_any_size(
 
 
 @native_only
-@pytest.mark.parametrize("op", all_specs())
+@pytest.mark.parametrize("op", [op for op, spec in all_specs().items() if spec.differentiable])
 def test_the_number_of_threads_changes_no_bit(op: str) -> None:
     """At a size where every kernel splits its work."""
     generator, threads = torch.Generator().manual_seed(SEED), torch.get_num_threads()
@@ -131,6 +131,22 @@ def test_the_number_of_threads_changes_no_bit(op: str) -> None:
         torch.set_num_threads(count)
         try:
             found.append(_all_results(op, x))
+        finally:
+            torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
+@native_only
+def test_the_number_of_threads_changes_no_integer() -> None:
+    """Few images are worked on together, many are shared out."""
+    threads, found = torch.get_num_threads(), []
+    specs = [spec for spec in all_specs().values() if not spec.differentiable]
+    for count in (1, 2, 3, 7):
+        torch.set_num_threads(count)
+        try:
+            results = [run(spec, case, "native", "cpu") for spec in specs for case in spec.cases]
+            found.append([value for result in results for value in result.values()])
         finally:
             torch.set_num_threads(threads)
     for other in found[1:]:
@@ -220,7 +236,8 @@ def test_registered_operators_pass_opcheck(backend: str) -> None:
             run(spec, next(case for case in spec.cases if case.gradients), backend, "cpu")
         x = torch.randn(3, 4, requires_grad=True)
         k.fake_quant(x, 0.1, 0, backend=backend).sum().backward()  # a mask instead of a learned scale
-    assert len(recorder.calls) == 13  # seven operators, their backwards; the identity has none
+    # seven training operators and their backwards (the identity has none), four on integers
+    assert len(recorder.calls) == 13 + 4
     weights = getattr(torch.ops.dfq_kernels, f"fake_quant_weights_{backend}").default
     calls = [*recorder.calls.items(), (weights, ([torch.randn(5, 7).t(), torch.randn(2, 3, 4)], [4, 4]))]
     for func, args in calls:

@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 import benchmarks.readme as readme
 from dfq import embedded
 
@@ -24,7 +26,7 @@ def test_the_measured_teacher_is_the_embedded_one() -> None:
 
 def test_the_python_example_runs(tmp_path: Path, monkeypatch) -> None:
     """With fewer steps and images, so that it takes seconds."""
-    (example,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    example, _ = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     assert "steps=200" in example
     example = example.replace("steps=200", "steps=1, recipe=SMALL").replace('recipe="default",', "")
     example = example.replace("test_images=images", "test_images=images.head(50)")
@@ -34,6 +36,12 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch) -> None:
     small = Recipe("small", (GeneratorConfig(),), warm_up=1, batch_size=4, width=8, noise=8, calibration_batches=1)
     exec(compile(example, "README.md", "exec"), {"SMALL": small})
     assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_the_integer_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    _, example = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == example.rpartition("# ")[2].strip()
 
 
 def test_commands_of_the_readme_exist() -> None:

@@ -142,7 +142,7 @@ def main() -> None:
                 "vector_loads": len(re.findall(r"ld\.global[.\w:]*\.v[24]\.", ptx)),
                 "async_loads": len(re.findall(r"cp\.async\.c[ag]\.\S+ .*0x10", ptx)),
                 "products": len(re.findall(r"mma\S*\.s32\.s8\.s8|mma\S*\.s8\.s8\.s32|kind::i8", ptx)),
-                "by_byte": len(re.findall(r"\b(?:and|shr|shl|xor)\.(?:b|u|s)16\b", ptx)),
+                "four_at_once": ptx.count(".reg .b32 t;"),
                 **resources(compiled.asm["cubin"]),
             }), flush=True)  # fmt: skip
 

@@ -17,6 +17,7 @@ from dfq.execution import Execution
 from dfq_kernels import Grid, QuantizedTensor, Requantize, int_conv2d, int_pool, pack_weight, quantize, requantize
 
 Values = dict[str, QuantizedTensor]
+ALIGNED = 16  # bytes: what kernels are specialised for
 MOST_CAPTURED = 16  # batch sizes; calls of others run as they are
 _FOLLOWED = (Layer, Rescale, Add)  # steps whose operators take what follows them along
 
@@ -51,6 +52,8 @@ class OperatorNetwork:
         Raises:
             ValueError: images that hold NaN.
         """
+        images = images.contiguous()
+        images = images.clone() if images.data_ptr() % ALIGNED else images  # else another kernel, unknown to a graph
         with self.lock, torch.no_grad():
             if len(images) in self.sizes or len(self.sizes) < MOST_CAPTURED:
                 self.sizes.add(len(images))

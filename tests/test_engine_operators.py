@@ -1,0 +1,82 @@
+"""The engine as a sequence of operators: on Triton, interpreted where there is no GPU, and captured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dfq import engine
+from dfq.engine import IntegerGraph
+from dfq.engine.operators import OperatorNetwork
+from dfq.engine.run import missing
+from dfq.execution import WARM_UP, Execution
+from dfq.export import export
+from tests.conftest import small_net
+from tests.integer_networks import (
+    NETWORKS,
+    PRESETS,
+    exact_values,
+    exported,
+    input_shape,
+    quantized,
+    reference_values,
+    same,
+)
+from tests.random_networks import networks
+from tests.recorded_steps import RecordedSteps
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_integer_on_the_triton_backend(name: str, preset: str, wide_tiles: None) -> None:
+    """Interpreted where there is no GPU; activations and weights packed."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if (reason := missing("triton", device)) is not None:
+        pytest.skip(reason)
+    model, graph = exported(name, preset)
+    images = torch.randn(1, *input_shape(name), generator=torch.Generator().manual_seed(4))
+    network = OperatorNetwork(graph, device, "triton", Execution("off", device))
+    found = {name: value.cpu() for name, value in network.values(images.to(device)).items()}
+    expected = exact_values(model, graph, images)
+    assert found.keys() == expected.keys() and not same(found, expected)
+
+
+@pytest.mark.skipif(missing("triton", torch.device("cpu")) is not None, reason="Triton is not interpreted")
+@settings(max_examples=60, deadline=None)
+@given(graph=networks(), count=st.integers(1, 2), seed=st.integers(0, 2**31))
+def test_layers_of_any_shape_in_triton(graph: IntegerGraph, count: int, seed: int) -> None:
+    device = torch.device("cpu")
+    images = 3 * torch.randn(count, *graph.input_shape, generator=torch.Generator().manual_seed(seed))
+    found = OperatorNetwork(graph, device, "triton", Execution("off", device)).values(images)
+    assert not same(found, reference_values(graph, images))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_captured_network_is_replayed(backend: str, wide_tiles: None) -> None:
+    """By a stand-in for CUDA graphs that runs a call's operators again: no value is read in between."""
+    device = torch.device("cpu")
+    if (reason := missing(backend, device)) is not None:
+        pytest.skip(reason)
+    model = quantized(small_net(), (1, 12, 12), "W4A4")
+    graph = export(model, (1, 12, 12), 4)
+    execution = Execution("on", device, recorder=RecordedSteps(list))
+    network = OperatorNetwork(graph, device, backend, execution)
+    for count in (2, 3):
+        for _ in range(WARM_UP + 2):
+            images = torch.randn(count, 1, 12, 12)
+            first = network(images)
+            assert torch.equal(first, model(images))
+            assert torch.equal(network(-images), model(-images)) and torch.equal(first, model(images))
+        with pytest.raises(ValueError, match="engine: images must be numbers, got NaN"):
+            network(torch.full((count, 1, 12, 12), float("nan")))
+    assert execution.recorded == [2, 3]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["wrn-16-1", "mobilenet-v2"])
+def test_a_gpu_gives_the_same_bits(name: str) -> None:
+    _, graph = exported(name, "W4A4")
+    images = torch.randn(5, *input_shape(name))
+    assert torch.equal(engine.Engine(graph, "cuda")(images).cpu(), engine.Engine(graph, backend="reference")(images))
