@@ -30,7 +30,10 @@ class Grid:
 
     @property
     def bits(self) -> int:
-        return (self.quant_max - self.quant_min).bit_length()
+        """That hold every integer of the range, which need not begin at 0 or be symmetric."""
+        if self.signed:
+            return max(max(self.quant_max, 0).bit_length(), (-self.quant_min - 1).bit_length()) + 1
+        return self.quant_max.bit_length()
 
     @property
     def signed(self) -> bool:

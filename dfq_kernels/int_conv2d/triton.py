@@ -185,7 +185,7 @@ def forward(
     if grouped and bits < 8:
         x, bits = _unpacked(x, bits, grid.signed)
     wide = epilogue.byte_wide() if grouped else epilogue
-    written = results if wide is epilogue else allocate(x, shape, wide)
+    written = results if wide == epilogue else allocate(x, shape, wide)
     other, other_bits = unflat(residual_grid) if residual is not None else (grid, 8)
     if residual is not None and grouped and other_bits < 8:
         residual, other_bits = _unpacked(residual, other_bits, other.signed)

@@ -10,7 +10,7 @@ from torch import Tensor
 from dfq_kernels._integer_checks import LARGEST_SUM, check_epilogue, check_pair, check_quantized, require, wrap
 from dfq_kernels.dispatch import resolve
 from dfq_kernels.int_pool.schema import largest_window, out_sides, windows_meet
-from dfq_kernels.integers import Grid, QuantizedTensor, flat
+from dfq_kernels.integers import Epilogue, Grid, QuantizedTensor, flat
 
 OP = "int_pool"
 
@@ -75,7 +75,10 @@ def int_pool(
     else:
         require(OP, dilations == [1, 1] and not ceil_mode, "dilation and ceil_mode", "those of a maximum", "an average")
         _check_average(x, kernel, strides, paddings, sides)
-    epilogue = check_epilogue(OP, activation, outs, None, x.bits < 8 if mode == "max" else packed, x.shape[1], x.q)
+    if mode == "max":  # stored as x is, which may be wider than its grid
+        epilogue = Epilogue(None, (x.grid,), (x.bits,))
+    else:
+        epilogue = check_epilogue(OP, activation, outs, None, packed, x.shape[1], x.q)
     results = resolve(OP, backend, x.q).forward(
         x.q, flat(x.grid, x.bits), mode, kernel, strides, paddings, dilations, ceil_mode, sides, *epilogue.flat()
     )

@@ -26,6 +26,12 @@ def _case(name: str, shape: tuple[int, int, int, int], on: Grid, *, packed_x: bo
     return Case(name, make)
 
 
+def _wider(generator: torch.Generator) -> Arguments:
+    """Integers of 2 bits in 4."""
+    x = torch.randint(0, 256, (2, 4, 6, 6), generator=generator).to(torch.uint8) & 0x33
+    return {"x": x}, {"bits": 4, "on": grid(2), "mode": "max", "kernel_size": 2}
+
+
 def _bytes_moved(tensors: dict[str, Any], keywords: dict[str, Any]) -> tuple[int, int]:
     sides = one_or_two(keywords["output_size"]) if "output_size" in keywords else []
     kernel = one_or_two(keywords.get("kernel_size", 1))
@@ -48,6 +54,7 @@ SPEC = OpSpec(
         _case("average_packed", (2, 8, 7, 6), grid(2), packed_x=True, kernel_size=(2, 3), **ENDS["packed"]),
         _case("max", (2, 5, 7, 6), grid(8, True), mode="max", kernel_size=3, stride=2, padding=1),
         _case("max_packed", (2, 12, 9, 6), grid(4, True), packed_x=True, mode="max", kernel_size=2, dilation=2),
+        Case("max_wider_than_its_grid", _wider),
         _case("max_ceil", (1, 6, 8, 7), grid(4), mode="max", kernel_size=2, stride=2, ceil_mode=True),
         _case("empty", (0, 6, 8, 7), grid(8), output_size=1, **ENDS["one"]),
     ),

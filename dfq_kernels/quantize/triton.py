@@ -26,7 +26,7 @@ def quantize_kernel(
     # order    every operation rounded on its own
     pixel, c, rows, known, block = place_of(tl.program_id(0), pixels, CHANNELS, R, B, P)
     n, y = pixel // (height * width), pixel // width % height
-    offset = n * image + y * row + pixel % width * column + c * channel
+    offset = n * image + y * row + pixel % width * column + c.to(tl.int64) * channel
     t = tl.load(x + offset, mask=rows & known, other=0.0).to(tl.float32)
     t = tl.where(t == t, t, 0.0)  # whoever wants no NaN has looked for it
     finish(t, pixel, c, rows, known, block, outs, numbers, nexts, next_numbers, scale, zero, mean, factor, shift,
