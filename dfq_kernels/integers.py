@@ -21,12 +21,16 @@ FLAT = 5  # numbers of a grid in a flat list
 
 @dataclass(frozen=True)
 class Grid:
-    """Integers `[quant_min, quant_max]` that stand for `(q - zero_point) * scale`; `scale` is an fp32 number."""
+    """Integers `[quant_min, quant_max]` that stand for `(q - zero_point) * scale`; `scale` is rounded to fp32."""
 
     scale: float
     zero_point: int
     quant_min: int
     quant_max: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scale, float) and abs(self.scale) < 1e38:  # what is beyond is refused by whoever gets it
+            object.__setattr__(self, "scale", struct.unpack("f", struct.pack("f", self.scale))[0])
 
     @property
     def bits(self) -> int:

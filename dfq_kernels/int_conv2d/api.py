@@ -178,7 +178,19 @@ def check_weight(op: str, weight: object, x: QuantizedTensor) -> None:
     if not isinstance(weight, PackedWeight):
         raise ValueError(f"{op}: weight must be a PackedWeight (see pack_weight), got {type(weight).__name__}")
     for name, tensor in (("weight", weight.q), ("weight: sums", weight.sums)):
+        require(op, isinstance(tensor, Tensor), name, "a tensor", type(tensor).__name__)
         check_storage(op, name, tensor)
         check_device(op, name, tensor, x.q)
-    bound = x.grid.largest * weight.largest << (8 - weight.bits)  # the kernels multiply packed weights by 2^(8 - bits)
+    require(op, weight.bits in (8, 4, 2), "weight: bits", "8, 4 or 2", weight.bits)
+    dtype = torch.int8 if weight.bits == 8 else torch.uint8
+    fits = weight.q.dtype == dtype and weight.q.dim() == 4 and weight.q.numel() > 0
+    require(op, fits, "weight", f"{dtype} [O, I, kh, kw]", (weight.q.dtype, tuple(weight.q.shape)))
+    fits = weight.sums.dtype == torch.int32 and weight.sums.shape == weight.q.shape[:1] and weight.sums.is_contiguous()
+    require(op, fits, "weight: sums", f"int32 [{len(weight.q)}]", (weight.sums.dtype, tuple(weight.sums.shape)))
+    # the kernels multiply fields as they are stored, up to 128 in magnitude, by packed weights times 2^(8 - bits)
+    bound = (
+        max(x.grid.largest, 128) * weight.largest << (8 - weight.bits)
+        if weight.bits < 8
+        else (x.grid.largest * weight.largest)
+    )
     require(op, bound <= LARGEST_SUM, "the largest sum", f"below 2^{23 + weight.bits}", bound >> (8 - weight.bits))

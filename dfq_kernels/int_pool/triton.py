@@ -33,6 +33,7 @@ def average_kernel(
     place = (pixel % (OUT_HEIGHT * OUT_WIDTH)).to(tl.int32)
     row, column = place // OUT_WIDTH, place % OUT_WIDTH
     if ADAPTIVE:
+        row, column = row.to(tl.int64), column.to(tl.int64)  # sides of 2^16 multiply to more than 31 bits
         top, left = row * HEIGHT // OUT_HEIGHT, column * WIDTH // OUT_WIDTH
         bottom = ((row + 1) * HEIGHT + OUT_HEIGHT - 1) // OUT_HEIGHT
         right = ((column + 1) * WIDTH + OUT_WIDTH - 1) // OUT_WIDTH
