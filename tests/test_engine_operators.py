@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dfq import engine
 from dfq.engine import IntegerGraph
+from dfq.engine.graph import IMAGES, Grid, Layer, Quantize
 from dfq.engine.operators import OperatorNetwork
 from dfq.engine.run import missing
 from dfq.execution import WARM_UP, Execution
@@ -51,6 +52,17 @@ def test_layers_of_any_shape_in_triton(graph: IntegerGraph, count: int, seed: in
     images = 3 * torch.randn(count, *graph.input_shape, generator=torch.Generator().manual_seed(seed))
     found = OperatorNetwork(graph, device, "triton", Execution("off", device)).values(images)
     assert not same(found, reference_values(graph, images))
+
+
+def test_weights_whose_packed_sums_leave_int32_are_bytes() -> None:
+    """A linear layer of 160,000 inputs."""
+    weight = torch.full((1, 160000), 7, dtype=torch.int8)
+    steps = (
+        Quantize(IMAGES, ("x",), None),
+        Layer("x", ("logits",), None, "head", weight, 4, torch.ones(1), torch.zeros(1), None),
+    )
+    graph = IntegerGraph((160000, 1, 1), 1, {"x": Grid(1.0, 0, 0, 255)}, steps, "logits", {})
+    assert reference_values(graph, torch.full((1, 160000, 1, 1), 255.0))["logits"].item() == 255 * 7 * 160000
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

@@ -14,7 +14,17 @@ from dfq.engine.check import check_graph
 from dfq.engine.graph import Add, AveragePool, IntegerGraph, Layer, MaxPool, Quantize, Rescale, Step
 from dfq.engine.memory import fuse
 from dfq.execution import Execution
-from dfq_kernels import Grid, QuantizedTensor, Requantize, int_conv2d, int_pool, pack_weight, quantize, requantize
+from dfq_kernels import (
+    Grid,
+    PackedWeight,
+    QuantizedTensor,
+    Requantize,
+    int_conv2d,
+    int_pool,
+    pack_weight,
+    quantize,
+    requantize,
+)
 
 Values = dict[str, QuantizedTensor]
 ALIGNED = 16  # bytes: what kernels are specialised for
@@ -44,7 +54,7 @@ class OperatorNetwork:
         constants = [getattr(step, key) for step in graph.steps for key in step.tensors if key != "weight"]
         self._moved = {id(value): value.to(device) for value in constants if value is not None}
         layers = [step for step in graph.steps if isinstance(step, Layer)]
-        self._weights = {step.outs: pack_weight(self._window(step), step.weight_bits).to(device) for step in layers}
+        self._weights = {step.outs: self._packed(step).to(device) for step in layers}
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits `[N, num_classes]` of images `[N, C, H, W]`, both fp32 on the device.
@@ -103,6 +113,12 @@ class OperatorNetwork:
     def _constant(self, value: Tensor | None) -> Tensor | None:
         """A step's tensor on the device."""
         return None if value is None else self._moved[id(value)]
+
+    def _packed(self, step: Layer) -> PackedWeight:
+        """In as few bits as its sums allow: products of packed weights are formed 2^(8 - bits) times as large."""
+        packed = pack_weight(self._window(step), step.weight_bits)
+        sums = max(self.graph.grids[step.x].largest, 128) * packed.largest << (8 - packed.bits)
+        return packed if packed.bits == 8 or sums < 2**31 else pack_weight(self._window(step), 8)
 
     def _window(self, step: Layer) -> Tensor:
         """A linear layer's weight is a window as large as the map."""
