@@ -61,8 +61,8 @@ def test_weights_whose_packed_sums_leave_int32_are_bytes() -> None:
         Quantize(IMAGES, ("x",), None),
         Layer("x", ("logits",), None, "head", weight, 4, torch.ones(1), torch.zeros(1), None),
     )
-    graph = IntegerGraph((160000, 1, 1), 1, {"x": Grid(1.0, 0, 0, 255)}, steps, "logits", {})
-    assert reference_values(graph, torch.full((1, 160000, 1, 1), 255.0))["logits"].item() == 255 * 7 * 160000
+    graph = IntegerGraph((40000, 2, 2), 1, {"x": Grid(1.0, 0, 0, 255)}, steps, "logits", {})
+    assert reference_values(graph, torch.full((1, 40000, 2, 2), 255.0))["logits"].item() == 255 * 7 * 160000
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
