@@ -47,6 +47,8 @@ class Engine:
     ) -> None:
         check("engine", "backend", backend, f"one of {', '.join(BACKENDS)}", backend is None or backend in BACKENDS)
         self.graph, self.device = graph, torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None and torch.cuda.is_available():
+            self.device = torch.device("cuda", torch.cuda.current_device())  # other threads may have another one
         automatic = ("triton", "reference") if self.device.type == "cuda" else ("native", "reference")
         reasons = {name: missing(name, self.device) for name in ((backend,) if backend else automatic)}
         found = next((name for name, reason in reasons.items() if reason is None), None)
