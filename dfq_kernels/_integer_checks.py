@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dfq_kernels._checks import check_activation, check_device, check_float, check_storage
-from dfq_kernels.integers import Epilogue, Grid, QuantizedTensor, Requantize, one_or_two, storage_width
+from dfq_kernels.integers import Epilogue, Grid, QuantizedTensor, Requantize, storage_width
 
 MOST_OUTS = 4  # results on grids, of an operator and of what follows it
 LARGEST_SUM = 2**31 - 1
@@ -45,8 +47,9 @@ def check_quantized(op: str, name: str, x: object, dims: tuple[int, ...] = (4,))
     if not isinstance(x.q, Tensor) or x.q.dtype != dtype or x.q.layout is not torch.strided:
         got = x.q.dtype if isinstance(x.q, Tensor) else type(x.q).__name__
         raise ValueError(f"{op}: {name} must be of dtype {dtype}, got {got}")
-    fits = x.q.dim() in dims and x.q.shape[1] > 0
-    require(op, fits, name, " or ".join(_SHAPES[count] for count in dims), tuple(x.q.shape))
+    fits = x.q.dim() in dims and 0 not in x.q.shape[1:]
+    rule = " or ".join(_SHAPES[count] for count in dims)
+    require(op, fits, name, f"{rule} of at least one channel and pixel", tuple(x.q.shape))
     check_storage(op, name, x.q)
 
 
@@ -72,7 +75,7 @@ def check_norm(op: str, named: dict[str, Tensor | None], channels: int, like: Te
 
 def check_pair(op: str, name: str, value: int | Sequence[int], least: int) -> list[int]:
     """Two integers of a window, one for each axis."""
-    pair = one_or_two(value)
+    pair: list[Any] = list(value) if isinstance(value, (tuple, list)) else [value, value]
     fits = len(pair) == 2 and all(type(side) is int and least <= side <= 2**16 for side in pair)
     require(op, fits, name, f"one or two integers in [{least}, 65536]", value)
     return pair
@@ -84,21 +87,27 @@ def check_epilogue(
 ) -> Epilogue:  # fmt: skip
     """The arguments that every operator ends with."""
     check_activation(op, activation)
-    outs = (outs,) if isinstance(outs, Grid) else tuple(outs)
-    require(op, len(outs) <= MOST_OUTS, "outs", f"at most {MOST_OUTS} grids", len(outs))
-    for index, grid in enumerate(outs):
-        check_grid(op, f"outs[{index}]", grid)
+    outs = _check_grids(op, "outs", outs, least=0)
     width = [storage_width(grid.bits, channels) if packed else 8 for grid in outs]
     if then is None:
         return Epilogue(activation, outs, tuple(width))
+    require(op, isinstance(then, Requantize), "then", "a Requantize", type(then).__name__)
     require(op, len(outs) > 0, "outs", "at least one grid where something follows", len(outs))
-    require(op, 1 <= len(then.outs) <= MOST_OUTS, "then: outs", f"1 to {MOST_OUTS} grids", len(then.outs))
-    for index, grid in enumerate(then.outs):
-        check_grid(op, f"then: outs[{index}]", grid)
+    nexts = _check_grids(op, "then: outs", then.outs, least=1)
     check_activation(op, then.activation)
     check_norm(op, {"then: mean": then.mean, "then: mult": then.mult, "then: bias": then.bias}, channels, like)
-    next_width = [storage_width(grid.bits, channels) if packed else 8 for grid in then.outs]
-    return Epilogue(activation, outs, tuple(width), then, tuple(next_width))
+    next_width = [storage_width(grid.bits, channels) if packed else 8 for grid in nexts]
+    return Epilogue(activation, outs, tuple(width), replace(then, outs=nexts), tuple(next_width))
+
+
+def _check_grids(op: str, name: str, grids: Grid | Sequence[Grid], least: int) -> tuple[Grid, ...]:
+    """One grid or several, as a tuple."""
+    some = (grids,) if isinstance(grids, Grid) else grids
+    require(op, isinstance(some, (tuple, list)), name, "a Grid or a list of them", grids)
+    require(op, least <= len(some) <= MOST_OUTS, name, f"{least} to {MOST_OUTS} grids", len(some))
+    for index, grid in enumerate(some):
+        check_grid(op, f"{name}[{index}]", grid)
+    return tuple(some)
 
 
 def wrap(results: list[Tensor], epilogue: Epilogue) -> tuple[QuantizedTensor, ...] | Tensor:

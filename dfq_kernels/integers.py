@@ -101,6 +101,13 @@ class PackedWeight:
         """int8 `[O, I, kh, kw]`."""
         return unpack_channels(self.q, self.bits, signed=True)
 
+    def bound(self, grid: Grid) -> int:
+        """What sums of products with integers of a grid reach at most, as kernels form them: fields as they are stored,
+        up to 128 in magnitude, times packed weights in the highest bits of a byte."""
+        if self.bits == 8:
+            return grid.largest * self.largest
+        return max(grid.largest, 128) * self.largest << (8 - self.bits)
+
     def to(self, device: torch.device | str) -> PackedWeight:
         return PackedWeight(self.q.to(device), self.bits, self.sums.to(device), self.largest)
 

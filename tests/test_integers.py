@@ -32,7 +32,9 @@ def test_quantize_refuses_what_is_no_number() -> None:
     x, grid = torch.tensor([[NAN, INF, -INF]]), k.Grid(1.0, 3, 0, 15)
     with pytest.raises(ValueError, match="quantize: x must be numbers, got NaN"):
         k.quantize(x, grid)
-    assert k.quantize(x, grid, check_nan=False, backend="reference").q.tolist() == [[3, 15, 0]]
+    for backend in BACKENDS:
+        if missing("quantize", backend, "cpu") is None:
+            assert k.quantize(x, grid, check_nan=False, backend=backend).q.tolist() == [[3, 15, 0]]
 
 
 def test_packed_integers_lie_in_planes() -> None:
@@ -119,6 +121,20 @@ WRONG_INTEGERS = {
     "requantize: other must be of shape": lambda x, w, v: k.requantize(x, other=k.QuantizedTensor(x.q[:1], x.grid)),
     "requantize: outs must be at least one grid": lambda x, w, v: k.requantize(x, then=k.Requantize((x.grid,))),
     "int_conv2d: weight must be a PackedWeight": lambda x, w, v: k.int_conv2d(x, v, v, v),
+    "int_conv2d: then must be a Requantize, got 'Grid'": lambda x, w, v: k.int_conv2d(x, w, v, v, x.grid, then=x.grid),
+    "int_conv2d: outs must be a Grid or a list of them, got None": lambda x, w, v: k.int_conv2d(x, w, v, v, None),
+    "int_conv2d: stride must be one or two integers in .1, 65536., got 1.5": lambda x, w, v: k.int_conv2d(
+        x, w, v, v, stride=1.5
+    ),
+    "int_conv2d: weight: sums must be int32": lambda x, w, v: k.int_conv2d(
+        x, k.PackedWeight(w.q, 8, w.sums[:1], 1), v, v
+    ),
+    r"int_linear: weight must be \[O, 5\]": lambda x, w, v: k.int_linear(
+        k.QuantizedTensor(x.q[:, 0, 0], x.grid), w, v, v
+    ),
+    "requantize: x must be .* of at least one channel and pixel": lambda x, w, v: k.requantize(
+        k.QuantizedTensor(x.q[:, :, :0], x.grid)
+    ),
     "int_conv2d: groups must be a divisor": lambda x, w, v: k.int_conv2d(x, w, v, v, groups=2),
     "int_conv2d: weight must be within": lambda x, w, v: k.int_conv2d(x, w, v, v, dilation=9),
     "int_conv2d: stride must be one or two integers": lambda x, w, v: k.int_conv2d(x, w, v, v, stride=0),

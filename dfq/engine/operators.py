@@ -115,10 +115,10 @@ class OperatorNetwork:
         return None if value is None else self._moved[id(value)]
 
     def _packed(self, step: Layer) -> PackedWeight:
-        """In as few bits as its sums allow: products of packed weights are formed 2^(8 - bits) times as large."""
+        """In as few bits as its sums allow."""
         packed = pack_weight(self._window(step), step.weight_bits)
-        sums = max(self.graph.grids[step.x].largest, 128) * packed.largest << (8 - packed.bits)
-        return packed if packed.bits == 8 or sums < 2**31 else pack_weight(self._window(step), 8)
+        fits = packed.bound(self.graph.grids[step.x]) < 2**31
+        return packed if fits else pack_weight(self._window(step), 8)
 
     def _window(self, step: Layer) -> Tensor:
         """A linear layer's weight is a window as large as the map."""

@@ -62,7 +62,7 @@ def int_conv2d(
     Args:
         x: `[N, C, H, W]`.
         weight: of `pack_weight`, `[O, C / groups, kh, kw]`.
-        mult, bias: fp32 `[O]`.
+        mult, bias: fp32 `[O]`, finite.
         outs: up to 4 grids; none: the result is `act(t)` itself.
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`.
         residual: of the result's shape, added.
@@ -136,6 +136,8 @@ def int_linear(
     if residual is not None:
         check_quantized("int_linear", "residual", residual, (2,))
         residual = _pixel(residual)
+    if isinstance(weight, PackedWeight):
+        require("int_linear", weight.shape[1:] == (x.shape[1], 1, 1), "weight", f"[O, {x.shape[1]}]", weight.shape)
     results = int_conv2d(
         _pixel(x), weight, mult, bias, outs, residual=residual, activation=activation, then=then, packed=packed,
         backend=backend,
@@ -187,10 +189,4 @@ def check_weight(op: str, weight: object, x: QuantizedTensor) -> None:
     require(op, fits, "weight", f"{dtype} [O, I, kh, kw]", (weight.q.dtype, tuple(weight.q.shape)))
     fits = weight.sums.dtype == torch.int32 and weight.sums.shape == weight.q.shape[:1] and weight.sums.is_contiguous()
     require(op, fits, "weight: sums", f"int32 [{len(weight.q)}]", (weight.sums.dtype, tuple(weight.sums.shape)))
-    # the kernels multiply fields as they are stored, up to 128 in magnitude, by packed weights times 2^(8 - bits)
-    bound = (
-        max(x.grid.largest, 128) * weight.largest << (8 - weight.bits)
-        if weight.bits < 8
-        else (x.grid.largest * weight.largest)
-    )
-    require(op, bound <= LARGEST_SUM, "the largest sum", f"below 2^{23 + weight.bits}", bound >> (8 - weight.bits))
+    require(op, weight.bound(x.grid) <= LARGEST_SUM, "the largest sum", "below 2^31", weight.bound(x.grid))

@@ -107,7 +107,7 @@ SPEC = OpSpec(
         ("- grid.zero_point\n", "\n"),
         ("acc.float() * quantize.per_channel(mult, acc) + quantize.per_channel(bias, acc)",
          "(acc.double() * quantize.per_channel(mult, acc) + quantize.per_channel(bias, acc)).float()"),
-        (".double() - grid.zero_point", ".float() - grid.zero_point"),
+        ("F.conv2d(whole, factors,", "F.conv2d(whole.float(), factors.float(),"),
         ("t = t + quantize.real(unpack_channels(residual, bits, grid.signed), grid)", "pass"),
         ("stride, padding, dilation, groups).round()", "stride, padding, [1, 1], groups).round()"),
     ),

@@ -80,9 +80,11 @@ def dense_kernel(
     c = group * OUTER + inside_group
     image = pixel // (OUT_HEIGHT * OUT_WIDTH) * (HEIGHT * WIDTH * X_BYTES)
     place = (pixel % (OUT_HEIGHT * OUT_WIDTH)).to(tl.int32)
+    if HEIGHT * WIDTH * X_BYTES >= 2**31:
+        place = place.to(tl.int64)
     top, left = place // OUT_WIDTH * SY - PY, place % OUT_WIDTH * SX - PX
     from_x = x + image + group * (INNER * X_BITS // 8)
-    from_weight = weight + c * (KY * KX * W_BYTES)
+    from_weight = weight + c.to(tl.int64) * (KY * KX * W_BYTES)
     acc = tl.zeros((R, B), tl.int32)
     for start in range(0, DEPTH, K):
         k = start + tl.arange(0, K)

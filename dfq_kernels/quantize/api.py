@@ -28,7 +28,7 @@ def quantize(
         grid: scale, zero point and range.
         activation: None, `relu` or `relu6`.
         packed: whether integers of 4 or 2 bits share bytes, where the channels fill them.
-        check_nan: whether to look for NaN, which waits for a GPU; without, NaN is 0 (`native` looks anyway).
+        check_nan: whether to look for NaN, which waits for a GPU; without, NaN is taken for 0.
         backend: `native`, `triton` or `reference`; None takes the best that is there.
 
     Returns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from dfq_kernels.integers import Epilogue
@@ -20,4 +21,8 @@ def forward(
 ) -> list[Tensor]:  # fmt: skip
     """Activation and rounding of real numbers."""
     step = OneStep(QUANTIZE, x.shape, Epilogue.of(activation, outs, then, then_activation, then_outs))
-    return step.run(x, fp32(x[:, :, None, None] if x.dim() == 2 else x))
+    x = fp32(x[:, :, None, None] if x.dim() == 2 else x)
+    try:
+        return step.run(x, x)
+    except ValueError:  # it meets NaN: whoever wants none has looked for it
+        return step.run(x, torch.where(x.isnan(), 0, x))
