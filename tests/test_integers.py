@@ -1,4 +1,4 @@
-"""The integer operators' references against independent arithmetic: by hand, in numpy, in float64."""
+"""The integer operators against independent arithmetic: by hand, in numpy, in float64."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ import dfq_kernels as k
 from dfq_kernels.dispatch import BACKENDS, missing
 
 NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(autouse=True, params=["reference", "native"])
+def every_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `backend=None` takes."""
+    if (reason := missing("quantize", request.param, "cpu")) is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr("dfq_kernels.dispatch._FOR_ALL", request.param)
 
 
 def test_quantize_ties_go_to_even_after_the_zero_point() -> None:
@@ -54,9 +62,10 @@ def test_requantize_in_fractions() -> None:
     assert k.requantize(x, other=other).tolist() == [[1.0, 0.5]]
     mean, mult, bias = torch.tensor([1.0, 1.0]), torch.tensor([3.0, 2.0]), torch.tensor([0.5, 0.25])
     assert k.requantize(x, mean=mean, mult=mult, bias=bias, activation="relu").tolist() == [[3.5, 0.0]]
+    bias = torch.tensor([0.5, 3.25])
     first, second = k.requantize(x, k.Grid(1.0, 0, 0, 3), then=k.Requantize((k.Grid(0.5, 2, 0, 7),), mean, mult, bias))
-    # 2 and -0.5 are rounded to 2 and 0, and what follows reads those: (2 - 1) * 3 + 0.5 and (0 - 1) * 2 + 0.25
-    assert first.q.tolist() == [[2, 0]] and second.q.tolist() == [[7, 0]]
+    # 2 and -0.5 are rounded to 2 and 0, and what follows reads those: (2 - 1) * 3 + 0.5 and (0 - 1) * 2 + 3.25
+    assert first.q.tolist() == [[2, 0]] and second.q.tolist() == [[7, 4]]
 
 
 def test_int_conv2d_is_the_convolution_of_what_the_integers_stand_for(random: torch.Generator) -> None:
@@ -99,6 +108,11 @@ def test_int_pool_in_integers() -> None:
     assert k.int_pool(x, output_size=2).flatten().tolist() == [1.0, 1.5, 2.5, 3.125]
     # a padded place counts and adds nothing
     assert k.int_pool(x, kernel_size=2, stride=2, padding=1).flatten().tolist() == [0.0, 0.375, 1.125, 3.125]
+    # scale / count is rounded first
+    many = torch.arange(200, dtype=torch.uint8).view(1, -1, 1, 1).expand(1, 200, 3, 3)
+    found = k.int_pool(k.QuantizedTensor(many, k.Grid(0.3, 0, 0, 255)), kernel_size=3).flatten().numpy()
+    sums, scale, count = np.arange(200, dtype=np.float32) * 9, np.float32(0.3), np.float32(9)
+    assert np.array_equal(found, sums * (scale / count)) and not np.array_equal(found, sums * scale / count)
     (largest,) = k.int_pool(x, mode="max", kernel_size=2, ceil_mode=True, stride=2)
     assert largest.grid == grid and largest.q.flatten().tolist() == [5, 6, 8, 10]
     (apart,) = k.int_pool(x, mode="max", kernel_size=2, dilation=2)

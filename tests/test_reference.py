@@ -15,6 +15,12 @@ pytestmark = pytest.mark.usefixtures("poison")
 NAN, INF = float("nan"), float("inf")
 
 
+@pytest.fixture(autouse=True)
+def references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tested here, where faster backends are there too."""
+    monkeypatch.setattr("dfq_kernels.dispatch._FOR_ALL", "reference")
+
+
 def numpy_fake_quant(x: np.ndarray, scale: float, zero_point: float, low: int, high: int) -> np.ndarray:
     """The formula, each operation rounded to float32 by numpy."""
     inv = np.float32(1) / np.float32(scale)
