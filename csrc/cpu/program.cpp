@@ -10,6 +10,36 @@ namespace dfq {
 namespace DFQ_ISA {
 namespace {
 
+constexpr int64_t kFewChannels = 4;
+
+// Images of few channels: lanes are neighbours of a row, not channels. What is behind the channels in a pixel stays as it
+// is: weights are 0 there.
+void quantize_rows(const Work& w, int64_t begin, int64_t end) {
+  const int64_t channels = w.program.image_channels, height = w.program.image_height, width = w.program.image_width;
+  Finish finish(w.program, w.step, w.arena, w.logits);
+  VecInt nan{};
+  for (int64_t y = begin; y < end; ++y) {
+    finish.begin_row(y);
+    for (int64_t x = 0; x < width; x += kWidth)
+      for (int64_t c = 0; c < channels; ++c) {
+        const float* from = w.image + (c * height + y) * width + x;
+        const int64_t lanes = std::min<int64_t>(kWidth, width - x);
+        Vec t{};
+        if (lanes == kWidth) t = load_vec(from);
+        else std::memcpy(&t, from, static_cast<size_t>(lanes) * sizeof(float));
+        nan |= t != t;
+        for (int i = 0; i < finish.count; ++i) {
+          const Sink& sink = finish.outs[i];
+          const Bytes bytes = sink.stored(sink.round(t));
+          uint8_t* to = sink.row + x * sink.view.pixel + c;
+          for (int64_t lane = 0; lane < lanes; ++lane) to[lane * sink.view.pixel] = bytes[lane];
+        }
+      }
+  }
+  for (int i = 0; i < kWidth; ++i)
+    if (nan[i]) w.has_nan->store(true);
+}
+
 void quantize(const Work& w, int64_t begin, int64_t end) {
   const int64_t channels = w.program.image_channels, height = w.program.image_height, width = w.program.image_width;
   bool nan = false;
@@ -73,7 +103,10 @@ void max_pool(const Work& w, int64_t begin, int64_t end) {
 
 void run_rows(const Work& w, int64_t begin, int64_t end) {
   switch (w.step.kind) {
-    case kQuantize: return quantize(w, begin, end);
+    case kQuantize:
+      if (w.program.image_channels <= kFewChannels && w.step.chained.empty() && !w.step.outs.empty())
+        return quantize_rows(w, begin, end);
+      return quantize(w, begin, end);
     case kConvolve: return convolve(w, begin, end);
     case kRescale: return rescale(w, begin, end);
     case kAdd: return add(w, begin, end);
