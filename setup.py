@@ -140,8 +140,8 @@ def ninja_file(compiler: str, include: str, levels: list[str], target: Path, nvc
         objects.append(f"{name}.o")
         lines.append(f"build {name}.o: cxx {escape(source)}\n  more = {more}")
 
-    add(ROOT / "csrc" / "bindings.cpp", "bindings", include)
-    add(ROOT / "csrc" / "program_bindings.cpp", "program_bindings", include)
+    for source in sorted((ROOT / "csrc").glob("*.cpp")):
+        add(source, source.stem, include)
     add(ROOT / "csrc" / "cpu" / "select.cpp", "select", "")
     for source in CUDA if nvcc else []:  # first: they take longest
         objects.append(f"{source.stem}_cuda.o")

@@ -6,8 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/kernels.h"
-#include "cuda/kernels.h"
+#include "run.h"
 
 namespace py = pybind11;
 using namespace dfq;
@@ -27,33 +26,23 @@ uint8_t* bytes(Address address) { return reinterpret_cast<uint8_t*>(address); }
 using Where = std::tuple<int, int, Address, Address>;
 
 int threads_of(const Where& where) { return std::get<1>(where); }
+Queue queue_of(const Where& where) { return {std::get<0>(where), output(std::get<2>(where)), output(std::get<3>(where))}; }
 
-template <class Arguments>
-void run(const Where& where, void (*CpuKernels::*cpu)(const Arguments&),
-         void (*CudaKernels::*cuda)(const Arguments&, const Queue&), const Arguments& arguments) {
-  const auto [device, threads, stream, workspace] = where;
-  if (device < 0) return (cpu_kernels().*cpu)(arguments);
-  if (!cuda_kernels()) throw std::runtime_error("this module was built without CUDA kernels");
-  (cuda_kernels()->*cuda)(arguments, {device, output(stream), output(workspace)});
-}
-
-#define DFQ_RUN(name, type, ...) run<type>(where, &CpuKernels::name, &CudaKernels::name, type{__VA_ARGS__})
+#define DFQ_RUN(name, type, ...) run<type>(queue_of(where), &CpuKernels::name, &CudaKernels::name, type{__VA_ARGS__})
 
 }  // namespace
 
 void bind_programs(py::module_& m);  // program_bindings.cpp
+void bind_calls(py::module_& m);     // call_bindings.cpp
 
 PYBIND11_MODULE(_native, m) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.attr("isa") = cpu_kernels().isa;
   m.attr("cuda") = cuda_kernels() != nullptr;
-#ifdef DFQ_CUDA_EMULATED
-  m.attr("emulated") = true;  // CUDA kernels on the CPU and its memory, for tests
-#else
-  m.attr("emulated") = false;
-#endif
+  m.attr("emulated") = kEmulated;
 
   bind_programs(m);
+  bind_calls(m);
 
   m.def("workspace_bytes", [](int64_t size, int64_t channels, int64_t inner) {
     return cuda_kernels()->workspace_bytes({size, channels, inner});

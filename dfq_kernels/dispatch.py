@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -106,6 +108,12 @@ def chosen(op: str, device_type: str) -> str | None:
         return _name(op, None, device_type, torch.float32)
     except BackendError:
         return None
+
+
+def whole_call(op: str, backend: str | None) -> Callable[..., Any] | None:
+    """The native module's function that does a whole plain call of `op`: (what its forward gives, whether autograd must
+    record it), or None where the call is not plain. None where another backend is meant, or there is no such function."""
+    return extension.whole_call(op) if (backend or _FOR_ALL or "native") == "native" else None
 
 
 def resolve(op: str, backend: str | None, x: torch.Tensor) -> ModuleType:

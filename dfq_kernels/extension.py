@@ -6,12 +6,15 @@ The module knows no torch: a backend's `native.py` gives it addresses of dense t
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 @cache
@@ -38,6 +41,28 @@ def _note() -> str | None:
     """What the build left to say."""
     path = Path(__file__).parent / "_native.txt"
     return path.read_text().strip() if path.exists() else None
+
+
+@cache
+def calls() -> ModuleType | None:
+    """The module's functions from tensors to tensors (csrc/call_bindings.cpp); None where torch is too old to have its
+    tensors read without its headers (before 2.10), or the module is not there."""
+    table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if table is None or missing("cpu") is not None:
+        return None
+    watchers = (
+        torch._C._len_torch_dispatch_stack,
+        torch._C._are_functorch_transforms_active,
+        torch._C._get_tracing_state,
+        torch._C._autograd._profiler_enabled,
+    )
+    found = native().calls
+    return found if found.attach(table, torch, vars(forward_ad), watchers) else None
+
+
+def whole_call(name: str) -> Callable[..., Any] | None:
+    """The module's function of this name that does a whole plain call; None where there is none, or a compiler traces."""
+    return None if torch.compiler.is_compiling() else getattr(calls(), name, None)
 
 
 def address(values: Tensor | None) -> int:

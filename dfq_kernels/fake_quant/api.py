@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dfq_kernels._checks import check_device, check_float, check_quant_range, check_storage
 from dfq_kernels._eager import once, recorded
-from dfq_kernels.dispatch import resolve
+from dfq_kernels.dispatch import resolve, whole_call
 
 OP = "fake_quant"
 
@@ -55,6 +55,12 @@ def fake_quant(
 
     Source: Jacob et al. 2017 (arXiv 1712.05877) eq. 12; LSQ: Esser et al. 2019 (arXiv 1902.08153) eq. 3.
     """
+    whole = whole_call(OP, backend)
+    if whole is not None and (done := whole(x, scale, zero_point, quant_min, quant_max, axis)) is not None:
+        results, record = done
+        if not record:
+            return results[0]
+        return FakeQuant.apply(x, scale, zero_point, (quant_min, quant_max, axis), resolve(OP, backend, x), results)
     check_float(OP, "x", x)
     check_quant_range(OP, quant_min, quant_max)
     if axis is not None:
@@ -68,7 +74,7 @@ def fake_quant(
     impl = resolve(OP, backend, x)
     if not recorded(x, scale, zero_point):
         return impl.forward(x, scale, zero_point, quant_min, quant_max, axis)[0]
-    return FakeQuant.apply(x, scale, zero_point, (quant_min, quant_max, axis), impl)
+    return FakeQuant.apply(x, scale, zero_point, (quant_min, quant_max, axis), impl, None)
 
 
 def _parameter(x: Tensor, name: str, value: Tensor | float, axis: int | None) -> Tensor:
@@ -95,7 +101,7 @@ def _parameter(x: Tensor, name: str, value: Tensor | float, axis: int | None) ->
 
 
 class FakeQuant(torch.autograd.Function):
-    """Gradient of `fake_quant`; a backend supplies the arithmetic."""
+    """Gradient of `fake_quant`; a backend supplies the arithmetic, `done` the forward's results if they are there."""
 
     @staticmethod
     def forward(
@@ -105,8 +111,9 @@ class FakeQuant(torch.autograd.Function):
         zero_point: Tensor,
         settings: tuple[int, int, int | None],
         impl: ModuleType,
+        done: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        out, inside = impl.forward(x, scale, zero_point, *settings)
+        out, inside = done or impl.forward(x, scale, zero_point, *settings)
         ctx.learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.save_for_backward(*((x, scale, zero_point) if ctx.learned else (inside,)))
         ctx.settings, ctx.stride, ctx.impl = settings, out.stride(), impl
@@ -117,6 +124,6 @@ class FakeQuant(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.learned:
             (inside,) = ctx.saved_tensors
-            return ctx.impl.backward(grad_out, inside, ctx.stride), None, None, None, None
+            return ctx.impl.backward(grad_out, inside, ctx.stride), None, None, None, None, None
         grads = ctx.impl.backward_learned(grad_out, *ctx.saved_tensors, *ctx.settings)
-        return *grads, None, None
+        return *grads, None, None, None

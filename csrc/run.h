@@ -1,0 +1,25 @@
+// Where a kernel runs: the one place that chooses between the tables of the CPU and of CUDA.
+#pragma once
+#include <stdexcept>
+
+#include "cpu/kernels.h"
+#include "cuda/kernels.h"
+
+namespace dfq {
+
+#ifdef DFQ_CUDA_EMULATED
+constexpr bool kEmulated = true;  // CUDA kernels on the CPU and its memory, for tests
+#else
+constexpr bool kEmulated = false;
+#endif
+
+// device -1: the CPU
+template <class Arguments>
+void run(const Queue& queue, void (*CpuKernels::*cpu)(const Arguments&),
+         void (*CudaKernels::*cuda)(const Arguments&, const Queue&), const Arguments& arguments) {
+  if (queue.device < 0) return (cpu_kernels().*cpu)(arguments);
+  if (!cuda_kernels()) throw std::runtime_error("this module was built without CUDA kernels");
+  (cuda_kernels()->*cuda)(arguments, queue);
+}
+
+}  // namespace dfq
