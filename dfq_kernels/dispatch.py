@@ -111,8 +111,8 @@ def chosen(op: str, device_type: str) -> str | None:
 
 
 def whole_call(op: str, backend: str | None) -> Callable[..., Any] | None:
-    """The native module's function that does a whole plain call of `op`: (what its forward gives, whether autograd must
-    record it), or None where the call is not plain. None where another backend is meant, or there is no such function."""
+    """The native module's function that does a whole plain call of `op`; None where another backend is meant, or there
+    is none. It gives (what the forward gives, whether autograd must record it), or None where the call is not plain."""
     return extension.whole_call(op) if (backend or _FOR_ALL or "native") == "native" else None
 
 

@@ -61,7 +61,7 @@ def calls() -> ModuleType | None:
 
 
 def whole_call(name: str) -> Callable[..., Any] | None:
-    """The module's function of this name that does a whole plain call; None where there is none, or a compiler traces."""
+    """The module's function of this name that does a whole plain call; None: there is none, or a compiler traces."""
     return None if torch.compiler.is_compiling() else getattr(calls(), name, None)
 
 

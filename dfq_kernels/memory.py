@@ -14,7 +14,8 @@ ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}
 
 
 def dense(x: Tensor) -> Tensor:
-    """`x`, or a copy of it, whose elements fill their memory without gaps or overlaps."""
+    """`x`, or a copy of it, whose elements fill their memory without gaps or overlaps and are what is stored there."""
+    x = x.resolve_neg()  # the imaginary part of a conjugate is negated by a flag
     if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return x
     if torch.ops.aten.is_non_overlapping_and_dense(x):
@@ -33,12 +34,13 @@ def view(x: Tensor, axis: int | None) -> tuple[int, int, int]:
 def in_order_of(x: Tensor, other: Tensor) -> Tensor:
     """`other` with the type and the memory order of the dense `x`."""
     if other.stride() == x.stride() and other.dtype == x.dtype:
-        return other
+        return other.resolve_neg()
     return torch.empty_like(x).copy_(other)
 
 
 def fp32(values: Tensor) -> Tensor:
     """Contiguous fp32."""
+    values = values.resolve_neg()
     return values if values.dtype == torch.float32 and values.is_contiguous() else values.float().contiguous()
 
 

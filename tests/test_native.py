@@ -122,10 +122,12 @@ def test_norms_at_any_size(
 
 @native_only
 @pytest.mark.parametrize("op", [op for op, spec in all_specs().items() if spec.differentiable])
-def test_the_number_of_threads_changes_no_bit(op: str) -> None:
-    """At a size where every kernel splits its work."""
+@pytest.mark.parametrize("shape", [(65, 24, 33, 31), (65, 24, 32, 32)], ids=str)
+def test_the_number_of_threads_changes_no_bit(op: str, shape: tuple[int, ...]) -> None:
+    """At a size where every kernel splits its work, and where one thread writes past the caches but several do not."""
     generator, threads = torch.Generator().manual_seed(SEED), torch.get_num_threads()
-    x = torch.randn(16, 24, 33, 31, generator=generator)
+    x = torch.randn(shape, generator=generator)
+    assert x.nbytes >= 6 * 2**20 > x.nbytes / 2
     found = []
     for count in (1, 2, 3, 7):
         torch.set_num_threads(count)
@@ -161,7 +163,10 @@ def _all_results(op: str, values: Tensor) -> list[Tensor]:
         parameters = batch_norm(torch.Generator().manual_seed(1), x.shape[1])
         scale = torch.full((x.shape[1],), 0.1, requires_grad=True)
         if op == "fake_quant":
-            outs: Any = [k.fake_quant(x, scale, 0.0 * scale.detach(), -8, 7, axis=1, backend="native")]
+            outs: Any = [
+                k.fake_quant(x, scale, 0.0 * scale.detach(), -8, 7, axis=1, backend="native"),
+                k.fake_quant(x, 0.1, 0.0, -8, 7, backend="native"),
+            ]
         elif op == "observe_fake_quant":
             outs = [k.observe_fake_quant(x, **fresh_range(), backend="native")]
         elif op == "fake_quant_weights":

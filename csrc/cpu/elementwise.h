@@ -98,13 +98,14 @@ static inline void store_mask(uint8_t* mask, int64_t start, int64_t begin, int64
 }
 
 // Calls body(start, n) for every block of the tensor, in memory order: what prefetchers follow, even where a pass before
-// this one has left the tensor's end in the cache.
+// this one has left the tensor's end in the cache. `past`: results are written past the caches.
 template <class Body>
-static void for_blocks(int64_t size, int threads, const Body& body) {
-  const int64_t blocks = (size + kBlock - 1) / kBlock;
+static void for_blocks(int64_t size, int threads, bool past, const Body& body) {
+  const int64_t blocks = (size + kBlock - 1) / kBlock, step = past ? kBlockPastCaches : kBlock;
   parallel_for(blocks, kGrain / kBlock, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t start = begin * kBlock; start < end * kBlock; start += kBlock)
-      body(start, size - start < kBlock ? size - start : kBlock);
+    const int64_t last = end * kBlock < size ? end * kBlock : size;
+    for (int64_t start = begin * kBlock; start < last; start += step) body(start, last - start < step ? last - start : step);
+    if (past) written_past_caches();
   });
 }
 

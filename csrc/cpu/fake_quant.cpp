@@ -19,9 +19,10 @@ void forward(const FakeQuantForward& a) {
   const ChannelConstants<3> channels(a.view, {inv.data(), a.scale, a.zero_point});
   const Vec low = broadcast(a.quant_min), high = broadcast(a.quant_max);
   uint8_t* const mask = a.mask;
-  for_blocks(a.view.size, a.threads, [&](int64_t start, int64_t n) {
+  const bool past = results_past_caches<T>(a.view.size, a.threads);
+  for_blocks(a.view.size, a.threads, past, [&](int64_t start, int64_t n) {
     Reader<T> reader;
-    Writer<T> writer;
+    Writer<T> writer(past);
     T* to = static_cast<T*>(a.out) + start;
     const T* x = reader.at(static_cast<const T*>(a.x) + start, n);
     T* out = writer.at(to, n);
@@ -42,9 +43,10 @@ void forward(const FakeQuantForward& a) {
 
 template <class T>
 void backward(const MaskBackward& a) {
-  for_blocks(a.size, a.threads, [&](int64_t start, int64_t n) {
+  const bool past = past_caches(a.size * sizeof(T), a.threads);
+  for_blocks(a.size, a.threads, past, [&](int64_t start, int64_t n) {
     Reader<T> reader;
-    Writer<T> writer;
+    Writer<T> writer(past);
     T* to = static_cast<T*>(a.grad_x) + start;
     const T* grad = reader.at(static_cast<const T*>(a.grad_out) + start, n);
     T* out = writer.at(to, n);

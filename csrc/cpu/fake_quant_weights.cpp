@@ -11,17 +11,18 @@ namespace DFQ_ISA {
 namespace {
 
 template <class T>
-void quantize_row(const T* from, T* to, int64_t n, float quant_max, float* scale_out) {
+void quantize_row(const T* from, T* to, int64_t n, float quant_max, bool past, float* scale_out) {
   Reader<T> reader;
-  Writer<T> writer;
+  Writer<T> writer(past);
   float least, most;  // a NaN in the row makes its scale and every value NaN, as the reference's maximum does
   extremes_of(from, n, least, most);
   float scale = (-least > most ? -least : most) / quant_max;
   scale = scale < kScaleFloor ? kScaleFloor : scale;
   *scale_out = scale;
   const Vec inv = broadcast(1.0f / scale), factor = broadcast(scale), high = broadcast(quant_max), low = -high;
-  for (int64_t start = 0; start < n; start += kBlock) {
-    const int64_t count = n - start < kBlock ? n - start : kBlock;
+  const int64_t step = past ? kBlockPastCaches : kBlock;
+  for (int64_t start = 0; start < n; start += step) {
+    const int64_t count = n - start < step ? n - start : step;
     const T* x = reader.at(from + start, count);
     T* out = writer.at(to + start, count);
     for (int64_t j = 0; j < count; j += kWidth) {
@@ -35,6 +36,7 @@ template <class T>
 void quantize(const FakeQuantWeights& a) {
   int64_t elements = 0;
   for (int64_t layer = 0; layer < a.layers; ++layer) elements += a.channels[layer] * a.sizes[layer];
+  const bool past = results_past_caches<T>(elements, a.threads);
   // rows differ in length, so threads share the elements: a row is the part's in which it begins
   parallel_for(elements, kGrain, a.threads, [&](int64_t begin, int64_t end) {
     int64_t first = 0;  // the layer's first element among all
@@ -45,9 +47,10 @@ void quantize(const FakeQuantWeights& a) {
       for (; channel < a.channels[layer] && first + channel * n < end; ++channel) {
         const T* from = reinterpret_cast<const T*>(a.weights[layer]) + channel * n;
         T* to = reinterpret_cast<T*>(a.outs[layer]) + channel * n;
-        quantize_row(from, to, n, quant_max, reinterpret_cast<float*>(a.scales[layer]) + channel);
+        quantize_row(from, to, n, quant_max, past, reinterpret_cast<float*>(a.scales[layer]) + channel);
       }
     }
+    if (past) written_past_caches();
   });
 }
 

@@ -128,8 +128,8 @@ static inline Number joined(Fold fold, Number one, Number other) {
 template <class T, int K, int A, int B>
 class Workspace {
  public:
-  Workspace(const Chunks& chunks, const float* const (&values)[K], const Fold* folds)
-      : chunks_(chunks), lanes_(chunks.lanes()), stride_(lanes_ + kWidth) {
+  Workspace(const Chunks& chunks, const float* const (&values)[K], const Fold* folds, bool past)
+      : chunks_(chunks), past_(past), lanes_(chunks.lanes()), stride_(lanes_ + kWidth) {
     for (int k = 0; k < K; ++k) values_[k] = values[k];
     for (int a = 0; a < A; ++a) folds_[a] = folds[a];
     constants_.resize(static_cast<size_t>(K * stride_));
@@ -170,11 +170,12 @@ class Workspace {
 
   // Where its results may be written in whole vectors, and what brings them to `to` afterwards.
   T* place(int b, void* to) {
-    return place_ >= 0 ? static_cast<T*>(to) + place_ : buffers_.data() + b * chunks_.capacity();
+    return place_ >= 0 && !past_ ? static_cast<T*>(to) + place_ : buffers_.data() + b * chunks_.capacity();
   }
   void scatter(int b, void* to) {
-    if (place_ >= 0) return;
     const T* const buffer = buffers_.data() + b * chunks_.capacity();
+    if (past_ && place_ >= 0) return copy_past_caches(static_cast<T*>(to) + place_, buffer, size_ * sizeof(T));
+    if (place_ >= 0) return;
     chunks_.rows(chunk_, [&](int64_t offset, int64_t at, int64_t n) {
       std::memcpy(static_cast<T*>(to) + offset, buffer + at, n * sizeof(T));
     });
@@ -269,6 +270,7 @@ class Workspace {
   }
 
   const Chunks& chunks_;
+  bool past_;  // the caches
   int64_t lanes_, stride_, chunk_ = 0, place_ = -1, size_ = 0, channel_ = -1;
   const float* values_[K];
   Fold folds_[A > 0 ? A : 1];
@@ -280,12 +282,14 @@ class Workspace {
 // Calls body(work) for every chunk of the tensor, without sums.
 template <class T, int K, int B, class Body>
 static void for_chunks(const Chunks& chunks, int threads, const float* const (&values)[K], const Body& body) {
+  const bool past = results_past_caches<T>(chunks.size(), threads);
   parallel_for(chunks.groups(), 1, chunks.size() > kGrain ? threads : 1, [&](int64_t begin, int64_t end) {
-    Workspace<T, K, 0, B> work(chunks, values, nullptr);
+    Workspace<T, K, 0, B> work(chunks, values, nullptr, past);
     for (int64_t chunk = chunks.group_begin(begin); chunk < chunks.group_begin(end); ++chunk) {
       work.start(chunk);
       body(work);
     }
+    if (past) written_past_caches();
   });
 }
 
@@ -296,8 +300,9 @@ static std::vector<double> reduce(const Chunks& chunks, int threads, const float
   const int64_t channels = chunks.channels(), each = A * channels;
   std::vector<double> parts(static_cast<size_t>((chunks.groups() + 1) * each));
   for (int64_t i = 0; i < static_cast<int64_t>(parts.size()); ++i) parts[i] = neutral(folds[i / channels % A]);
+  const bool past = results_past_caches<T>(chunks.size(), threads);
   parallel_for(chunks.groups(), 1, chunks.size() > kGrain ? threads : 1, [&](int64_t begin, int64_t end) {
-    Workspace<T, K, A, B> work(chunks, values, folds);
+    Workspace<T, K, A, B> work(chunks, values, folds, past);
     for (int64_t group = begin; group < end; ++group) {
       work.clear();
       for (int64_t chunk = chunks.group_begin(group); chunk < chunks.group_begin(group + 1); ++chunk) {
@@ -306,6 +311,7 @@ static std::vector<double> reduce(const Chunks& chunks, int threads, const float
       }
       work.fold(&parts[group * each]);
     }
+    if (past) written_past_caches();
   });
   double* const total = &parts[chunks.groups() * each];
   for (int64_t group = 0; group < chunks.groups(); ++group)

@@ -1,12 +1,14 @@
 // Storage types: every kernel reads and writes vectors of them, and calculates in fp32.
 #pragma once
 #include "../common/types.h"
+#include "past_caches.h"
 #include "vector.h"
 
 namespace dfq {
 namespace DFQ_ISA {
 
 constexpr int64_t kBlock = 1024;  // elements; a multiple of every kWidth
+constexpr int64_t kBlockPastCaches = 256;  // so that loads of the next block overlap with the stores of this one
 
 struct BFloat16 {
   uint16_t bits;
@@ -152,17 +154,26 @@ class Reader {
   alignas(64) T buffer_[kBlock];
 };
 
+// Whether results of T are written past the caches: halves are not, their conversion takes longer than their traffic.
+template <class T>
+static inline bool results_past_caches(int64_t size, int threads) {
+  return sizeof(T) == sizeof(float) && past_caches(size * sizeof(T), threads);
+}
+
 // Where a block may be written up to the next multiple of kWidth; `done` puts n elements in their place.
 template <class T>
 class Writer {
  public:
-  T* at(T* to, int64_t n) { return n % kWidth == 0 ? to : buffer_; }
+  explicit Writer(bool past) : past_(past) {}
+  T* at(T* to, int64_t n) { return n % kWidth == 0 && !past_ ? to : buffer_; }
   void done(T* to, int64_t n) {
-    if (n % kWidth != 0) std::memcpy(to, buffer_, n * sizeof(T));
+    if (past_) copy_past_caches(to, buffer_, n * sizeof(T));
+    else if (n % kWidth != 0) std::memcpy(to, buffer_, n * sizeof(T));
   }
 
  private:
   alignas(64) T buffer_[kBlock];
+  bool past_;  // the caches
 };
 
 template <class Call>

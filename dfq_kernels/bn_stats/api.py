@@ -49,9 +49,7 @@ class BnStats(torch.autograd.Function):
     """Gradient of `bn_stats`; `done`: the forward's results if they are there."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, impl: ModuleType, done: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, impl: ModuleType, done: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         mean, var = done or impl.forward(x)
         ctx.save_for_backward(x, mean)
         ctx.impl = impl
