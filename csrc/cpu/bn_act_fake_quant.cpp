@@ -28,11 +28,12 @@ void look_at(const BnActFakeQuantForward& a, std::vector<float>& least, std::vec
   std::fill(folds, folds + count, Fold::kSum);
   if (observe) folds[count - 2] = Fold::kLeast, folds[count - 1] = Fold::kMost;
   std::vector<double> total;
+  const bool ahead = reads_ahead();
   const auto pass = [&](const float* shift) {
     total = reduce<T, 1, count, 1>(chunks, a.threads, {shift}, folds, [&](auto& work) {
       const T* x = work.gather(0, a.x);
-      work.run([&](int64_t i, const Vec* k, Vec* at) DFQ_INLINE {
-        const Vec value = load_vec(x + i);
+      work.run([=](int64_t i, const Vec* k, Vec* at) DFQ_INLINE {
+        const Vec value = load_ahead(x + i, ahead);
         const Vec distance = training ? value - k[0] : value;
         at[0] = at[0] + distance;
         if (training) at[1] = at[1] + distance * distance;

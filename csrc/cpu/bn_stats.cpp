@@ -13,11 +13,12 @@ namespace {
 template <class T>
 void forward(const BnStatsForward& a) {
   const Chunks chunks(a.view);
+  const bool ahead = reads_ahead();
   measure<T>(a.view, a.x, a.threads, a.mean, a.var, [&](const float* shift) {
     return reduce<T, 1, 2, 1>(chunks, a.threads, {shift}, {Fold::kSum, Fold::kSum}, [&](auto& work) {
       const T* x = work.gather(0, a.x);
-      work.run([&](int64_t i, const Vec* k, Vec* total) DFQ_INLINE {
-        const Vec distance = load_vec(x + i) - k[0];
+      work.run([=](int64_t i, const Vec* k, Vec* total) DFQ_INLINE {
+        const Vec distance = load_ahead(x + i, ahead) - k[0];
         total[0] = total[0] + distance;
         total[1] = total[1] + distance * distance;
       });

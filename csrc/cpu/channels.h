@@ -145,6 +145,7 @@ static bool holds_nan(const T* x, int64_t n) {
 template <class T>
 static void extremes_of(const T* x, int64_t n, float& least, float& most) {
   constexpr int kBeside = 4;  // what a minimum has to wait for
+  const bool ahead = reads_ahead();
   Vec low[kBeside], high[kBeside], sum[kBeside];
   for (int b = 0; b < kBeside; ++b) {
     low[b] = broadcast(kInfinity);
@@ -155,7 +156,7 @@ static void extremes_of(const T* x, int64_t n, float& least, float& most) {
   for (int64_t j = 0; j < whole; j += kBeside * kWidth)
 #pragma GCC unroll 4
     for (int b = 0; b < kBeside; ++b) {
-      const Vec value = load_vec(x + j + b * kWidth);
+      const Vec value = load_ahead(x + j + b * kWidth, ahead);
       low[b] = min_keeping_nan(value, low[b]);
       high[b] = max_keeping_nan(value, high[b]);
       sum[b] = sum[b] + value;

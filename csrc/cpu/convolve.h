@@ -1,6 +1,6 @@
 // Convolutions and linear layers of a program: dense by tiles of products (dot.h), by channel, or one by one.
 #pragma once
-#include "dot.h"
+#include "amx.h"
 #include "finish.h"
 
 namespace dfq {
@@ -114,32 +114,78 @@ Tile choose_tile(int64_t width, int64_t blocks) {
   return *best;
 }
 
-void convolve_dense(const Work& w, int64_t begin, int64_t end) {
+struct Dense {
+  View2d in;
+  Taps taps;
+  int64_t inner, outer, blocks, block_bytes;  // channels of a group; blocks of 16 output channels, bytes of one's weights
+
+  explicit Dense(const Work& w) : in(w.program.planes[w.step.x], w.arena) {
+    const Step& s = w.step;
+    const int group = has_vnni() ? 4 : 2;
+    inner = s.groups == 1 ? in.pixel : in.plane->channels / s.groups, outer = s.out_channels / s.groups;
+    blocks = (outer + 15) / 16, block_bytes = int64_t(s.kernel_y) * s.kernel_x * (inner / group) * 64;
+    taps = {s.kernel_y, s.kernel_x, static_cast<int32_t>(inner / group), s.dilation_y * in.row,
+            s.dilation_x * in.pixel, s.stride_x * in.pixel};
+  }
+};
+
+// The rows [begin, end) of blocks b, b + 1, ... of a group; dot(x, weight, start, acc) fills a tile.
+template <class Fill>
+void convolve_blocks(const Work& w, const Dense& d, Finish& finish, const View2d& residual, int64_t group, int64_t b,
+                     int pixels, int tile_blocks, int64_t begin, int64_t end, const Fill& dot) {
   const Step& s = w.step;
-  const View2d in(w.program.planes[s.x], w.arena);
-  Finish finish(w.program, s, w.arena, w.logits);
-  const View2d residual = s.other < 0 ? View2d() : View2d(w.program.planes[s.other], w.arena);
-  const int64_t inner = s.groups == 1 ? in.pixel : in.plane->channels / s.groups, outer = s.out_channels / s.groups;
-  const int group = has_vnni() ? 4 : 2;
-  const Taps taps{s.kernel_y, s.kernel_x, static_cast<int32_t>(inner / group), s.dilation_y * in.row,
-                  s.dilation_x * in.pixel, s.stride_x * in.pixel};
-  const int64_t block_bytes = int64_t(s.kernel_y) * s.kernel_x * (inner / group) * 64, blocks = (outer + 15) / 16;
-  alignas(64) int32_t acc[32 * kLanes];
-  for (int64_t g = 0; g < s.groups; ++g)
-    for (int64_t b = 0; b < blocks;) {
-      const Tile tile = choose_tile(s.out_width, blocks - b);
-      const int64_t channel = g * outer + b * kLanes, channels = outer - b * kLanes;
-      const uint8_t* weight = &s.packed[(g * blocks + b) * block_bytes];
-      const int32_t* start = &s.start[(g * blocks + b) * kLanes];
-      for (int64_t y = begin; y < end; ++y) {
-        finish.begin_row(y);
-        for (int64_t next = 0; next < s.out_width; next += tile.pixels) {
-          const int64_t x = std::min<int64_t>(next, s.out_width - tile.pixels);
-          const uint8_t* from = in.at(y * s.stride_y - s.pad_y, x * s.stride_x - s.pad_x) + g * inner;
-          tile.dot(from, taps, weight, block_bytes, start, acc);
-          finish_tile(w, finish, residual, acc, tile.pixels, tile.blocks, y, x, channel, channels);
-        }
-      }
+  alignas(64) int32_t acc[64 * kLanes];
+  const int64_t channel = group * d.outer + b * kLanes, channels = d.outer - b * kLanes;
+  const uint8_t* weight = &s.packed[(group * d.blocks + b) * d.block_bytes];
+  const int32_t* start = &s.start[(group * d.blocks + b) * kLanes];
+  for (int64_t y = begin; y < end; ++y) {
+    finish.begin_row(y);
+    for (int64_t next = 0; next < s.out_width; next += pixels) {
+      const int64_t x = std::min<int64_t>(next, s.out_width - pixels);
+      dot(d.in.at(y * s.stride_y - s.pad_y, x * s.stride_x - s.pad_x) + group * d.inner, weight, start, acc);
+      finish_tile(w, finish, residual, acc, pixels, tile_blocks, y, x, channel, channels);
+    }
+  }
+}
+
+#ifdef DFQ_AMX
+// False where AMX does not pay.
+bool convolve_tiles(const Work& w, const Dense& d, int64_t begin, int64_t end) {
+  using DotTiles = decltype(&dot_tiles<1, 1>);
+  static const DotTiles dots[2][2] = {{dot_tiles<1, 1>, dot_tiles<1, 2>}, {dot_tiles<2, 1>, dot_tiles<2, 2>}};
+  TileTaps tiles;
+  if (!has_amx() || !tiles.choose(d.taps, w.step.out_width, d.blocks)) return false;
+  Finish finish(w.program, w.step, w.arena, w.logits);
+  const View2d residual = residual_of(w);
+  tiles.set();
+  for (int64_t group = 0; group < w.step.groups; ++group)
+    for (int64_t b = 0; b < d.blocks; b += tiles.blocks) {
+      const int blocks = static_cast<int>(std::min<int64_t>(tiles.blocks, d.blocks - b));
+      const DotTiles dot = dots[tiles.groups - 1][blocks - 1];
+      convolve_blocks(w, d, finish, residual, group, b, tiles.groups * tiles.pixels, blocks, begin, end,
+                      [&](const uint8_t* x, const uint8_t* weight, const int32_t* start, int32_t* acc) {
+                        dot(x, d.taps, tiles, weight, d.block_bytes, start, acc);
+                      });
+    }
+  release_tiles();
+  return true;
+}
+#endif
+
+void convolve_dense(const Work& w, int64_t begin, int64_t end) {
+  const Dense d(w);
+#ifdef DFQ_AMX
+  if (convolve_tiles(w, d, begin, end)) return;
+#endif
+  Finish finish(w.program, w.step, w.arena, w.logits);
+  const View2d residual = residual_of(w);
+  for (int64_t group = 0; group < w.step.groups; ++group)
+    for (int64_t b = 0; b < d.blocks;) {
+      const Tile tile = choose_tile(w.step.out_width, d.blocks - b);
+      convolve_blocks(w, d, finish, residual, group, b, tile.pixels, tile.blocks, begin, end,
+                      [&](const uint8_t* x, const uint8_t* weight, const int32_t* start, int32_t* acc) {
+                        tile.dot(x, d.taps, weight, d.block_bytes, start, acc);
+                      });
       b += tile.blocks;
     }
 }

@@ -1,7 +1,7 @@
 // Storage types: every kernel reads and writes vectors of them, and calculates in fp32.
 #pragma once
 #include "../common/types.h"
-#include "past_caches.h"
+#include "traffic.h"
 #include "vector.h"
 
 namespace dfq {
@@ -126,6 +126,13 @@ static inline float to_float(BFloat16 value) {
   return result;
 }
 static inline float to_float(Float16 value) { return half_to_float(value.bits); }
+
+// Loads for passes that only read; ahead: reads_ahead().
+template <class T>
+DFQ_INLINE static inline Vec load_ahead(const T* from, bool ahead) {
+  if (ahead) __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead);
+  return load_vec(from);
+}
 
 // What is read back after v was stored as T.
 template <class T>
