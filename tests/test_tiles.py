@@ -13,7 +13,7 @@ from tests.conftest import SEED
 
 pytestmark = pytest.mark.skipif(missing("int_conv2d", "native", "cpu") is not None, reason="no native kernels")
 
-# channels, kernel, more: runs of one step and of several, too short ones, one block of output channels, two, an odd count
+# channels, kernel, more: runs of one step, of several, too short; one block of output channels, two, an odd count
 LAYERS: dict[str, tuple[tuple[int, int], int, dict[str, int]]] = {
     "stem": ((3, 16), 3, {}),
     "16": ((16, 16), 3, {}),
