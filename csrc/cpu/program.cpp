@@ -131,22 +131,29 @@ void fill_frames(const Program& program, const Step& step, uint8_t* arena) {
   for (int index : step.outs) fill_frame(program.planes[index], arena);
 }
 
-// copy(bytes of the caller's pixel, bytes of the plane's) for every pixel of an image; both turn the sign of signed ones.
+// copy(the caller's bytes, the plane's, how many) for the runs that an image has on both sides: rows where pixels have no
+// gaps, else pixels.
 template <class Byte, class Copy>
-void each_shared_pixel(const Plane& p, uint8_t* arena, Byte* image, const Copy& copy) {
+void each_shared_run(const Plane& p, uint8_t* arena, Byte* image, const Copy& copy) {
   const View2d view(p, arena);
+  const bool rows = p.stride == p.channels;
+  const int64_t pixels = rows ? p.width : 1, bytes = pixels * p.channels;
   for (int64_t y = 0; y < p.height; ++y)
-    for (int64_t x = 0; x < p.width; ++x, image += p.channels) copy(image, view.at(y, x));
+    for (int64_t x = 0; x < p.width; x += pixels, image += bytes) copy(image, view.at(y, x), bytes);
+}
+
+// Signed integers are stored without their sign.
+inline void turn_signs(uint8_t* __restrict to, const uint8_t* __restrict from, int64_t bytes, uint8_t turn) {
+  for (int64_t i = 0; i < bytes; ++i) to[i] = from[i] ^ turn;
 }
 
 void take_inputs(const ProgramRun& run, int64_t index, uint8_t* arena) {
   for (size_t i = 0; i < run.program->inputs.size(); ++i) {
     const Plane& p = run.program->planes[run.program->inputs[i]];
     fill_frame(p, arena);
-    const int64_t bytes = int64_t(p.height) * p.width * p.channels;
-    const uint8_t turn = static_cast<uint8_t>(p.shift);
-    each_shared_pixel(p, arena, run.inputs[i] + index * bytes, [&](const uint8_t* from, uint8_t* to) {
-      for (int32_t c = 0; c < p.channels; ++c) to[c] = from[c] ^ turn;
+    const int64_t size = int64_t(p.height) * p.width * p.channels;
+    each_shared_run(p, arena, run.inputs[i] + index * size, [&](const uint8_t* from, uint8_t* to, int64_t bytes) {
+      turn_signs(to, from, bytes, static_cast<uint8_t>(p.shift));
     });
   }
 }
@@ -154,10 +161,9 @@ void take_inputs(const ProgramRun& run, int64_t index, uint8_t* arena) {
 void give_outputs(const ProgramRun& run, int64_t index, uint8_t* arena) {
   for (size_t i = 0; i < run.program->outputs.size(); ++i) {
     const Plane& p = run.program->planes[run.program->outputs[i]];
-    const int64_t bytes = int64_t(p.height) * p.width * p.channels;
-    const uint8_t turn = static_cast<uint8_t>(p.shift);
-    each_shared_pixel(p, arena, run.outputs[i] + index * bytes, [&](uint8_t* to, const uint8_t* from) {
-      for (int32_t c = 0; c < p.channels; ++c) to[c] = from[c] ^ turn;
+    const int64_t size = int64_t(p.height) * p.width * p.channels;
+    each_shared_run(p, arena, run.outputs[i] + index * size, [&](uint8_t* to, const uint8_t* from, int64_t bytes) {
+      turn_signs(to, from, bytes, static_cast<uint8_t>(p.shift));
     });
   }
 }
