@@ -92,8 +92,11 @@ struct Tile {
   Dot dot;
 };
 
-// The tile that covers `width` pixels of `blocks` blocks with the least work; a last one overlaps the one before.
-Tile choose_tile(int64_t width, int64_t blocks) {
+constexpr int64_t kFirstLevel = 48 << 10;  // bytes of weights that stay in the first-level cache
+
+// The tile that covers `width` pixels of `blocks` blocks with the least work; a last one overlaps the one before. Weights
+// that come from the second-level cache for every tile cost as much as two that do not.
+Tile choose_tile(int64_t width, int64_t blocks, int64_t block_bytes) {
 #if defined(__AVX512F__)
   static const Tile tiles[] = {
       {16, 1, dot_of<16, 1>()}, {8, 1, dot_of<8, 1>()}, {4, 1, dot_of<4, 1>()}, {1, 1, dot_of<1, 1>()},
@@ -108,7 +111,8 @@ Tile choose_tile(int64_t width, int64_t blocks) {
   for (const Tile& tile : tiles) {
     if (tile.pixels > width || tile.blocks > blocks) continue;
     const double count = static_cast<double>((width + tile.pixels - 1) / tile.pixels);
-    const double cost = count * (tile.pixels * tile.blocks + tile.pixels + tile.blocks) / tile.blocks;
+    const int loads = tile.pixels + tile.blocks * (tile.blocks * block_bytes > kFirstLevel ? 2 : 1);
+    const double cost = count * (tile.pixels * tile.blocks + loads) / tile.blocks;
     if (!best || cost < least) best = &tile, least = cost;
   }
   return *best;
@@ -181,7 +185,7 @@ void convolve_dense(const Work& w, int64_t begin, int64_t end) {
   const View2d residual = residual_of(w);
   for (int64_t group = 0; group < w.step.groups; ++group)
     for (int64_t b = 0; b < d.blocks;) {
-      const Tile tile = choose_tile(w.step.out_width, d.blocks - b);
+      const Tile tile = choose_tile(w.step.out_width, d.blocks - b, d.block_bytes);
       convolve_blocks(w, d, finish, residual, group, b, tile.pixels, tile.blocks, begin, end,
                       [&](const uint8_t* x, const uint8_t* weight, const int32_t* start, int32_t* acc) {
                         tile.dot(x, d.taps, weight, d.block_bytes, start, acc);
