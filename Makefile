@@ -40,6 +40,7 @@ readme: .venv/installed        ## builds the README's tables from benchmarks/res
 bench: .venv/installed         ## kernels, steps and integer networks against what users have, into benchmarks/results: 30 minutes
 	$(BIN)/python -m benchmarks.run --compiled
 	$(BIN)/python -m benchmarks.end_to_end --compiled
+	$(BIN)/python -m benchmarks.layers
 	$(BIN)/python -m benchmarks.integer
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -62,6 +63,7 @@ gpu:                           ## with a GPU: builds in place, checks, measures;
 	  tests/test_conformance.py -k "misaligned or slice or transposed or expanded"; fi
 	$(PYTHON) -m benchmarks.run
 	$(PYTHON) -m benchmarks.end_to_end --compiled
+	$(PYTHON) -m benchmarks.layers
 	$(PYTHON) -m benchmarks.integer --seconds 2
 
 tune:                          ## with a GPU: launch configurations of the Triton kernels for its architecture

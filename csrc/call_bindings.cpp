@@ -232,6 +232,7 @@ bool attach(py::capsule exchange, py::module_ module, py::dict forward_ad, py::t
   auto* table = static_cast<const ExchangeTable*>(PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
   while (table && table->major > 1) table = table->older;
   if (!table || table->major != 1 || !table->look || !table->current_stream) return false;
+  if (!forward_ad.contains("_current_level")) return false;
   const auto kept = [](Object object) { return object.release().ptr(); };
   const auto of = [&](const char* name) { return kept(module.attr(name)); };
   const auto name = [](const char* text) { return PyUnicode_InternFromString(text); };

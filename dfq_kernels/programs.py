@@ -97,6 +97,7 @@ class OneStep:
         frame: Sequence[int] = (0, 0), fill: Callable[[Any], None] | None = None,
     ) -> None:  # fmt: skip
         self.shape, self.epilogue = shape, epilogue
+        self._runner: Any = None
         self.inputs = [channels_last(q) for q, _ in inputs]
         self.program, sides = native().Program(), (*shape[1:], 1, 1)[:3]
         self.planes: list[Any] = []
@@ -136,7 +137,9 @@ class OneStep:
             self.program.image_channels, self.program.image_height, self.program.image_width = images.shape[1:]
         addresses = [out.data_ptr() for out in written]
         real, integers = (0, addresses) if self.epilogue.outs else (addresses[0], [])
-        native().Runner(self.program).run(
+        if self._runner is None:  # packs the weights
+            self._runner = native().Runner(self.program)
+        self._runner.run(
             0 if images is None else images.data_ptr(), self.shape[0], real, torch.get_num_threads(),
             [q.data_ptr() for q in self.inputs], integers,
         )  # fmt: skip

@@ -13,14 +13,13 @@ from dfq_kernels.programs import CONVOLVE, OneStep, set_layer, set_window
 from dfq_kernels.registration import register
 
 
-@register(schema.FORWARD, "native")
-def forward(
+def one_step(
     x: Tensor, x_grid: list[float], weight: Tensor, sums: Tensor, weight_bits: int, mult: Tensor, bias: Tensor,
     stride: list[int], padding: list[int], dilation: list[int], groups: int, residual: Tensor | None,
     residual_grid: list[float], activation: str | None, outs: list[float], then: Sequence[Tensor],
     then_activation: str | None, then_outs: list[float],
-) -> list[Tensor]:  # fmt: skip
-    """`t = float(acc) * mult[c] + bias[c] + float(r - z_r) * s_r`, and what every operator ends with."""
+) -> OneStep:  # fmt: skip
+    """The program of `forward` with its weights packed, to be run again and again on this `x`."""
     grid, bits = unflat(x_grid)
     inputs = [(unpack_channels(x, bits, grid.signed), grid)]
     if residual is not None:
@@ -33,4 +32,10 @@ def forward(
 
     shape = schema.out_shape(x, weight, stride, padding, dilation)
     epilogue = Epilogue.of(activation, outs, then, then_activation, then_outs)
-    return OneStep(CONVOLVE, shape, epilogue, inputs, padding, fill).run(x)
+    return OneStep(CONVOLVE, shape, epilogue, inputs, padding, fill)
+
+
+@register(schema.FORWARD, "native")
+def forward(x: Tensor, *rest: Any) -> list[Tensor]:
+    """`t = float(acc) * mult[c] + bias[c] + float(r - z_r) * s_r`, and what every operator ends with."""
+    return one_step(x, *rest).run(x)
