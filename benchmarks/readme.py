@@ -10,9 +10,11 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 ACCURACY = ROOT / "benchmarks" / "results" / "accuracy-fashion-mnist.json"
-KERNELS = ROOT / "benchmarks" / "results" / "kernels-cpu-amd-epyc.json"
-INTEGER = ROOT / "benchmarks" / "results" / "integer-cpu-amd-epyc.json"
-STEPS = ROOT / "benchmarks" / "results" / "steps-cpu-amd-epyc.json"
+KERNELS = ROOT / "benchmarks" / "results" / "kernels-cpu-intel-xeon-processor.json"
+INTEGER = [
+    ROOT / "benchmarks" / "results" / f"integer-cpu-{name}.json" for name in ("intel-xeon-processor", "amd-epyc")
+]
+STEPS = ROOT / "benchmarks" / "results" / "steps-cpu-intel-xeon-processor.json"
 PRESETS = ("W8A8", "W4A8", "W4A4", "W3A3", "W2A4")
 
 
@@ -121,7 +123,7 @@ def build(text: str) -> str:
     data = json.loads(ACCURACY.read_text())
     blocks = {
         "kernels": kernel_table(json.loads(KERNELS.read_text())),
-        "integer": integer_table(json.loads(INTEGER.read_text())),
+        "integer": "\n\n".join(integer_table(json.loads(path.read_text())) for path in INTEGER),
         "steps": step_table(json.loads(STEPS.read_text())),
         "accuracy": main_table(data),
         "gdfq": other_table(data, "gdfq", "convention of later work"),

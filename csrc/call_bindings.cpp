@@ -24,8 +24,16 @@ Object taken(PyObject* made) {
 }
 Object call(PyObject* function) { return taken(PyObject_CallNoArgs(function)); }
 Object method(PyObject* object, PyObject* name) { return taken(PyObject_CallMethodNoArgs(object, name)); }
-bool truth(const Object& value) { return PyObject_IsTrue(value.ptr()) == 1; }
-int64_t integer(PyObject* value) { return PyLong_AsLongLong(value); }
+bool truth(const Object& value) {
+  const int answer = PyObject_IsTrue(value.ptr());
+  if (answer < 0) throw py::error_already_set();
+  return answer == 1;
+}
+int64_t integer(PyObject* value) {
+  const int64_t found = PyLong_AsLongLong(value);
+  if (found == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return found;
+}
 
 // What is used of torch; given once by attach() and never released.
 struct Torch {
@@ -228,7 +236,8 @@ Object bn_stats(Arguments a, Py_ssize_t count) {
 
 // Whether torch's table can be used; torch: the module; forward_ad: where its level is; watchers: functions whose answers
 // are false while nobody watches.
-bool attach(py::capsule exchange, py::module_ module, py::dict forward_ad, py::tuple watchers) {
+bool attach(py::object exchange, py::module_ module, py::dict forward_ad, py::tuple watchers) {
+  if (!PyCapsule_IsValid(exchange.ptr(), "dlpack_exchange_api")) return false;
   auto* table = static_cast<const ExchangeTable*>(PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
   while (table && table->major > 1) table = table->older;
   if (!table || table->major != 1 || !table->look || !table->current_stream) return false;

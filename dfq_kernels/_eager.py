@@ -14,17 +14,23 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+# whose answers are false while nobody watches what is called: modes, transforms, tracing, the profiler
+WATCHERS = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._are_functorch_transforms_active,
+    torch._C._get_tracing_state,
+    torch._C._autograd._profiler_enabled,
+)
+
 
 def plain(x: Tensor) -> bool:
-    """Nobody watches: no tracing, no mode, no transform, no profiler, no subclass of Tensor."""
-    return not (
-        torch.compiler.is_compiling()
-        or type(x) not in (Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
-    )
+    """Nobody watches, nothing is compiled, and x is no subclass of Tensor."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+        return False
+    for watches in WATCHERS:  # noqa: SIM110  a generator costs as much as the answers
+        if watches():
+            return False
+    return True
 
 
 def recorded(*tensors: Tensor | None) -> bool:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from dfq_kernels._eager import WATCHERS
+
 
 @cache
 def native() -> ModuleType:
@@ -45,19 +47,15 @@ def _note() -> str | None:
 
 @cache
 def calls() -> ModuleType | None:
-    """The module's functions from tensors to tensors (csrc/call_bindings.cpp); None where torch is too old to have its
-    tensors read without its headers (before 2.10), or the module is not there."""
+    """The module's functions from tensors to tensors (csrc/call_bindings.cpp).
+
+    None where torch does not let its tensors be read without its headers (before 2.10), or the module is not there.
+    """
     table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if table is None or missing("cpu") is not None:
         return None
-    watchers = (
-        torch._C._len_torch_dispatch_stack,
-        torch._C._are_functorch_transforms_active,
-        torch._C._get_tracing_state,
-        torch._C._autograd._profiler_enabled,
-    )
     found = native().calls
-    return found if found.attach(table, torch, vars(forward_ad), watchers) else None
+    return found if found.attach(table, torch, vars(forward_ad), WATCHERS) else None
 
 
 def whole_call(name: str) -> Callable[..., Any] | None:

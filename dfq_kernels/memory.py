@@ -33,6 +33,8 @@ def view(x: Tensor, axis: int | None) -> tuple[int, int, int]:
 
 def in_order_of(x: Tensor, other: Tensor) -> Tensor:
     """`other` with the type and the memory order of the dense `x`."""
+    if other._is_zerotensor():  # zeros that autograd has not written down
+        return torch.zeros_like(x)
     if other.stride() == x.stride() and other.dtype == x.dtype:
         return other.resolve_neg()
     return torch.empty_like(x).copy_(other)

@@ -137,7 +137,7 @@ class OneStep:
             self.program.image_channels, self.program.image_height, self.program.image_width = images.shape[1:]
         addresses = [out.data_ptr() for out in written]
         real, integers = (0, addresses) if self.epilogue.outs else (addresses[0], [])
-        if self._runner is None:  # packs the weights
+        if self._runner is None or images is not None:  # packs the weights; it keeps the images' size
             self._runner = native().Runner(self.program)
         self._runner.run(
             0 if images is None else images.data_ptr(), self.shape[0], real, torch.get_num_threads(),

@@ -104,14 +104,18 @@ def run_small(tmp_path: Path):
 
 @pytest.fixture
 def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    widen_tiles(monkeypatch)
+
+
+def widen_tiles(patch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter is fastest with few programs of large tiles; a GPU takes its own."""
     if torch.cuda.is_available() or missing("triton", torch.device("cpu")) is not None:
         return
     from dfq_kernels import tiles
     from dfq_kernels.int_conv2d import triton as convolution
 
-    monkeypatch.setattr(convolution, "MULTIPROCESSORS", 1)
+    patch.setattr(convolution, "MULTIPROCESSORS", 1)
     wide = {"convolution": {"pixels": 1024, "channels": 512, "depth": 512}, "pixels": {"elements": 2**18}}
     for kind, sides in wide.items():
         for side, size in sides.items():
-            monkeypatch.setitem(tiles.tuning()[kind], side, size)
+            patch.setitem(tiles.tuning()[kind], side, size)

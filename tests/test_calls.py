@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gc
 import weakref
 from collections.abc import Callable
@@ -166,6 +167,7 @@ def test_backwards_that_are_not_plain() -> None:
         (x, inside, list(x.stride())),
         (x, inside, x.stride()[1:]),
         (torch._neg_view(x), inside, x.stride()),
+        (torch._efficientzerotensor(x.shape), inside, x.stride()),
         (x.double(), inside, x.stride()),
     ]:
         assert CALLS.mask_backward(grad_out, bits, stride) is None
@@ -192,6 +194,31 @@ def test_values_negated_by_a_flag(op: str) -> None:
     leaf = values.clone().requires_grad_()
     (grad,) = torch.autograd.grad(k.fake_quant(leaf, ONE, ZERO), leaf, torch._neg_view(-values))
     assert torch.equal(grad, torch.autograd.grad(k.fake_quant(leaf, ONE, ZERO), leaf, values)[0])
+
+
+@pytest.mark.parametrize(
+    "stand_in", [torch._efficientzerotensor, lambda shape: torch._to_functional_tensor(torch.ones(shape))]
+)
+def test_what_is_in_no_memory_is_refused(stand_in: Callable[[tuple[int, int]], Tensor]) -> None:
+    x = stand_in((2, 3))
+    assert type(x) is Tensor
+    for call in (lambda: k.fake_quant(x, ONE, ZERO), lambda: k.bn_stats(x)):
+        with pytest.raises(ValueError, match="x must have a storage of 24 bytes, got one of 0"):
+            call()
+
+
+def test_zeros_that_autograd_has_not_written_down() -> None:
+    x = torch.randn(2, 3, requires_grad=True)
+    k.fake_quant(x, ONE, ZERO).backward(torch._efficientzerotensor((2, 3)))
+    assert x.grad is not None and torch.equal(x.grad, torch.zeros(2, 3))
+
+
+def test_a_torch_whose_table_is_another_goes_the_long_way() -> None:
+    attach = extension.native().calls.attach
+    for table in (datetime.datetime_CAPI, None, 3):  # type: ignore[attr-defined]
+        assert attach(table, torch, {"_current_level": -1}, ()) is False
+    assert attach(Tensor.__dlpack_c_exchange_api__, torch, {}, ()) is False  # type: ignore[attr-defined]
+    assert fake_quant(torch.randn(3)) is not None
 
 
 def test_another_backend_is_not_passed_over(monkeypatch: pytest.MonkeyPatch, answers: list[bool]) -> None:

@@ -247,6 +247,8 @@ def test_a_backend_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch)
     _, graph = exported("wrn-16-1", "W8A8")
     with pytest.raises(ValueError, match="engine: backend must be one of native, triton, reference, got 'cuda'"):
         engine.Engine(graph, backend="cuda")
+    with pytest.raises(ValueError, match="engine: capture must be auto or off where reference runs, got 'on'"):
+        engine.Engine(graph, backend="reference", capture="on")
     monkeypatch.setattr(extension, "missing", lambda _: "it was not built")
     with pytest.raises(BackendError, match="engine: backend must be one that is there, got 'native': it was not built"):
         engine.Engine(graph, backend="native")

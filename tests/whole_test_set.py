@@ -1,12 +1,14 @@
 """Every integer of WRN-16-1 on all 10,000 test images: `python -m tests.whole_test_set native reference`; minutes.
 
-The engine's values against those of the trained graph's exact forward; any difference ends it. On a GPU `triton`, too.
+The engine's values against those of the trained graph's exact forward; any difference ends it. `triton` on a GPU where
+there is one, else interpreted (an hour).
 """
 
 from __future__ import annotations
 
 import sys
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from dfq.engine import IntegerGraph
 from dfq.engine.native import NativeNetwork
 from dfq.engine.operators import OperatorNetwork
 from dfq.execution import Execution
+from tests.conftest import widen_tiles
 from tests.integer_networks import PRESETS, exact_values, exported
 
 BATCH = 250
@@ -26,7 +29,7 @@ def values_of(graph: IntegerGraph, backend: str, images: Tensor) -> dict[str, Te
         network = NativeNetwork(graph, keep=True)
         each = [network.values(image[None]) for image in images]
         return {name: torch.cat([one[name] for one in each]) for name in each[0]}
-    device = torch.device("cuda" if backend == "triton" else "cpu")
+    device = torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
     found = OperatorNetwork(graph, device, backend, Execution("off", device)).values(images.to(device))
     return {name: value.cpu() for name, value in found.items()}
 
@@ -34,6 +37,7 @@ def values_of(graph: IntegerGraph, backend: str, images: Tensor) -> dict[str, Te
 def main() -> None:
     backends = sys.argv[1:] or ["native"]
     test = load_images("fashion-mnist", "test")
+    widen_tiles(pytest.MonkeyPatch())
     for preset in PRESETS:
         model, graph = exported("wrn-16-1", preset)
         count = 0

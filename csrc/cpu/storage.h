@@ -161,7 +161,8 @@ class Reader {
   alignas(64) T buffer_[kBlock];
 };
 
-// Whether results of T are written past the caches: halves are not, their conversion takes longer than their traffic.
+// Whether results that are computed are written past the caches: halves are not, their conversion takes longer than their
+// traffic (a masked gradient converts nothing and asks past_caches itself).
 template <class T>
 static inline bool results_past_caches(int64_t size, int threads) {
   return sizeof(T) == sizeof(float) && past_caches(size * sizeof(T), threads);

@@ -38,7 +38,7 @@ class Engine:
         capture: `auto`, `on` or `off`, as in `dfq.execution.Execution`.
 
     Raises:
-        ValueError: an unknown backend, or a graph that is no network.
+        ValueError: an unknown backend, a capture that cannot be, or a graph that is no network.
         BackendError: an explicit backend that is not there.
     """
 
@@ -55,6 +55,8 @@ class Engine:
         if found is None:
             name, reason = next(iter(reasons.items()))
             raise BackendError(f"engine: backend must be one that is there, got {name!r}: {reason}")
+        capturable = found == "triton" or capture in ("auto", "off")
+        check("engine", "capture", capture, f"auto or off where {found} runs", capturable)
         self.backend, self._network = found, self._make(found, capture)
 
     def _make(self, backend: str, capture: str) -> Callable[[Tensor], Tensor]:

@@ -64,4 +64,7 @@ def backward_learned(
 
 
 def _sum_to_axis(values: Tensor, axis: int | None) -> Tensor:
-    return values.sum() if axis is None else values.sum([dim for dim in range(values.dim()) if dim != axis])
+    if axis is None:
+        return values.sum()
+    others = [dim for dim in range(values.dim()) if dim != axis]
+    return values.sum(others) if others else values  # no dimensions would mean all

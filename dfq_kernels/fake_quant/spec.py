@@ -32,9 +32,9 @@ def _random(dtype: torch.dtype, scale: float, bounds: tuple[int, int], zero_poin
     return make
 
 
-def _axis(axis: int) -> Any:
+def _axis(axis: int, shape: tuple[int, ...] = (5, 7, 3, 11)) -> Any:
     def make(generator: torch.Generator) -> Arguments:
-        x = randn(generator, 5, 7, 3, 11)
+        x = randn(generator, *shape)
         channels = x.shape[axis]
         scale = torch.rand(channels, generator=generator) * 0.2 + 0.01
         zero_point = torch.randint(-3, 4, (channels,), generator=generator).float()
@@ -74,6 +74,7 @@ SPEC = OpSpec(
         Case("bf16_u4", _random(torch.bfloat16, 0.11, (0, 15), 5.0)),
         Case("fp16_s8", _random(torch.float16, 0.02, (-128, 127), -7.0)),
         *(Case(f"axis{axis}", _axis(axis)) for axis in (0, 1, -1)),
+        Case("only_axis", _axis(0, (37,))),
         *layout_cases(_layout),
     ),
     bytes_moved=_bytes_moved,

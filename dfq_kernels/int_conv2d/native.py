@@ -19,7 +19,7 @@ def one_step(
     residual_grid: list[float], activation: str | None, outs: list[float], then: Sequence[Tensor],
     then_activation: str | None, then_outs: list[float],
 ) -> OneStep:  # fmt: skip
-    """The program of `forward` with its weights packed, to be run again and again on this `x`."""
+    """The program of `forward`, to be run again and again on this `x`: the first run packs its weights."""
     grid, bits = unflat(x_grid)
     inputs = [(unpack_channels(x, bits, grid.signed), grid)]
     if residual is not None:
