@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,16 @@ def poison() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory and bool(torch.empty(3).isnan().all())
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The native module with emulated CUDA kernels and AMX tiles."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to build the emulation with")
+    from tests.emulated import build
+
+    return build(tmp_path_factory.mktemp("emulator"))
 
 
 class SmallNet(nn.Module):

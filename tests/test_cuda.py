@@ -82,15 +82,6 @@ def test_nothing_is_contracted_and_later_processors_have_ptx() -> None:
         assert contracted is None or "bn_stat_loss_cu" in entry.splitlines()[0], entry.splitlines()[0]
 
 
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to build the emulation with")
-    from tests.cuda_emulator.build import build
-
-    return build(tmp_path_factory.mktemp("emulator"))
-
-
 @pytest.mark.parametrize("tests", os.environ.get("DFQ_EMULATED_TESTS", "equals_reference").split(","))
 def test_emulated_kernels_pass_the_conformance_suite(emulated: Path, tests: str) -> None:
     command = [sys.executable, "-m", "tests.with_module", str(emulated), "-v", "tests/test_conformance.py",
