@@ -116,21 +116,19 @@ bool recorded(Arguments arguments, int tensors) {
 
 Object empty_like(PyObject* x) { return taken(PyObject_CallOneArg(torch.empty_like, x)); }
 
-// Room for `size` numbers on the device of x; what it is comes back in `at`.
-Object room(PyObject* x, int64_t size, PyObject* dtype, void** at) {
-  const Object count = taken(PyLong_FromLongLong(size));
-  PyObject* const arguments[] = {x, count.ptr(), dtype};
-  Object made = taken(PyObject_VectorcallMethod(torch.new_empty, arguments, 2, torch.dtype));
-  ExchangedTensor t;
-  if (torch.table->look(made.ptr(), &t) != 0) throw py::error_already_set();
-  *at = t.data + t.byte_offset;
-  return made;
-}
-
 void* address(const Object& made) {
   ExchangedTensor t;
   if (torch.table->look(made.ptr(), &t) != 0) throw py::error_already_set();
   return t.data + t.byte_offset;
+}
+
+// Room for `size` numbers on the device of x; `at`: where it is.
+Object room(PyObject* x, int64_t size, PyObject* dtype, void** at) {
+  const Object count = taken(PyLong_FromLongLong(size));
+  PyObject* const arguments[] = {x, count.ptr(), dtype};
+  Object made = taken(PyObject_VectorcallMethod(torch.new_empty, arguments, 2, torch.dtype));
+  *at = address(made);
+  return made;
 }
 
 template <class Kernel, class CudaKernel, class Of>
