@@ -116,7 +116,7 @@ def _steps(name: str, work: Workload, execution: Execution) -> Callable[[], Any]
     if name.startswith("dfq"):
         return lambda: task.step(next(steps))
     operators = TorchAo()
-    task.bn_statistics = HookStatistics(task.teacher)
+    task.fused_teacher, task.bn_statistics = task.teacher, HookStatistics(task.teacher)
 
     def their_step() -> Any:
         with operators.in_place_of_ours():

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import TracebackType
 
-import torch
 from torch import Tensor, nn
 
 import dfq_kernels
+from dfq.teacher import BatchNorm, BatchNormAct, measured
 
-BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
+Layer = BatchNorm | BatchNormAct
 
 
 class BnStatistics:
@@ -26,8 +26,11 @@ class BnStatistics:
     """
 
     def __init__(self, teacher: nn.Module) -> None:
-        self.layers = [module for module in teacher.modules() if isinstance(module, BatchNorm)]
-        self.layers = [layer for layer in self.layers if layer.running_mean is not None]
+        modules = list(teacher.modules())
+        inside = {module.bn for module in modules if isinstance(module, BatchNormAct)}
+        norms = [module for module in modules if isinstance(module, BatchNorm) and module not in inside]
+        self.layers: list[Layer] = [module for module in modules if isinstance(module, BatchNormAct)]
+        self.layers += [norm for norm in norms if norm.running_mean is not None]
         if not self.layers:
             raise ValueError(
                 "BnStatistics: teacher must have batch norms with stored statistics (the method draws its images from "
@@ -48,31 +51,24 @@ class BnStatistics:
             del layer.forward  # the instance's own; the class's shows again
         self._measured = []
 
-    def _measuring(self, layer: BatchNorm) -> Callable[[Tensor], Tensor]:
+    def _measuring(self, layer: Layer) -> Callable[[Tensor], Tensor]:
+        norm, activation = (layer.bn, layer.activation) if isinstance(layer, BatchNormAct) else (layer, None)
+
         def forward(x: Tensor) -> Tensor:
-            assert layer.running_mean is not None and layer.running_var is not None
-            out, mean, var = dfq_kernels.bn_act_stats(
-                x, layer.weight, layer.bias, layer.running_mean, layer.running_var, eps=layer.eps, activation=None
-            )
-            self._measured.append((layer, mean, var))
+            out, mean, var = measured(norm, activation, x)
+            self._measured.append((norm, mean, var))
             return out
 
         return forward
 
     def loss(self) -> Tensor:
         """Gaussian KL between the batch's statistics and the stored ones, mean over all channels, in nats."""
-        layers = [layer for layer, _, _ in self._measured]
+        norms = [norm for norm, _, _ in self._measured]
         total = dfq_kernels.bn_stat_loss(
             [mean for _, mean, _ in self._measured],
             [var for _, _, var in self._measured],
-            [layer.running_mean for layer in layers],  # type: ignore[misc]
-            [layer.running_var for layer in layers],  # type: ignore[misc]
-            eps=[layer.eps for layer in layers],
+            [norm.running_mean for norm in norms],  # type: ignore[misc]
+            [norm.running_var for norm in norms],  # type: ignore[misc]
+            eps=[norm.eps for norm in norms],
         )
         return total / sum(mean.numel() for _, mean, _ in self._measured)
-
-
-def freeze(teacher: nn.Module) -> nn.Module:
-    """Evaluation mode, no gradients for parameters, channels-last."""
-    teacher.eval().requires_grad_(False)
-    return teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -29,7 +29,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """`auto`: bf16 autocast on a GPU that has it and on a CPU with AMX or AVX512-BF16, else fp32.
+    """`auto`: bf16 autocast on a GPU that has it, on a CPU with AMX and on AMD's with AVX512-BF16, else fp32.
 
     Raises:
         ValueError: an unknown precision.
@@ -47,7 +47,8 @@ def _processor_is_fast_at_bf16() -> bool:
     if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.9 has no public question
         return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    intel = str(capabilities.get("cpu_name", "")).startswith("Intel")  # its vectors of bf16 are slower than of fp32
+    return bool(capabilities.get("amx_bf16") or (capabilities.get("avx512_bf16") and not intel))
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -12,6 +12,25 @@ from torch.nn import functional as F
 STAGES = 3
 
 
+def upsample_conv2d(x: Tensor, weight: Tensor) -> Tensor:
+    """`F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, padding=1)` in 4/9 of its products.
+
+    Of the 3x3 upsampled pixels that an output sees, two in each direction are copies of one: their taps are summed
+    first, and what is left is a transposed convolution of stride 2 with 4x4 taps `[w2, w1 + w2, w0 + w1, w0]` each way.
+
+    Args:
+        x: `[N, C, H, W]`.
+        weight: `[K, C, 3, 3]`.
+
+    Returns:
+        `[N, K, 2 H, 2 W]`, with other rounding than the two calls.
+    """
+    taps = F.pad(weight.flip(2, 3), (1, 1, 1, 1))
+    taps = taps[:, :, 1:] + taps[:, :, :-1]
+    taps = taps[:, :, :, 1:] + taps[:, :, :, :-1]
+    return F.conv_transpose2d(x, taps.transpose(0, 1).contiguous(memory_format=torch.channels_last), None, 2, 1)
+
+
 class Generator(nn.Module):
     """Linear to a small map, three times nearest upsampling with convolution, BN and ReLU, a convolution to images.
 
@@ -47,7 +66,7 @@ class Generator(nn.Module):
             z = torch.cat([z, self.noise**0.5 * one_hot], dim=1)  # as long as the noise, or it would drown in it
         x = self.project(z).view(-1, self.width, *self.start).contiguous(memory_format=torch.channels_last)
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = F.relu(norm(conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))))
+            x = F.relu(norm(upsample_conv2d(x, conv.get_parameter("weight"))))
         _, height, width = self.image_shape
         images = torch.tanh(self.to_image(x).float())[:, :, :height, :width]
         return self.normalize(images)

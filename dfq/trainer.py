@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfq.bn_stats import BnStatistics, freeze
+from dfq.bn_stats import BnStatistics
 from dfq.classifier import check_classifier, check_learns, check_weights
 from dfq.config import GeneratorConfig, QuantConfig, Recipe
 from dfq.device import autocast
@@ -29,6 +29,7 @@ from dfq.optimizers import adam, cosine, load_optimizer, set_learning_rate, sgd
 from dfq.pool import ImagePool
 from dfq.quant import learn_ranges, range_parameters, set_adapting
 from dfq.seeds import seeded_initialisation
+from dfq.teacher import freeze, fused
 
 
 @dataclass
@@ -76,7 +77,8 @@ class DataFreeTraining:
         owner, name = ("quantize", "model") if quant else ("distill", "teacher")
         check_weights(teacher, owner=owner, name=name)
         self.teacher = freeze(teacher.to(device))
-        self.bn_statistics = BnStatistics(self.teacher)
+        self.fused_teacher = fused(self.teacher)
+        self.bn_statistics = BnStatistics(self.fused_teacher)
         self.recipe, self.quant, self.steps, self.seed = recipe, quant, steps, seed
         self.input_shape, self.num_classes, self.device, self.precision = input_shape, num_classes, device, precision
         self.execution = execution or Execution("off", device)
@@ -140,7 +142,7 @@ class DataFreeTraining:
         recipe = self.recipe
         images = self.pool.images(source.generator, z, labels)
         with self.bn_statistics as statistics, autocast(self.device, self.precision):
-            teacher_logits = self.execution.call(self.teacher, images)
+            teacher_logits = self.execution.call(self.fused_teacher, images)
             terms = {"bn": recipe.bn * statistics.loss()}
         if labels is None:
             terms["instance"] = recipe.instance * instance_entropy(teacher_logits)
@@ -168,7 +170,7 @@ class DataFreeTraining:
     def _update_student(self, index: int, images: Tensor) -> Mapping[str, Tensor]:
         student = self.students[index]
         with torch.no_grad(), autocast(self.device, self.precision):
-            teacher_logits = self.execution.call(self.teacher, images)
+            teacher_logits = self.execution.call(self.fused_teacher, images)
         set_adapting(student, True)
         loss = self.distance(teacher_logits, self._forward(student, images, learning=True))
         set_adapting(student, False)
@@ -244,7 +246,7 @@ class DataFreeTraining:
         if not bool(torch.isfinite(logits).all()):
             raise ValueError(f"{owner}: {name} must have finite weights, got NaN or infinite logits")
         with torch.no_grad(), self.bn_statistics as statistics:
-            self.teacher(torch.zeros(2, *self.input_shape, device=self.device))
+            self.fused_teacher(torch.zeros(2, *self.input_shape, device=self.device))
             statistics.loss()  # its kernels are there
         for index, student in enumerate(self.students):
             check_classifier(student, **sizes, owner=owner, name=f"students[{index}]")  # type: ignore[arg-type]

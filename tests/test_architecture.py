@@ -20,7 +20,7 @@ FLOORS = [
     {"readers"},
     {"data", "checkpoint", "models"},
     {"run_folder"},
-    {"bn_stats", "losses", "generator", "pool", "quant", "loop", "embedded", "engine"},
+    {"bn_stats", "teacher", "losses", "generator", "pool", "quant", "loop", "embedded", "engine"},
     {"teach", "trainer", "evaluate", "report", "export", "options"},
     {"profiling", "deploy", "onnx_export"},
     {"api", "progress"},

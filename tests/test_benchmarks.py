@@ -80,7 +80,7 @@ def test_torch_ao_s_step_does_the_same(ranges: str) -> None:
     hooks, operators = HookStatistics(theirs.teacher), TorchAo()
     images = ours.pool.batch("test", 0)
     with ours.bn_statistics as mine, hooks as others:
-        logits = ours.teacher(images), theirs.teacher(images)
+        logits = ours.fused_teacher(images), theirs.teacher(images)
         torch.testing.assert_close(mine.loss(), others.loss(), rtol=1e-5, atol=0)
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
     quantizer = next(module for module in ours.students[0].modules() if isinstance(module, ActivationQuantizer))

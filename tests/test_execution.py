@@ -169,7 +169,7 @@ def test_compiled_networks_train_alike() -> None:
         expected, found = eager.step(index), compiled.step(index)
         for key, value in expected.items():
             assert torch.allclose(value, found[key], rtol=2e-2, atol=1e-5), (index, key)
-    networks = {compiled.teacher, compiled.students[0], compiled.sources[0].generator, *compiled.pool.frozen}
+    networks = {compiled.fused_teacher, compiled.students[0], compiled.sources[0].generator, *compiled.pool.frozen}
     assert compiled.execution._networks.keys() == networks
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from dfq import embedded
 from dfq.data import load_images
 from dfq.evaluate import accuracy
-from dfq.generator import Generator
+from dfq.generator import Generator, upsample_conv2d
 from dfq.models import ModelSpec, build_model
 
 # parameters with 3 channels: ImageNet models with 1,000 classes as published, CIFAR models with 10
@@ -80,6 +81,19 @@ def test_labels_change_the_images(random: torch.Generator) -> None:
     z = torch.randn(4, 8, generator=random)
     one, other = (generator(z, torch.full((4,), label)) for label in (0, 1))
     assert float((one - other).abs().mean()) > 0.05
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 4), (3, 5)])
+def test_convolution_of_the_upsampled_map(size: tuple[int, int], random: torch.Generator) -> None:
+    x = torch.randn(2, 5, *size, dtype=torch.float64, generator=random).requires_grad_()
+    weight = torch.randn(3, 5, 3, 3, dtype=torch.float64, generator=random).requires_grad_()
+    expected = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, padding=1)
+    found = upsample_conv2d(x, weight)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    grad = torch.randn(expected.shape, dtype=torch.float64, generator=random)
+    pairs = zip(*(torch.autograd.grad(out, (x, weight), grad) for out in (found, expected)), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_generator_width() -> None:

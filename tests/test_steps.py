@@ -48,7 +48,7 @@ def test_the_adversary_is_the_sum_over_all_students() -> None:
     with torch.no_grad():
         work.students[1].get_parameter("fc.weight").mul_(-1)
         images, _ = work.pool.draw(work.sources[0].generator, "live", 0, 0)
-        logits = work.teacher(images)
+        logits = work.fused_teacher(images)
         apart = [float(distillation(logits, student.train()(images))) for student in work.students]
     found = float(work.generator_step(work.sources[0], "live", 0, work.students)["generator0/adversary"])
     assert apart[0] != apart[1] and found == pytest.approx(-sum(apart), rel=1e-4)

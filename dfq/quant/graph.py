@@ -174,6 +174,12 @@ def kind_or_none(node: fx.Node, model: nn.Module) -> Kind | None:
     return METHODS.get(str(node.target)) if node.op == "call_method" else None
 
 
+def activation_of(node: fx.Node, model: nn.Module) -> str:
+    """`relu` or `relu6`, of a node whose kind is `ACTIVATION`."""
+    called = type(model.get_submodule(str(node.target))) if node.op == "call_module" else node.target
+    return "relu6" if "6" in str(getattr(called, "__name__", called)) else "relu"
+
+
 def kind_of(node: fx.Node, model: nn.Module) -> Kind:
     """The kind of a node.
 

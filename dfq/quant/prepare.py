@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from dfq.config import LayerBits, QuantConfig
-from dfq.quant.graph import LAYERS, Kind, PrepareError, kind_of, trace
+from dfq.quant.graph import LAYERS, Kind, PrepareError, activation_of, kind_of, trace
 from dfq.quant.modules import QuantBatchNorm, QuantConv2d, QuantLinear
 from dfq.quant.pooling import average_pool
 from dfq.quant.quantizers import ActivationQuantizer, WeightQuantizer, WeightQuantizers
@@ -186,7 +186,9 @@ class _Builder:
         run = self.heads[head]
         end = run[-1]
         batch_norm = next((self._module(node) for node in run if self.kinds[node] is Kind.BATCH_NORM), None)
-        activation = next((self._activation(node) for node in run if self.kinds[node] is Kind.ACTIVATION), None)
+        activation = next(
+            (activation_of(node, self.model) for node in run if self.kinds[node] is Kind.ACTIVATION), None
+        )
         bits = self._fused_bits(end)
         quantizer = None if bits is None else self._quantizer(bits, signed=not self._never_negative(end))
         train = self.config.batch_norm == "train"
@@ -271,7 +273,7 @@ class _Builder:
     def _copy(self, node: fx.Node) -> fx.Node:
         """The same call on the new values; never in place, because a new value may have more readers than the old."""
         if self.kinds[node] is Kind.ACTIVATION:
-            function = F.relu6 if self._activation(node) == "relu6" else F.relu
+            function = F.relu6 if activation_of(node, self.model) == "relu6" else F.relu
             return self.graph.call_function(function, (self.new[node.all_input_nodes[0]].node,))
         if self.kinds[node] is Kind.ADD:
             return self.graph.call_function(operator.add, tuple(self.new[item].node for item in node.all_input_nodes))
@@ -286,14 +288,6 @@ class _Builder:
 
     def _module(self, node: fx.Node) -> nn.Module:
         return self.model.get_submodule(str(node.target))
-
-    def _activation(self, node: fx.Node) -> str:
-        name = (
-            type(self._module(node)).__name__
-            if node.op == "call_module"
-            else str(getattr(node.target, "__name__", node.target))
-        )
-        return "relu6" if "6" in name else "relu"
 
     def _item(self, node: fx.Node, index: int) -> fx.Node:
         return self.graph.call_function(operator.getitem, (node, index))

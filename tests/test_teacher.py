@@ -1,0 +1,115 @@
+"""The teacher as the training steps call it is the teacher."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import dfq_kernels
+from dfq.bn_stats import BnStatistics
+from dfq.models import ModelSpec, build_model
+from dfq.teacher import BatchNormAct, freeze, fused
+from tests.conftest import small_net
+
+
+class Forms(nn.Module):
+    """Batch norms and activations in every form, shared and apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(6))
+        self.plain = nn.BatchNorm2d(4, affine=False)
+        self.no_statistics = nn.BatchNorm2d(4, track_running_stats=False)
+        self.relu, self.relu6 = nn.ReLU(inplace=True), nn.ReLU6()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norms[0](x))
+        x = F.relu6(3 * x + self.norms[1](x).relu())
+        y = self.norms[2](x)
+        x = y + self.relu6(y)  # y has a second reader
+        x = self.relu(self.norms[3](x)) + self.norms[4](x)  # an activation that is called twice
+        x = self.relu6(self.norms[5](x)) + torch.tanh(self.plain(x)) + self.no_statistics(x).relu_()
+        return self.head(x.mean((2, 3)))
+
+
+def forms(random: torch.Generator) -> nn.Module:
+    net = Forms().train()
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm2d) and norm.affine:
+            nn.init.normal_(norm.weight, 1, 0.5)
+            nn.init.normal_(norm.bias)
+    with torch.no_grad():
+        net(2 * torch.randn(64, 4, 5, 5, generator=random) + 1)
+    return freeze(net)
+
+
+def images_of(random: torch.Generator) -> Tensor:
+    return torch.randn(8, 4, 5, 5, generator=random).requires_grad_()
+
+
+def test_the_fused_teacher_is_the_teacher(random: torch.Generator) -> None:
+    net, x = forms(random), images_of(random)
+    state, modules = {name: value.clone() for name, value in net.state_dict().items()}, list(net.modules())
+    expected, graph = net(x), fused(net)
+    found = graph(x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    (grad,), (expected_grad,) = (torch.autograd.grad(out.square().sum(), x) for out in (found, expected))
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
+    activations = {
+        name: module.activation for name, module in graph.named_modules() if isinstance(module, BatchNormAct)
+    }
+    assert activations == {"norms.0": "relu", "norms.1": "relu", "norms.2": None, "norms.3": "relu", "norms.4": None,
+                           "norms.5": "relu6", "plain": None}  # fmt: skip
+    assert list(net.modules()) == modules and all(torch.equal(net.state_dict()[name], state[name]) for name in state)
+
+
+def test_its_statistics_are_the_teacher_s(random: torch.Generator) -> None:
+    net, x = forms(random), images_of(random)
+    losses = []
+    for model in (net, fused(net)):
+        with BnStatistics(model) as statistics:
+            model(x)
+            losses.append(statistics.loss())
+            assert len(statistics.layers) == len(statistics._measured) == 7
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+    grads = [torch.autograd.grad(loss, x)[0] for loss in losses]
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "activations"), [("wrn-16-1", 13), ("resnet20", 1 + 9), ("mobilenet-v2", 2 + 17 + 16), ("vgg11", 8)]
+)
+def test_known_teachers_are_fused(
+    name: str, activations: int, random: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = freeze(build_model(ModelSpec(name, 3, 10, "cifar")))
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+    x = torch.randn(2, 3, 32, 32, generator=random)
+    expected, calls, operator = net(x), [], dfq_kernels.bn_act_stats
+
+    def counted(*args: object, activation: str | None, **keywords: object) -> object:
+        calls.append(activation)
+        return operator(*args, activation=activation, **keywords)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(dfq_kernels, "bn_act_stats", counted)
+    torch.testing.assert_close(fused(net)(x), expected, rtol=1e-4, atol=1e-4)
+    assert len(calls) == norms and norms - calls.count(None) == activations
+
+
+def test_a_teacher_that_cannot_be_traced_is_called_as_it_is(random: torch.Generator) -> None:
+    class Chooses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) if x.sum() > 0 else self.net(-x)
+
+    net = freeze(Chooses())
+    assert fused(net) is net
+    hooked = freeze(small_net())
+    hooked.bn1.register_forward_hook(lambda *_: None)
+    assert fused(hooked) is hooked  # a hook would not be called
