@@ -80,11 +80,12 @@ void quantize(const BnActFakeQuantForward& a, const std::vector<float>& factor, 
   const Vec low = clamp(rne(activation(-broadcast(kInfinity)) * inv + zero_point), least, most);
   const Vec high = clamp(rne(activation(broadcast(kInfinity)) * inv + zero_point), least, most);
   const float* const constants[] = {a.mean, factor.data(), bias.data()};
+  const bool ahead = reads_ahead();
   for_chunks<T, 3, 2>(Chunks(a.view), a.threads, constants, [&](auto& work) {
     const T* x = work.gather(0, a.x);
     T* out = work.place(1, a.out);
     work.run([=](int64_t i, const Vec* k, Vec*) DFQ_INLINE {
-      const Vec affine = (load_vec(x + i) - k[0]) * k[1] + k[2];
+      const Vec affine = (load_ahead(x + i, ahead) - k[0]) * k[1] + k[2];
       store_vec(out + i, (clamp(rne(affine * inv + zero_point), low, high) - zero_point) * scale);
     });
     work.scatter(1, a.out);
@@ -168,9 +169,10 @@ class Backward {
     const T* x = work.gather(0, a_.x);
     const T* grad_out = work.gather(1, a_.grad_out);
     T* out = work.place(2, a_.grad_x);
-    const bool training = a_.training;
+    const bool training = a_.training, ahead = reads_ahead();
     work.run([=, passing = passing_, range = range_](int64_t i, const Vec* k, Vec* sums) DFQ_INLINE {
-      const Vec centred = load_vec(x + i) - k[0], affine = centred * k[1] + k[2], grad = load_vec(grad_out + i);
+      const Vec centred = load_ahead(x + i, ahead) - k[0], affine = centred * k[1] + k[2];
+      const Vec grad = load_ahead(grad_out + i, ahead);
       const Vec inner = keep(passing(affine), grad);
       sums[0] = sums[0] + inner;
       sums[1] = sums[1] + inner * centred;
@@ -195,13 +197,14 @@ class Backward {
       slope[c] = static_cast<float>(total[channels + c] * static_cast<double>(inv_std_[c])) / count * inv_std_[c];
     }
     const float* const constants[] = {a_.mean, factor_.data(), bias_.data(), mean_grad.data(), slope.data()};
+    const bool ahead = reads_ahead();
     for_chunks<T, 5, 3>(chunks_, a_.threads, constants, [&](auto& work) {
       const T* x = work.gather(0, a_.x);
       const T* grad_out = work.gather(1, a_.grad_out);
       T* out = work.place(2, a_.grad_x);
       work.run([=, passing = passing_](int64_t i, const Vec* k, Vec*) DFQ_INLINE {
-        const Vec centred = load_vec(x + i) - k[0];
-        const Vec inner = keep(passing(centred * k[1] + k[2]), load_vec(grad_out + i));
+        const Vec centred = load_ahead(x + i, ahead) - k[0];
+        const Vec inner = keep(passing(centred * k[1] + k[2]), load_ahead(grad_out + i, ahead));
         store_vec(out + i, (inner - k[3] - centred * k[4]) * k[1]);
       });
       work.scatter(2, a_.grad_x);

@@ -18,13 +18,14 @@ void forward(const BnActStatsForward& a) {
   const std::vector<float> bias = or_zeros(a.bias, channels);
   const Chunks chunks(a.view);
   const Activation activation(a.activation);
+  const bool ahead = reads_ahead();
   measure<T>(a.view, a.x, a.threads, a.mean, a.var, [&](const float* shift) {
     const float* const constants[] = {shift, a.running_mean, factor.data(), bias.data()};
     return reduce<T, 4, 2, 2>(chunks, a.threads, constants, {Fold::kSum, Fold::kSum}, [&](auto& work) {
       const T* x = work.gather(0, a.x);
       T* out = work.place(1, a.out);
-      work.run([&, activation](int64_t i, const Vec* k, Vec* total) DFQ_INLINE {
-        const Vec value = load_vec(x + i), distance = value - k[0];
+      work.run([&, activation, ahead](int64_t i, const Vec* k, Vec* total) DFQ_INLINE {
+        const Vec value = load_ahead(x + i, ahead), distance = value - k[0];
         total[0] = total[0] + distance;
         total[1] = total[1] + distance * distance;
         store_vec(out + i, activation((value - k[1]) * k[2] + k[3]));
@@ -48,15 +49,16 @@ void backward(const BnActStatsBackward& a) {
   const float* const constants[] = {a.running_mean, factor.data(),  bias.data(),
                                     a.batch_mean,   slope.data(), shift.data()};
   const Activation activation(a.activation);
+  const bool ahead = reads_ahead();
   for_chunks<T, 6, 3>(Chunks(a.view), a.threads, constants, [&](auto& work) {
     const T* x = work.gather(0, a.x);
     const T* grad_out = work.gather(1, a.grad_out);
     T* out = work.place(2, a.grad_x);
     work.run([=](int64_t i, const Vec* k, Vec*) DFQ_INLINE {
-      const Vec value = load_vec(x + i);
+      const Vec value = load_ahead(x + i, ahead);
       // the activation's gradient looks at what the forward stored
       const Vec y = stored<T>(activation((value - k[0]) * k[1] + k[2]));
-      const Vec grad = keep(activation.passes(y), load_vec(grad_out + i));
+      const Vec grad = keep(activation.passes(y), load_ahead(grad_out + i, ahead));
       store_vec(out + i, grad * k[1] + ((value - k[3]) * k[4] + k[5]));
     });
     work.scatter(2, a.grad_x);

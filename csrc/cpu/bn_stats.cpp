@@ -35,11 +35,12 @@ void backward(const BnStatsBackward& a) {
     slope[c] = 2.0f / count * a.grad_var[c];
     shift[c] = a.grad_mean[c] / count;
   }
+  const bool ahead = reads_ahead();
   for_chunks<T, 3, 2>(Chunks(a.view), a.threads, {a.mean, slope.data(), shift.data()}, [&](auto& work) {
     const T* x = work.gather(0, a.x);
     T* out = work.place(1, a.grad_x);
     work.run([=](int64_t i, const Vec* k, Vec*) DFQ_INLINE {
-      store_vec(out + i, (load_vec(x + i) - k[0]) * k[1] + k[2]);
+      store_vec(out + i, (load_ahead(x + i, ahead) - k[0]) * k[1] + k[2]);
     });
     work.scatter(1, a.grad_x);
   });

@@ -19,7 +19,7 @@ void forward(const FakeQuantForward& a) {
   const ChannelConstants<3> channels(a.view, {inv.data(), a.scale, a.zero_point});
   const Vec low = broadcast(a.quant_min), high = broadcast(a.quant_max);
   uint8_t* const mask = a.mask;
-  const bool past = results_past_caches<T>(a.view.size, a.threads);
+  const bool past = results_past_caches<T>(a.view.size, a.threads), ahead = reads_ahead();
   for_blocks(a.view.size, a.threads, past, [&](int64_t start, int64_t n) {
     Reader<T> reader;
     Writer<T> writer(past);
@@ -29,7 +29,7 @@ void forward(const FakeQuantForward& a) {
     channels.block(start, n, [=](const auto& constants, int64_t begin, int64_t end) DFQ_INLINE {
       const auto quantize = [=, &constants](int64_t j) DFQ_INLINE {  // and the bits of what the clamp left alone
         const Vec zero_point = constants.template get<2>(j);
-        const Vec rounded = rne(load_vec(x + j) * constants.template get<0>(j) + zero_point);
+        const Vec rounded = rne(load_ahead(x + j, ahead) * constants.template get<0>(j) + zero_point);
         const Vec q = clamp(rounded, low, high);
         store_vec(out + j, (q - zero_point) * constants.template get<1>(j));
         return bits_of(equal(q, rounded));
@@ -43,7 +43,7 @@ void forward(const FakeQuantForward& a) {
 
 template <class T>
 void backward(const MaskBackward& a) {
-  const bool past = past_caches(a.size * sizeof(T), a.threads);
+  const bool past = past_caches(a.size * sizeof(T), a.threads), ahead = reads_ahead();
   for_blocks(a.size, a.threads, past, [&](int64_t start, int64_t n) {
     Reader<T> reader;
     Writer<T> writer(past);
@@ -51,7 +51,7 @@ void backward(const MaskBackward& a) {
     const T* grad = reader.at(static_cast<const T*>(a.grad_out) + start, n);
     T* out = writer.at(to, n);
     for (int64_t j = 0; j < n; j += kWidth)
-      store_vec(out + j, keep_bits(load_bits(a.mask, start + j), load_vec(grad + j)));
+      store_vec(out + j, keep_bits(load_bits(a.mask, start + j), load_ahead(grad + j, ahead)));
     writer.done(to, n);
   });
 }
@@ -62,13 +62,14 @@ void backward_learned(const FakeQuantBackward& a) {
   const std::vector<float> inv = reciprocals(a.scale, channels);
   const Chunks chunks(a.view);
   const Rounding rounding(a.quant_min, a.quant_max);
+  const bool ahead = reads_ahead();
   const float* const constants[] = {inv.data(), a.zero_point};
   const std::vector<double> total = reduce<T, 2, 2, 3>(chunks, a.threads, constants, {Fold::kSum, Fold::kSum}, [&](auto& work) {
     const T* x = work.gather(0, a.x);
     const T* grad = work.gather(1, a.grad_out);
     T* out = work.place(2, a.grad_x);
     work.run([&](int64_t i, const Vec* k, Vec* sums) DFQ_INLINE {
-      const LearnedGradient g = learned_gradient(load_vec(x + i), load_vec(grad + i), k[0], k[1], rounding);
+      const LearnedGradient g = learned_gradient(load_ahead(x + i, ahead), load_ahead(grad + i, ahead), k[0], k[1], rounding);
       store_vec(out + i, g.x);
       sums[0] = sums[0] + g.scale;
       sums[1] = sums[1] + g.outside;

@@ -127,7 +127,7 @@ static inline float to_float(BFloat16 value) {
 }
 static inline float to_float(Float16 value) { return half_to_float(value.bits); }
 
-// Loads for passes that only read; ahead: reads_ahead().
+// Loads of a tensor that nobody has read just now; ahead: reads_ahead().
 template <class T>
 DFQ_INLINE static inline Vec load_ahead(const T* from, bool ahead) {
   if (ahead) __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead);

@@ -4,7 +4,7 @@
 // copy's traffic. Whoever reads a small result next finds it in a second-level cache, which is worth more than that; of a
 // large one hardly anything is left there (docs/LOG.md has both measurements).
 //
-// Passes that only read ask for a page ahead: prefetchers stop at its end. Measured on Intel, and done there alone.
+// Passes over a tensor ask for a page ahead: prefetchers stop at its end. Measured on Intel, and done there alone.
 #pragma once
 #include <cstdint>
 #include <cstring>
