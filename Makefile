@@ -15,11 +15,12 @@ demo: .venv/installed          ## quantize the embedded network to W4A4 without 
 	rm -rf runs/demo
 	$(BIN)/dfq quantize --preset W4A4 --recipe default --steps 200 --seed 0 --out runs/demo
 
+# a thread that spins while it waits would take its core from the other process's tests
 test: .venv/installed          ## lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check --fix .
