@@ -64,6 +64,16 @@ class NinjaBuild(build_ext):
         cuda = "CUDA kernels" if without_cuda is None else f"no CUDA kernels: {without_cuda}"
         print(f"dfq-kernels: native CPU kernels for {', '.join(levels)}; {cuda}", file=sys.stderr)
 
+    def copy_extensions_to_source(self) -> None:
+        """Of an editable install: the module if there is one, and why it has not everything."""
+        for ext in self.extensions:
+            built = Path(self.build_lib, self.get_ext_filename(ext.name))
+            source = Path(self.get_ext_fullpath(ext.name))
+            for name in (built.name, "_native.txt"):
+                (source.parent / name).unlink(missing_ok=True)
+                if (built.parent / name).exists():
+                    shutil.copy2(built.parent / name, source.parent / name)
+
 
 def compile_what_can_be(target: Path, folder: Path, *, cuda: bool) -> tuple[list[str], str | None]:
     """Builds `target`: its instruction-set levels, and why it has no CUDA kernels, if it has none."""

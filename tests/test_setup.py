@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -62,6 +63,25 @@ def test_a_compiler_that_fails_still_installs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     expected = f"{compiler} could not compile it: x.cpp:1:1: error: no such thing"
     assert (package / "_native.txt").read_text() == f"{expected}\n"
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_an_editable_install_has_the_module_or_the_reason_beside_its_sources(tmp_path: Path, compiles: bool) -> None:
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "dfq_kernels", "dfq"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
+        copy(ROOT / name, tmp_path / name)
+    package = tmp_path / "dfq_kernels"
+    (package / "_native.txt").unlink(missing_ok=True)
+    left = package / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    left.write_text("of an earlier build")
+    compiler = script(tmp_path / "cxx", PRETENDS if compiles else FAILS)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "CXX": str(compiler), "DFQ_BUILD_NATIVE": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert left.exists() == compiles and (not compiles or left.read_text() == "")
+    assert (package / "_native.txt").exists()
 
 
 def test_kernels_that_must_be_built_fail_the_install(tmp_path: Path) -> None:

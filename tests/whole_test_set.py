@@ -1,7 +1,7 @@
-"""Every integer of WRN-16-1 on all 10,000 test images: `python -m tests.whole_test_set native reference`; minutes.
+"""Every integer of WRN-16-1 on all 10,000 test images: `python -m tests.whole_test_set native [W4A4 ...]`; minutes.
 
 The engine's values against those of the trained graph's exact forward; any difference ends it. `triton` on a GPU where
-there is one, else interpreted (an hour).
+there is one, else interpreted (an hour a preset). Without a preset: all of them.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ def values_of(graph: IntegerGraph, backend: str, images: Tensor) -> dict[str, Te
 
 
 def main() -> None:
-    backends = sys.argv[1:] or ["native"]
+    presets = [name for name in sys.argv[1:] if name in PRESETS] or PRESETS
+    backends = [name for name in sys.argv[1:] if name not in PRESETS] or ["native"]
     test = load_images("fashion-mnist", "test")
     widen_tiles(pytest.MonkeyPatch())
-    for preset in PRESETS:
+    for preset in presets:
         model, graph = exported("wrn-16-1", preset)
         count = 0
         for start in range(0, len(test), BATCH):
