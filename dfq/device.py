@@ -29,7 +29,9 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """`auto`: bf16 autocast on a GPU that has it, on a CPU with AMX and on AMD's with AVX512-BF16, else fp32.
+    """`auto`: bf16 autocast on a GPU that has it, on a CPU with AMX, or AVX512-BF16 if it is not Intel's; else fp32.
+
+    torch 2.9 does not say whose a CPU is: there every AVX512-BF16 counts.
 
     Raises:
         ValueError: an unknown precision.

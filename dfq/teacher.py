@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import dfq_kernels
-from dfq.quant.graph import Kind, PrepareError, activation_of, kind_or_none, trace
+from dfq.quant.graph import Kind, PrepareError, activation_of, kind_or_none, traced
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 
@@ -35,25 +35,52 @@ def freeze(teacher: nn.Module) -> nn.Module:
     return teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def fused(teacher: nn.Module) -> nn.Module:
-    """The frozen teacher with a `BatchNormAct` for every batch norm and the activation that alone reads it.
+def fused(teacher: nn.Module, images: Tensor) -> nn.Module:
+    """The frozen teacher as a graph with a `BatchNormAct` for every batch norm and the activation that alone reads it.
 
-    Modules are shared with `teacher`, which stays as it is. A teacher that cannot be traced is given back itself.
+    Modules are shared with `teacher`, which stays as it is. A teacher that cannot be traced is given back itself, and
+    so is one whose graph is not the same function: other logits of the images, another gradient, other batch norms.
     """
     try:
-        nodes = trace(teacher)
+        graph = traced(teacher)
     except PrepareError:
         return teacher
-    graph = fx.GraphModule(teacher, nodes[0].graph)
-    for node in nodes:
-        norm = teacher.get_submodule(str(node.target)) if kind_or_none(node, teacher) is Kind.BATCH_NORM else None
-        if not isinstance(norm, BatchNorm) or norm.running_mean is None:
-            continue
+    norms = {node: graph.get_submodule(str(node.target)) for node in graph.graph.nodes
+             if kind_or_none(node, graph) is Kind.BATCH_NORM}  # fmt: skip
+    if set(norms.values()) != _called_norms(teacher, images):
+        return teacher
+    for node, norm in norms.items():
+        owner = str(node.target).rpartition(".")[0]
+        if owner and graph.get_submodule(owner) is teacher.get_submodule(owner):
+            return teacher  # the norm hangs on a layer, which is the teacher's
         reader, activation = next(iter(node.users)), None
-        if len(node.users) == 1 and kind_or_none(reader, teacher) is Kind.ACTIVATION:
-            activation = activation_of(reader, teacher)
+        if len(node.users) == 1 and kind_or_none(reader, graph) is Kind.ACTIVATION:
+            activation = activation_of(reader, graph)
             reader.replace_all_uses_with(node)
             graph.graph.erase_node(reader)
-        graph.set_submodule(str(node.target), BatchNormAct(norm, activation))
+        graph.set_submodule(str(node.target), BatchNormAct(norm, activation))  # type: ignore[arg-type]
     graph.recompile()
-    return graph
+    return graph if _same_function(graph, teacher, images) else teacher
+
+
+def _called_norms(teacher: nn.Module, images: Tensor) -> set[nn.Module]:
+    called: set[nn.Module] = set()
+    norms = [module for module in teacher.modules() if isinstance(module, BatchNorm)]
+    handles = [norm.register_forward_hook(lambda module, *_: called.add(module)) for norm in norms]
+    with torch.no_grad():
+        teacher(images)
+    for handle in handles:
+        handle.remove()
+    return called
+
+
+def _same_function(one: nn.Module, other: nn.Module, images: Tensor) -> bool:
+    """Logits, and a gradient of the images, but for rounding."""
+    results = []
+    for model in (one, other):
+        x = images.detach().clone().requires_grad_()
+        logits = model(x)
+        if not logits.requires_grad:
+            return False
+        results.append((logits, *torch.autograd.grad(logits.square().sum(), x)))
+    return all(bool((a - b).norm() <= 1e-3 * b.norm()) for a, b in zip(*results, strict=True))

@@ -27,7 +27,7 @@ from dfq.generator import Generator
 from dfq.losses import batch_negentropy, distillation, instance_entropy, label_cross_entropy
 from dfq.optimizers import adam, cosine, load_optimizer, set_learning_rate, sgd
 from dfq.pool import ImagePool
-from dfq.quant import learn_ranges, range_parameters, set_adapting
+from dfq.quant import check_traced, learn_ranges, range_parameters, set_adapting
 from dfq.seeds import seeded_initialisation
 from dfq.teacher import freeze, fused
 
@@ -77,8 +77,7 @@ class DataFreeTraining:
         owner, name = ("quantize", "model") if quant else ("distill", "teacher")
         check_weights(teacher, owner=owner, name=name)
         self.teacher = freeze(teacher.to(device))
-        self.fused_teacher = fused(self.teacher)
-        self.bn_statistics = BnStatistics(self.fused_teacher)
+        self.bn_statistics = BnStatistics(self.teacher)
         self.recipe, self.quant, self.steps, self.seed = recipe, quant, steps, seed
         self.input_shape, self.num_classes, self.device, self.precision = input_shape, num_classes, device, precision
         self.execution = execution or Execution("off", device)
@@ -245,8 +244,13 @@ class DataFreeTraining:
         logits = check_classifier(self.teacher, **sizes, owner=owner, name=name)  # type: ignore[arg-type]
         if not bool(torch.isfinite(logits).all()):
             raise ValueError(f"{owner}: {name} must have finite weights, got NaN or infinite logits")
+        images = torch.randn(4, *self.input_shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        if self.quant:
+            check_traced(self.teacher, images)
+        self.fused_teacher = fused(self.teacher, images)
+        self.bn_statistics = BnStatistics(self.fused_teacher)
         with torch.no_grad(), self.bn_statistics as statistics:
-            self.fused_teacher(torch.zeros(2, *self.input_shape, device=self.device))
+            self.fused_teacher(images)
             statistics.loss()  # its kernels are there
         for index, student in enumerate(self.students):
             check_classifier(student, **sizes, owner=owner, name=f"students[{index}]")  # type: ignore[arg-type]

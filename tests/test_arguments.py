@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 import dfq
 from dfq.config import QuantConfig
 from dfq.data import DataError, Images
+from dfq.device import resolve_precision
 from dfq.models import ModelSpec
 from tests.conftest import SMALL_RECIPE, small_net
 
@@ -124,3 +125,20 @@ def test_load_run_leaves_the_float_model_alone(run_small) -> None:
         with pytest.raises(ValueError, match=f"load_run: model {text}"):
             dfq.load_run(folder, wrong)
     assert isinstance(loaded, nn.Module) and not loaded.training
+
+
+@pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="this torch does not say what a CPU can do")
+@pytest.mark.parametrize(
+    ("capabilities", "precision"),
+    [
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, "bf16"),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True}, "fp32"),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, "bf16"),
+        ({"cpu_name": "AMD EPYC"}, "fp32"),
+        ({"avx512_bf16": True}, "bf16"),
+    ],
+)
+def test_a_cpu_s_own_precision(monkeypatch: pytest.MonkeyPatch, capabilities: dict, precision: str) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert resolve_precision("auto", torch.device("cpu")) == precision
+    assert resolve_precision("bf16", torch.device("cpu")) == "bf16"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -122,6 +123,13 @@ def test_output_type_and_layout(spec: OpSpec, case: Case, backend: str, device: 
         assert out.is_contiguous(memory_format=torch.channels_last)
 
 
+def cases_of_all_types(spec: OpSpec) -> list[Case]:
+    """A case of every set of types that tensors come in."""
+    cases = {str([getattr(value, "dtype", None) for value in case.make(torch.Generator())[0].values()]): case
+             for case in spec.cases}  # fmt: skip
+    return list(cases.values())
+
+
 ON_CPU = [
     pytest.param(op, backend, marks=[pytest.mark.skip(reason=reason)] if reason else [], id=f"{op}-{backend}")
     for op in SPECS
@@ -141,12 +149,20 @@ def test_compiles_whole(op: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize(("op", "backend"), ON_CPU)
-def test_inside_autocast(op: str, backend: str) -> None:
-    """Autocast changes nothing: the arithmetic is fp32 whatever the storage type. A case of every set of types."""
+def test_without_gradients(op: str, backend: str) -> None:
+    """A call that nobody records, which takes another way, gives the same values and leaves its inputs alone, too."""
     spec = SPECS[op]
-    cases = {str([getattr(value, "dtype", None) for value in case.make(torch.Generator())[0].values()]): case
-             for case in spec.cases}  # fmt: skip
-    for case in cases.values():
+    for case in cases_of_all_types(spec):
+        found = run(spec, replace(case, gradients=False), backend, "cpu")
+        before = run_before(op, case.name, backend, "cpu")
+        assert_equal(found, {name: value for name, value in before.items() if not name.startswith("grad_")})
+
+
+@pytest.mark.parametrize(("op", "backend"), ON_CPU)
+def test_inside_autocast(op: str, backend: str) -> None:
+    """Autocast changes nothing: the arithmetic is fp32 whatever the storage type."""
+    spec = SPECS[op]
+    for case in cases_of_all_types(spec):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             inside = run(spec, case, backend, "cpu")
         assert_equal(inside, run_before(op, case.name, backend, "cpu"))

@@ -21,17 +21,16 @@ class Forms(nn.Module):
         super().__init__()
         self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(6))
         self.plain = nn.BatchNorm2d(4, affine=False)
-        self.no_statistics = nn.BatchNorm2d(4, track_running_stats=False)
         self.relu, self.relu6 = nn.ReLU(inplace=True), nn.ReLU6()
         self.head = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.norms[0](x))
-        x = F.relu6(3 * x + self.norms[1](x).relu())
+        x = F.relu6(x + self.norms[1](x).relu())
         y = self.norms[2](x)
         x = y + self.relu6(y)  # y has a second reader
         x = self.relu(self.norms[3](x)) + self.norms[4](x)  # an activation that is called twice
-        x = self.relu6(self.norms[5](x)) + torch.tanh(self.plain(x)) + self.no_statistics(x).relu_()
+        x = self.relu6(self.norms[5](x)) + self.plain(x)
         return self.head(x.mean((2, 3)))
 
 
@@ -53,7 +52,7 @@ def images_of(random: torch.Generator) -> Tensor:
 def test_the_fused_teacher_is_the_teacher(random: torch.Generator) -> None:
     net, x = forms(random), images_of(random)
     state, modules = {name: value.clone() for name, value in net.state_dict().items()}, list(net.modules())
-    expected, graph = net(x), fused(net)
+    expected, graph = net(x), fused(net, x)
     found = graph(x)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     (grad,), (expected_grad,) = (torch.autograd.grad(out.square().sum(), x) for out in (found, expected))
@@ -69,7 +68,7 @@ def test_the_fused_teacher_is_the_teacher(random: torch.Generator) -> None:
 def test_its_statistics_are_the_teacher_s(random: torch.Generator) -> None:
     net, x = forms(random), images_of(random)
     losses = []
-    for model in (net, fused(net)):
+    for model in (net, fused(net, x)):
         with BnStatistics(model) as statistics:
             model(x)
             losses.append(statistics.loss())
@@ -88,28 +87,82 @@ def test_known_teachers_are_fused(
     net = freeze(build_model(ModelSpec(name, 3, 10, "cifar")))
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in net.modules())
     x = torch.randn(2, 3, 32, 32, generator=random)
-    expected, calls, operator = net(x), [], dfq_kernels.bn_act_stats
+    expected, graph, calls, operator = net(x), fused(net, x), [], dfq_kernels.bn_act_stats
 
     def counted(*args: object, activation: str | None, **keywords: object) -> object:
         calls.append(activation)
         return operator(*args, activation=activation, **keywords)  # type: ignore[arg-type]
 
     monkeypatch.setattr(dfq_kernels, "bn_act_stats", counted)
-    torch.testing.assert_close(fused(net)(x), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(graph(x), expected, rtol=1e-4, atol=1e-4)
     assert len(calls) == norms and norms - calls.count(None) == activations
 
 
-def test_a_teacher_that_cannot_be_traced_is_called_as_it_is(random: torch.Generator) -> None:
-    class Chooses(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = small_net()
+class Odd(nn.Module):
+    """A small net whose forward is another function, or a net with another gradient, for who traces it."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.net(x) if x.sum() > 0 else self.net(-x)
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.conv, self.bn, self.relu = kind, nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+        self.aux, self.head = nn.BatchNorm2d(4), nn.Linear(4, 3)
+        self.leaky = nn.LeakyReLU(0.1, inplace=True)
+        self.register_buffer("code", torch.ones(4, 1, 1))  # a graph module has one of its own
+        if kind == "a norm of a layer":
+            self.conv.bn = self.bn
 
-    net = freeze(Chooses())
-    assert fused(net) is net
-    hooked = freeze(small_net())
-    hooked.bn1.register_forward_hook(lambda *_: None)
-    assert fused(hooked) is hooked  # a hook would not be called
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "a branch on values" and x.sum() > 0:
+            x = -x
+        if self.kind == "a branch on types" and isinstance(x, Tensor):
+            x = (x - 1).relu()
+        with torch.set_grad_enabled(self.kind != "no gradient" and torch.is_grad_enabled()):
+            x = self.conv(x)
+        if self.kind == "a buffer":
+            x = x * self.code
+        if self.kind == "an operator in place":
+            kept = x
+            x *= 2
+            x = x + kept
+        x = self.conv.bn(x) if self.kind == "a norm of a layer" else self.bn(x)
+        x = self.relu(x)
+        if self.kind == "an unread head":
+            self.aux(x)
+        if self.kind == "an unread result in place":
+            self.leaky(x - 1)
+            y = x - 1
+            self.leaky(y)
+        self.kept = x
+        return self.head(x.mean((2, 3)))
+
+
+ODD = ["a branch on values", "a buffer", "a branch on types", "no gradient", "an operator in place",
+       "a norm of a layer", "an unread head", "an unread result in place"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["plain", *ODD])
+def test_a_teacher_whose_graph_is_another_function_is_called_as_it_is(kind: str, random: torch.Generator) -> None:
+    net, x = freeze(Odd(kind)), torch.randn(4, 1, 8, 8, generator=random).requires_grad_(kind == "no gradient")
+    modules, attributes = list(net.modules()), set(vars(net))
+    found = fused(net, x.detach())
+    assert (found is net) == (kind != "plain")
+    assert list(net.modules()) == modules and set(vars(net)) - {"kept"} == attributes
+    assert isinstance(getattr(net, "kept", None), Tensor | None)  # no proxy of the tracer's
+
+
+def test_a_teacher_with_hooks_is_called_as_it_is(random: torch.Generator) -> None:
+    x = torch.randn(4, 1, 12, 12, generator=random)
+    watched, changed = freeze(small_net()), freeze(small_net())
+    watched.bn1.register_forward_hook(lambda *_: None)
+    changed.bn1.register_full_backward_hook(lambda module, grads, _: tuple(0.1 * grad for grad in grads))
+    assert fused(watched, x) is watched and fused(changed, x) is changed
+
+
+class OwnNorm(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+def test_norms_of_a_class_of_their_own_are_measured(random: torch.Generator) -> None:
+    net = freeze(nn.Sequential(nn.Conv2d(1, 4, 3), OwnNorm(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
+    found = fused(net, torch.randn(2, 1, 8, 8, generator=random))
+    assert found is net and len(BnStatistics(found).layers) == 2

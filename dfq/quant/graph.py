@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum, auto
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.modules.dropout import _DropoutNd
 
 from dfq.classifier import evaluation
 from dfq.errors import first_line
@@ -86,7 +89,7 @@ def trace(model: nn.Module) -> list[fx.Node]:
     """
     _check_modules(model)
     try:
-        with evaluation(model):  # where a dropout written as a function does nothing and may be dropped
+        with evaluation(model), _unchanged(model):  # a dropout written as a function does nothing and may be dropped
             traced = _Tracer().trace(model)
     except Exception as error:  # fx raises whatever the model's own code raises on its proxies
         raise PrepareError(
@@ -106,6 +109,50 @@ def trace(model: nn.Module) -> list[fx.Node]:
                 f"prepare: {name} ({type(module).__name__}) must be called once, got {count} calls; copy it"
             )
     return nodes
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """What tracing and a forward that keeps values leave on the modules is gone afterwards."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            for name in set(vars(module)) - set(attributes):
+                del vars(module)[name]
+            vars(module).update(attributes)
+
+
+def traced(model: nn.Module) -> fx.GraphModule:
+    """The model as the graph that `prepare` starts from, on the same modules.
+
+    Raises:
+        PrepareError: as `trace`, or a node without a quantized form.
+    """
+    nodes = trace(model)
+    for node in nodes:
+        kind_of(node, model)
+    return fx.GraphModule(model, nodes[0].graph)
+
+
+@torch.no_grad()
+def check_traced(model: nn.Module, images: Tensor) -> None:
+    """Tracing sees no branch on what the images are (isinstance, hasattr, try): it takes a side for all of them.
+
+    Raises:
+        PrepareError: the traced graph fails on the images, or gives other logits than the model.
+    """
+    rule = "prepare: model must compute the same when torch.fx traces it"
+    expected = model(images)
+    try:
+        found = fx.Interpreter(traced(model)).run(images)
+    except Exception as error:  # whatever the model's own operations raise
+        raise PrepareError(f"{rule}, got {type(error).__name__}: {first_line(error)}") from error
+    off, size = float((found - expected).norm()), float(expected.norm())
+    if bool(torch.isfinite(expected).all()) and not off <= 1e-3 * size:  # training stops where logits are not finite
+        hint = "a branch in forward() on what its input is (isinstance, hasattr, try) takes another side there"
+        raise PrepareError(f"{rule}, got logits that differ by {off / max(size, 1e-30):.1%}; {hint}")
 
 
 def _check_modules(model: nn.Module) -> None:
@@ -157,7 +204,7 @@ def _check_changes_in_place(nodes: list[fx.Node], model: nn.Module) -> None:
 def _changes_its_input(node: fx.Node, model: nn.Module) -> bool:
     if node.op == "call_module":  # a dropout changes nothing in evaluation
         module = model.get_submodule(str(node.target))
-        return MODULES.get(type(module)) is Kind.ACTIVATION and bool(getattr(module, "inplace", False))
+        return bool(getattr(module, "inplace", False)) and not isinstance(module, _DropoutNd)
     if node.target is F.dropout:
         return False
     name = getattr(node.target, "__name__", str(node.target))
