@@ -147,6 +147,8 @@ def check_traced(model: nn.Module, images: Tensor) -> None:
     expected = model(images)
     try:
         found = fx.Interpreter(traced(model)).run(images)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever the model's own operations raise
         raise PrepareError(f"{rule}, got {type(error).__name__}: {first_line(error)}") from error
     off, size = float((found - expected).norm()), float(expected.norm())
