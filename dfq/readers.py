@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -156,7 +156,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             with Image.open(data) as image:
                 yield image
     except Exception as error:  # a damaged file makes Pillow raise whatever its decoder does
-        raise ValueError(f"{path} must be an image: {first_line(error)}") from error
+        reason = "Pillow knows no such format" if isinstance(error, UnidentifiedImageError) else first_line(error)
+        raise ValueError(f"{path} must be an image: {reason}") from error
 
 
 def _decode(rows: list[tuple[Path, int]]) -> tuple[Tensor, Tensor]:

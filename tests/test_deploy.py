@@ -124,7 +124,7 @@ def test_wrong_files_are_refused(network: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     for name, text in (
         ("none.npy", "run: .*none.npy cannot be read: No such file"),
-        ("text.png", "text.png must be an image: "),
+        ("text.png", "text.png must be an image: Pillow knows no such format"),
         ("empty.npy", "empty.npy must be a NumPy array"),
         ("small.npy", r"small.npy must be \[N, 1, 32, 32\], got \(1, 1, 28, 28\)"),
         ("int.npy", "int.npy must be uint8 pixels or normalised floating-point numbers, got 'int64'"),
