@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -110,6 +111,25 @@ def test_equals_reference(spec: OpSpec, case: Case, backend: str, device: str) -
 @every_case
 def test_same_bits_when_repeated(spec: OpSpec, case: Case, backend: str, device: str) -> None:
     assert_equal(run(spec, case, backend, device), run_before(spec.op, case.name, backend, device))
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_every_byte_of_a_mask_is_written(backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever compares, hashes or saves what a forward keeps must find the same bits each time."""
+    if (reason := missing("fake_quant", backend, device)) is not None:
+        pytest.skip(reason)
+    kept = import_module(f"dfq_kernels.fake_quant.{backend}")
+    for size in (1, 8, 9, 16, 17, 49, 2056):
+        for axis, channels in ((None, ()), (0, (size,))):
+            x = torch.linspace(-1, 1, size, device=device)
+            scale, zero_point = torch.full(channels, 0.1, device=device), torch.zeros(channels, device=device)
+            masks = []
+            for value in (0, 255):
+                like = partial(torch.full, ((size + 15) // 16 * 2,), value, dtype=torch.uint8, device=device)
+                monkeypatch.setattr(kept, "mask_like", lambda _, like=like: like())
+                masks.append(kept.forward(x, scale, zero_point, -8, 7, axis)[1])
+            assert torch.equal(*masks), (size, axis)
 
 
 @every_case

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads)
     quantize(const View view, const T* x, const float* scales, const float* zero_points, Integers integers, T* out,
              uint8_t* mask) {
   const int64_t group = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, at = group * kGroup;
-  if (at >= view.size) return;
+  if (at >= ceil_div(view.size, 16) * 16) return;  // whole pairs of bytes
   const int count = view.size - at < kGroup ? static_cast<int>(view.size - at) : kGroup;
   const bool whole = kWhole && count == kGroup;
   float value[kGroup] = {};
