@@ -118,7 +118,7 @@ def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     widen_tiles(monkeypatch)
 
 
-def widen_tiles(patch: pytest.MonkeyPatch) -> None:
+def widen_tiles(patch: pytest.MonkeyPatch, pixels: int = 1024, channels: int = 512, elements: int = 2**18) -> None:
     """Triton's interpreter is fastest with few programs of large tiles; a GPU takes its own."""
     if torch.cuda.is_available() or missing("triton", torch.device("cpu")) is not None:
         return
@@ -126,7 +126,8 @@ def widen_tiles(patch: pytest.MonkeyPatch) -> None:
     from dfq_kernels.int_conv2d import triton as convolution
 
     patch.setattr(convolution, "MULTIPROCESSORS", 1)
-    wide = {"convolution": {"pixels": 1024, "channels": 512, "depth": 512}, "pixels": {"elements": 2**18}}
+    convolve = {"pixels": pixels, "channels": channels, "depth": channels}
+    wide = {"convolution": convolve, "pixels": {"elements": elements}}
     for kind, sides in wide.items():
         for side, size in sides.items():
             patch.setitem(tiles.tuning()[kind], side, size)
