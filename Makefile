@@ -51,7 +51,7 @@ sanitize: .venv/installed      ## the CPU kernels of every level under AddressSa
 	  --build-lib build/sanitized --build-temp build/sanitized-objects
 	for level in baseline v2 v3 v4 v4_vnni; do DFQ_CPU=$$level LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(BIN)/python -m tests.with_module build/sanitized/dfq_kernels/_native*.so tests/test_conformance.py \
-	  tests/test_native.py tests/test_calls.py tests/test_tiles.py tests/test_engine.py tests/test_engine_io.py -s \
+	  tests/test_native.py tests/test_calls.py tests/test_fake_quant_conv2d.py tests/test_tiles.py tests/test_engine.py tests/test_engine_io.py -s \
 	  -k "not instruction_set and not elements and not triton and not whole_test_set" || exit 1; done
 
 cuda-check: .venv/installed    ## the CUDA kernels without a GPU: spills, loads, PTX, and the whole suite on an emulator

@@ -2,7 +2,8 @@
 
 Each layer of 8-bit activations, with its rounding to 8 bits, as an operator whose weights are packed: on a CPU against
 oneDNN's int8 convolution through torch's private operator (where this torch has it), on a GPU in a CUDA graph against
-fp16 in channels-last. Ceiling, in the same rounds: torch's int8 matrix product of 2048 x 2048 x 2048, int32 out.
+fp16 in channels-last; and on a CPU what a student's layer costs in training, fake-quantized to 4 bits, against torch's
+convolution of the same values. Ceiling, in the same rounds: torch's int8 product of 2048 x 2048 matrices, to int32.
 The integers must be oneDNN's, but for its own order of roundings at halves, or nothing is measured.
 """
 
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,6 +145,29 @@ def measure(layer: Layer, batch: int, device: torch.device, seconds: float) -> d
     return row | {f"{name}_us": round(value * 1e6, 1) for name, value in times.items()}
 
 
+def training(layer: Layer, batch: int, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
+    """One row: a forward of `fake_quant_conv2d` on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    shape = batch, layer.given, layer.side, layer.side
+    scale, scales = torch.tensor(0.25), torch.rand(layer.made, generator=generator) + 0.5
+    x = (torch.randint(0, 16, shape, generator=generator) * scale).to(dtype)
+    q = torch.randint(-7, 8, (layer.made, layer.given, layer.kernel, layer.kernel), generator=generator)
+    x, weight = (value.contiguous(memory_format=torch.channels_last) for value in (x, q * scales.reshape(-1, 1, 1, 1)))
+    settings: Any = {"stride": layer.stride, "padding": layer.kernel // 2}
+
+    def call(backend: str) -> Tensor:
+        return k.fake_quant_conv2d(x, scale, weight, scales, **settings, backend=backend)
+
+    found, expected = call("native").float(), call("reference").float()
+    if float((found - expected).norm() / expected.norm()) > 2 * torch.finfo(dtype).eps:
+        raise SystemExit(f"benchmarks: native must be near the reference before it is measured, {layer} is not")
+    times = interleaved({name: partial(call, name) for name in ("native", "reference")}, seconds=seconds)
+    ours, theirs = times["native"].median, times["reference"].median
+    return {"layer": list(layer), "batch": batch, "training": str(dtype).removeprefix("torch."),
+            "native_us": round(ours * 1e6, 1), "torch_us": round(theirs * 1e6, 1),
+            "times_torch": round(theirs / ours, 2)}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--out", type=Path, help="a JSON file for the results; default: one of this machine's name")
@@ -157,6 +183,12 @@ def main() -> None:
             if batch * layer.given * layer.side**2 <= LARGEST[device.type]:
                 rows.append(measure(layer, batch, device, arguments.seconds))
                 print(json.dumps(rows[-1]), flush=True)
+    if device.type == "cpu":
+        batch = BATCHES["cpu"][-1]
+        fitting = [layer for layer in LAYERS if batch * layer.given * layer.side**2 <= LARGEST["cpu"]]
+        for layer, dtype in product(fitting, (torch.bfloat16, torch.float32)):
+            rows.append(training(layer, batch, dtype, arguments.seconds))
+            print(json.dumps(rows[-1]), flush=True)
     write_results(arguments.out or results_file("layers"), rows)
 
 

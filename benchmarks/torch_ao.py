@@ -101,6 +101,13 @@ class TorchAo:
             return self.fake_quant(out, scale, zero_point, **bounds)
         return self.observe_fake_quant(out, running_min, running_max, averaging_constant=averaging_constant, **bounds)
 
+    def fake_quant_conv2d(
+        self, x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, *,
+        dtype: torch.dtype | None, **geometry: Any,
+    ) -> Tensor:  # fmt: skip
+        """Autocast sees to the type."""
+        return F.conv2d(x, weight, bias, **geometry)
+
     def fake_quant_weights(self, weights: Sequence[Tensor], bits: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
         outs, scales = [], []
         for weight, width in zip(weights, bits, strict=True):
@@ -117,6 +124,8 @@ class TorchAo:
     @contextmanager
     def in_place_of_ours(self) -> Iterator[None]:
         """Inside, whoever calls `dfq_kernels` gets these."""
-        names = ("fake_quant", "observe_fake_quant", "bn_act_fake_quant", "fake_quant_weights")
+        names = (
+            "fake_quant", "observe_fake_quant", "bn_act_fake_quant", "fake_quant_conv2d", "fake_quant_weights",
+        )  # fmt: skip
         with mock.patch.multiple("dfq_kernels", **{name: getattr(self, name) for name in names}):
             yield

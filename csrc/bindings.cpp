@@ -141,6 +141,18 @@ PYBIND11_MODULE(_native, m) {
                                 nullptr);
   }, Unlocked());
 
+  m.def("fake_quant_conv2d", [](int dtype, int out_dtype, int threads, int64_t count, const std::vector<int32_t>& sides,
+                                const std::vector<int32_t>& window, int32_t groups, Address x, Address x_scale,
+                                Address weight, Address weight_scale, Address bias, Address out) {
+    bool fits = false;
+    cpu_kernels().fake_quant_conv2d({dtype, out_dtype, threads, count, sides.at(0), sides.at(1), sides.at(2), sides.at(3),
+                                     sides.at(4), sides.at(5), sides.at(6), sides.at(7), window.at(0), window.at(1),
+                                     window.at(2), window.at(3), window.at(4), window.at(5), groups, input(x),
+                                     floats(x_scale), floats(weight), floats(weight_scale), floats(bias), output(out),
+                                     &fits});
+    return fits;
+  }, Unlocked());
+
   m.def("bn_stat_loss_backward", [](const Where& where, const Addresses& means, const Addresses& vars, const Addresses& running_means,
                                     const Addresses& running_vars, const Addresses& channels,
                                     const std::vector<double>& eps, Address grad_out, const Addresses& grad_means,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from dfq_kernels.processor import fast_at_bf16
+
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
@@ -29,9 +31,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """`auto`: bf16 autocast on a GPU that has it, on a CPU with AMX, or AVX512-BF16 if it is not Intel's; else fp32.
-
-    torch 2.9 does not say whose a CPU is: there every AVX512-BF16 counts.
+    """`auto`: bf16 autocast on a GPU that has it and on a CPU that is faster at it; else fp32.
 
     Raises:
         ValueError: an unknown precision.
@@ -42,15 +42,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if _processor_is_fast_at_bf16() else "fp32"
-
-
-def _processor_is_fast_at_bf16() -> bool:
-    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.9 has no public question
-        return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-    capabilities = torch.cpu.get_capabilities()
-    intel = str(capabilities.get("cpu_name", "")).startswith("Intel")  # its vectors of bf16 are slower than of fp32
-    return bool(capabilities.get("amx_bf16") or (capabilities.get("avx512_bf16") and not intel))
+    return "bf16" if fast_at_bf16() else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

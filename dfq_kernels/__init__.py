@@ -6,6 +6,7 @@ from dfq_kernels.bn_stat_loss.api import bn_stat_loss
 from dfq_kernels.bn_stats.api import bn_stats
 from dfq_kernels.dispatch import BackendError
 from dfq_kernels.fake_quant.api import fake_quant
+from dfq_kernels.fake_quant_conv2d.api import fake_quant_conv2d
 from dfq_kernels.fake_quant_weights.api import fake_quant_weights
 from dfq_kernels.int_conv2d.api import int_conv2d, int_linear, pack_weight
 from dfq_kernels.int_pool.api import int_pool
@@ -29,6 +30,7 @@ __all__ = [
     "bn_stats",
     "dequantize",
     "fake_quant",
+    "fake_quant_conv2d",
     "fake_quant_weights",
     "int_conv2d",
     "int_linear",

@@ -81,6 +81,25 @@ def check_pair(op: str, name: str, value: int | Sequence[int], least: int) -> li
     return pair
 
 
+Geometry = tuple[list[int], list[int], list[int], int]  # stride, padding and dilation, one for each axis; groups
+
+
+def check_geometry(
+    op: str, x_shape: Sequence[int], weight_shape: Sequence[int], stride: int | Sequence[int],
+    padding: int | Sequence[int], dilation: int | Sequence[int], groups: int,
+) -> Geometry:  # fmt: skip
+    """Of a convolution of `[N, C, H, W]` with `[O, C / groups, kh, kw]`."""
+    channels, (outer, inner, *kernel) = x_shape[1], weight_shape
+    pairs = (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
+    strides, paddings, dilations = (check_pair(op, *pair) for pair in pairs)
+    fits = type(groups) is int and groups >= 1 and outer % groups == 0 and inner * groups == channels
+    require(op, fits, "groups", f"a divisor of {channels} and {outer} channels that fits {inner} of the weight", groups)
+    spans = zip(x_shape[2:], kernel, paddings, dilations, strict=True)
+    inside = all(side + 2 * p >= d * (k - 1) + 1 for side, k, p, d in spans)
+    require(op, inside, "weight", f"within {tuple(x_shape[2:])} and its padding", tuple(kernel))
+    return strides, paddings, dilations, groups
+
+
 def check_epilogue(
     op: str, activation: str | None, outs: Grid | Sequence[Grid], then: Requantize | None, packed: bool, channels: int,
     like: Tensor,

@@ -30,6 +30,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "bn_act_stats": _BEST_FIRST,
     "bn_act_fake_quant": _BEST_FIRST,
     "bn_stat_loss": _BEST_FIRST,
+    "fake_quant_conv2d": {"cuda": ("reference",), "cpu": ("native", "reference")},  # cuDNN's floats; integers
     "quantize": _INTEGERS,
     "requantize": _INTEGERS,
     "int_conv2d": _INTEGERS,
@@ -55,6 +56,8 @@ def missing(op: str, backend: str, device_type: str, dtype: torch.dtype = torch.
     if backend != "reference":
         if device_type not in TABLE[op]:
             return f"no kernels for device type {device_type}"
+        if backend == "triton" and not in_triton(op):
+            return "there is no Triton kernel"
         if backend == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return "Triton runs on the CPU only interpreted (TRITON_INTERPRET=1)"
         if backend == "triton" and (reason := _no_triton()) is not None:
@@ -68,6 +71,11 @@ def missing(op: str, backend: str, device_type: str, dtype: torch.dtype = torch.
     if device_type == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return None
+
+
+def in_triton(op: str) -> bool:
+    """Whether there is a Triton kernel: the CPU's rows do not list it, because it is interpreted there."""
+    return any("triton" in names for names in TABLE[op].values())
 
 
 @cache

@@ -60,6 +60,7 @@ def test_the_support_matrix_gives_a_reason_for_every_hole() -> None:
     assert sum(" * " in row for row in rows if " cpu " in row) == len(TABLE)
 
 
+ONE, CUBE = torch.ones(()), torch.ones(2, 1, 1, 1)
 WRONG_CALLS = {
     "fake_quant: x must be a torch.Tensor": lambda x: k.fake_quant([1.0], 1.0, 0),
     "fake_quant: x must be float32": lambda x: k.fake_quant(x.long(), 1.0, 0),
@@ -88,6 +89,21 @@ WRONG_CALLS = {
     "bn_act_stats: eps must be": lambda x: k.bn_act_stats(x, None, None, torch.ones(3), torch.ones(3), eps=0.0),
     "bn_stat_loss: variances must hold 1 layers": lambda x: k.bn_stat_loss([x[0]], [], [x[0]], [x[0]]),
     "bn_stat_loss: means must hold at least one": lambda x: k.bn_stat_loss([], [], [], []),
+    "fake_quant_conv2d: x must be .N, C, H, W. of": lambda x: k.fake_quant_conv2d(x, ONE, CUBE, ONE),
+    "fake_quant_conv2d: weight must be .O, C / groups": lambda x: k.fake_quant_conv2d(x[None], ONE, x, ONE),
+    "fake_quant_conv2d: weight must be within": lambda x: k.fake_quant_conv2d(
+        x[None], ONE, torch.ones(4, 2, 5, 5), ONE
+    ),
+    "fake_quant_conv2d: groups must be a divisor of 2 and 2": lambda x: k.fake_quant_conv2d(x[None], ONE, CUBE, ONE),
+    "fake_quant_conv2d: x_scale must be a tensor of one": lambda x: k.fake_quant_conv2d(x[None], 0.1, CUBE, ONE),
+    "fake_quant_conv2d: weight_scale must be a torch.Tensor": lambda x: k.fake_quant_conv2d(x[None], ONE, CUBE, 0.1),
+    "fake_quant_conv2d: weight_scale must be of shape": lambda x: k.fake_quant_conv2d(
+        x[None], ONE, CUBE, torch.ones(5)
+    ),
+    "fake_quant_conv2d: bias must be of shape": lambda x: k.fake_quant_conv2d(x[None], ONE, CUBE, ONE, torch.ones(5)),
+    "fake_quant_conv2d: dtype must be float32": lambda x: k.fake_quant_conv2d(
+        x[None], ONE, torch.ones(4, 2, 1, 1), ONE, dtype=torch.int8
+    ),
     "bn_stat_loss: means.0. must have shape": lambda x: k.bn_stat_loss([x], [x], [x], [x]),
 }
 

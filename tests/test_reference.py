@@ -276,3 +276,24 @@ def test_bn_stat_loss_of_dead_channels_is_finite() -> None:
     # stored 0.01: (1 + 0.01) / 0.02 - 0 - 0.5; stored 4: (1 + 0.01) / 8 - 0.5 log(0.0025) - 0.5
     assert float(loss.detach()) == pytest.approx(50.0 + (1.01 / 8 - 0.5 * math.log(0.0025) - 0.5), rel=1e-5)
     assert var.grad.tolist() == [0.0, 0.0] and torch.isfinite(mean.grad).all()
+
+
+def test_convolution_is_that_of_the_integers_times_the_scales(random: torch.Generator) -> None:
+    """A loop over the taps in float64; the scales are in the values."""
+    x = torch.randint(0, 16, (2, 4, 7, 8), generator=random, dtype=torch.float64)
+    weight = torch.randint(-7, 8, (6, 2, 3, 2), generator=random, dtype=torch.float64)
+    scale, bias = torch.rand(6, generator=random) + 0.1, torch.randn(6, generator=random)
+    padded = torch.nn.functional.pad(x, (2, 2, 1, 1))
+    acc = torch.zeros(2, 6, 3, 11)
+    for c in range(6):
+        for row in range(3):
+            for column in range(2):
+                seen = padded[:, c // 3 * 2 : c // 3 * 2 + 2, row * 2 : row * 2 + 5 : 2, column : column + 11]
+                acc[:, c] += (seen * weight[c, :, row, column].reshape(2, 1, 1)).sum(1).float()
+    expected = acc * (0.3 * scale).reshape(6, 1, 1) + bias.reshape(6, 1, 1)
+    values = (x.float() * 0.3, torch.tensor(0.3), weight.float() * scale.reshape(6, 1, 1, 1), scale)
+    settings = {"stride": (2, 1), "padding": (1, 2), "dilation": (2, 1), "groups": 2}
+    torch.testing.assert_close(k.fake_quant_conv2d(*values, bias, **settings), expected, rtol=1e-5, atol=1e-5)
+    half = k.fake_quant_conv2d(*values, bias, **settings, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, rtol=2**-7, atol=0.5)

@@ -147,6 +147,21 @@ struct BnStatLoss {
   const int64_t *grad_means, *grad_vars;  // backward: addresses
 };
 
+// Of the CPU alone. Tensors are channels-last and dense, x of type `dtype`, out of `out_dtype`.
+struct FakeQuantConv2d {
+  int dtype, out_dtype, threads;
+  int64_t count;  // images
+  int32_t height, width, channels, out_height, out_width, out_channels, kernel_y, kernel_x;
+  int32_t stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x, groups;
+  const void* x;
+  const float* x_scale;       // one number
+  const float* weight;        // [out_channels, kernel_y, kernel_x, channels / groups]
+  const float* weight_scale;  // [out_channels]
+  const float* bias;          // may be null
+  void* out;
+  bool* fits;  // whether all integers fit bytes; else out is left unfinished
+};
+
 #define DFQ_KERNELS(X)                                    \
   X(fake_quant_forward, FakeQuantForward)                     \
   X(mask_backward, MaskBackward)                              \

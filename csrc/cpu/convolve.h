@@ -59,6 +59,19 @@ void finish_lanes(const Step& s, const Finish& finish, const View2d& residual, c
   }
 }
 
+// The same where results are real.
+void finish_real_lanes(const Step& s, const Finish& finish, const int32_t* acc, int64_t acc_step, int pixels, int64_t x,
+                       int64_t channel) {
+  const Vec mult = load_vec(&s.mult[channel]), bias = load_vec(&s.bias[channel]);
+  const int activation = finish.activation;
+  float* to = finish.logit_row + x * finish.classes + channel;
+  for (int p = 0; p < pixels; ++p, acc += acc_step, to += finish.classes) {
+    VecInt sum;
+    std::memcpy(&sum, acc, sizeof sum);
+    store_vec(to, activate(__builtin_convertvector(sum, Vec) * mult + bias, activation));
+  }
+}
+
 void finish_tile(const Work& w, const Finish& finish, const View2d& residual, const int32_t* acc, int pixels, int blocks,
                  int64_t y, int64_t x, int64_t channel, int64_t channels) {
   const int64_t acc_step = int64_t(blocks) * kLanes;
@@ -69,6 +82,10 @@ void finish_tile(const Work& w, const Finish& finish, const View2d& residual, co
       const auto run = residual.plane ? (finish.chains ? finish_lanes<true, true> : finish_lanes<true, false>)
                                       : (finish.chains ? finish_lanes<false, true> : finish_lanes<false, false>);
       run(w.step, finish, residual, acc + lane, acc_step, pixels, y, x, c);
+      continue;
+    }
+    if (finish.count == 0 && !residual.plane && c + kWidth <= finish.classes) {
+      finish_real_lanes(w.step, finish, acc + lane, acc_step, pixels, x, c);
       continue;
     }
     for (int p = 0; p < pixels; ++p) {

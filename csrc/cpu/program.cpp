@@ -184,6 +184,12 @@ void prepare_program(Program& program) {
     if (step.kind == kConvolve) prepare_convolution(program, step);
 }
 
+void convolve_image(const Program& program, uint8_t* arena, float* out) {
+  const Step& step = program.steps[0];
+  fill_frame(program.planes[step.x], arena);
+  convolve({program, step, arena, nullptr, out, nullptr}, 0, step.out_height);
+}
+
 void run_program(const ProgramRun& run) {
   const Program& program = *run.program;
   const int64_t pixels = int64_t(program.image_channels) * program.image_height * program.image_width;

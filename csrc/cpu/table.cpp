@@ -15,6 +15,7 @@ const CpuKernels table = {
 #undef DFQ_ENTRY
     prepare_program,
     run_program,
+    fake_quant_conv2d,
 };
 
 }  // namespace DFQ_ISA

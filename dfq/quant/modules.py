@@ -44,9 +44,13 @@ class QuantLayer(nn.Module):
 
     def forward(self, x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor) -> Activated:
         if self.training:
-            return self.tail(self.accumulate(x, weight, self.bias))
+            return self.tail(self.fake_quantized(x, x_scale, weight, weight_scale))
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             return self.tail.finish(self.exact(x.float(), x_scale, weight, weight_scale))
+
+    def fake_quantized(self, x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor) -> Tensor:
+        """The layer on fake-quantized values, differentiable."""
+        return self.accumulate(x, weight, self.bias)
 
     def exact(self, x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor) -> Tensor:
         """`float(acc) * mult + bias`, with the batch norm in both constants."""
@@ -87,6 +91,16 @@ class QuantConv2d(QuantLayer):
 
     def accumulate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def fake_quantized(self, x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor) -> Tensor:
+        if x_scale is None or isinstance(self.padding, str):
+            return self.accumulate(x, weight, self.bias)
+        device = x.device.type
+        return dfq_kernels.fake_quant_conv2d(
+            x, x_scale, weight, weight_scale, self.bias, stride=self.stride, padding=self.padding,
+            dilation=self.dilation, groups=self.groups,
+            dtype=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+        )  # fmt: skip
 
 
 class QuantLinear(QuantLayer):

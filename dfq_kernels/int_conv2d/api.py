@@ -11,7 +11,7 @@ from dfq_kernels._checks import check_device, check_storage
 from dfq_kernels._integer_checks import (
     LARGEST_SUM,
     check_epilogue,
-    check_pair,
+    check_geometry,
     check_quantized,
     check_vector,
     require,
@@ -82,24 +82,18 @@ def int_conv2d(
     """
     check_quantized(OP, "x", x)
     check_weight(OP, weight, x)
-    channels, (outer, inner, *kernel) = x.shape[1], weight.shape
-    pairs = (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
-    strides, paddings, dilations = (check_pair(OP, *pair) for pair in pairs)
-    fits = type(groups) is int and groups >= 1 and outer % groups == 0 and inner * groups == channels
-    require(OP, fits, "groups", f"a divisor of {channels} and {outer} channels that fits {inner} of the weight", groups)
-    spans = zip(x.shape[2:], kernel, paddings, dilations, strict=True)
-    inside = all(side + 2 * p >= d * (k - 1) + 1 for side, k, p, d in spans)
-    require(OP, inside, "weight", f"within {x.shape[2:]} and its padding", tuple(kernel))
+    geometry = check_geometry(OP, x.shape, weight.shape, stride, padding, dilation, groups)
+    outer = weight.shape[0]
     for name, vector in (("mult", mult), ("bias", bias)):
         check_vector(OP, name, vector, outer, x.q)
     if residual is not None:
-        shape = out_shape(x.q, weight.q, strides, paddings, dilations)
+        shape = out_shape(x.q, weight.q, *geometry[:3])
         check_quantized(OP, "residual", residual)
         require(OP, residual.shape == shape, "residual", f"of shape {shape}", residual.shape)
         check_device(OP, "residual", residual.q, x.q)
     epilogue = check_epilogue(OP, activation, outs, then, packed, outer, x.q)
     results = resolve(OP, backend, x.q).forward(
-        x.q, flat(x.grid, x.bits), weight.q, weight.sums, weight.bits, mult, bias, strides, paddings, dilations, groups,
+        x.q, flat(x.grid, x.bits), weight.q, weight.sums, weight.bits, mult, bias, *geometry,
         None if residual is None else residual.q, [] if residual is None else flat(residual.grid, residual.bits),
         *epilogue.flat(),
     )  # fmt: skip
