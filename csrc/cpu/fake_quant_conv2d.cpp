@@ -145,22 +145,30 @@ bool convolve_images(const FakeQuantConv2d& a, const Step& step, int32_t zero) {
   const int64_t row = int64_t(a.width) * a.channels, in = a.height * row;
   const int64_t size = int64_t(a.out_height) * a.out_width * a.out_channels;
   constexpr bool kWide = sizeof(Out) == sizeof(float);
+  const int64_t slots = std::min<int64_t>(a.threads, a.count);
+  std::vector<std::unique_ptr<uint8_t[]>> arenas;  // allocated where an exception has somebody to catch it
+  std::vector<std::unique_ptr<float[]>> scratch;
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    arenas.emplace_back(new uint8_t[program.arena_bytes + row]);
+    scratch.emplace_back(kWide ? nullptr : new float[size + kWidth]);
+  }
   std::atomic<bool> fits{true};
-  parallel_for(a.count, 1, a.threads, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<uint8_t[]> arena(new uint8_t[program.arena_bytes + row]);
-    const std::unique_ptr<float[]> scratch(kWide ? nullptr : new float[size + kWidth]);
-    for (int64_t image = begin; image < end && fits; ++image) {
-      const T* from = static_cast<const T*>(a.x) + image * in;
-      const Extremes seen = quantize_image(from, inverse, program.planes[0], arena.get(), &arena[program.arena_bytes]);
-      if (!seen.fit(zero, kHeld<T>)) return fits.store(false);
-      Out* out = static_cast<Out*>(a.out) + image * size;
-      if constexpr (kWide) {
-        convolve_image(program, arena.get(), out);
-      } else {
-        convolve_image(program, arena.get(), scratch.get());
-        narrow(scratch.get(), size, out);
-      }
+  const auto convolve_one = [&](int64_t image, uint8_t* arena, float* real) {
+    const T* from = static_cast<const T*>(a.x) + image * in;
+    const Extremes seen = quantize_image(from, inverse, program.planes[0], arena, arena + program.arena_bytes);
+    if (!seen.fit(zero, kHeld<T>)) return fits.store(false);
+    Out* out = static_cast<Out*>(a.out) + image * size;
+    if constexpr (kWide) {
+      convolve_image(program, arena, out);
+    } else {
+      convolve_image(program, arena, real);
+      narrow(real, size, out);
     }
+  };
+  parallel_for(slots, 1, a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; ++slot)
+      for (int64_t image = slot * a.count / slots; image < (slot + 1) * a.count / slots && fits; ++image)
+        convolve_one(image, arenas[slot].get(), scratch[slot].get());
   });
   return fits;
 }
