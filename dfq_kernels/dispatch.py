@@ -1,7 +1,7 @@
 """Which backend runs an operator: one table, one reason for every hole.
 
 `backend=None` takes the first of the row that is there; an explicit name runs that backend or raises `BackendError`.
-`DFQ_BACKEND`, read when the package is imported, replaces `None` for the whole process.
+`DFQ_BACKEND`, read when the package is imported, replaces `None` for the whole process, for all operators that have it.
 """
 
 from __future__ import annotations
@@ -56,14 +56,12 @@ def missing(op: str, backend: str, device_type: str, dtype: torch.dtype = torch.
     if backend != "reference":
         if device_type not in TABLE[op]:
             return f"no kernels for device type {device_type}"
-        if backend == "triton" and not in_triton(op):
-            return "there is no Triton kernel"
+        if not written(op, backend, device_type):
+            return f"there is no {backend} kernel for device type {device_type}"
         if backend == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return "Triton runs on the CPU only interpreted (TRITON_INTERPRET=1)"
         if backend == "triton" and (reason := _no_triton()) is not None:
             return reason
-        if backend == "native" and backend not in TABLE[op][device_type]:
-            return f"there is no native kernel for device type {device_type}"
         if backend == "native" and (reason := extension.missing(device_type)) is not None:
             return reason
         if op not in READS_INTEGERS and dtype not in DTYPES:
@@ -73,9 +71,10 @@ def missing(op: str, backend: str, device_type: str, dtype: torch.dtype = torch.
     return None
 
 
-def in_triton(op: str) -> bool:
-    """Whether there is a Triton kernel: the CPU's rows do not list it, because it is interpreted there."""
-    return any("triton" in names for names in TABLE[op].values())
+def written(op: str, backend: str, device_type: str) -> bool:
+    """Whether the backend has a kernel of the operator. The CPU's rows leave out Triton, which is interpreted there."""
+    rows = TABLE[op].values() if backend == "triton" else [TABLE[op].get(device_type, ())]
+    return any(backend in names for names in rows)
 
 
 @cache
@@ -103,7 +102,8 @@ def _choose(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
 
 
 def _name(op: str, backend: str | None, device_type: str, dtype: torch.dtype) -> str:
-    return _choose(op, backend or _FOR_ALL or "auto", device_type, dtype)
+    for_all = _FOR_ALL if _FOR_ALL not in BACKENDS or written(op, _FOR_ALL, device_type) else None
+    return _choose(op, backend or for_all or "auto", device_type, dtype)
 
 
 # what torch.compiler.assume_constant_result does; but it imports the compiler, 1.7 seconds of every program's start

@@ -23,6 +23,16 @@ def dense(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.preserve_format)
 
 
+def layout_of(x: Tensor) -> torch.memory_format:
+    """Channels-last or contiguous, as torch's convolutions see `[N, C, H, W]`; where sides are 1 by strides alone."""
+    shape, strides, least = x.shape, x.stride(), 1
+    for axis in (1, 3, 2, 0):
+        if strides[axis] < least or shape[axis] == 0 or (axis == 0 and least == strides[1]):
+            return torch.contiguous_format
+        least = strides[axis] * shape[axis]
+    return torch.channels_last
+
+
 def view(x: Tensor, axis: int | None) -> tuple[int, int, int]:
     """`(size, channels, inner)` of a dense tensor."""
     size = x.numel()

@@ -36,6 +36,15 @@ def test_the_environment_overrides_the_automatic_choice_only(monkeypatch: pytest
     k.fake_quant(torch.zeros(1), 1.0, 0, backend="reference")
 
 
+def test_an_operator_without_the_environment_s_backend_takes_its_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A student trains on Triton, although its convolutions have no kernel there; asked for by name, they say so."""
+    monkeypatch.setattr("dfq_kernels.dispatch._FOR_ALL", "triton")
+    x, one = torch.ones(2, 3, 16, 16), torch.ones(())
+    assert k.fake_quant_conv2d(x, one, torch.ones(4, 3, 1, 1), one).unique().tolist() == [3.0]
+    with pytest.raises(k.BackendError, match="there is no triton kernel for device type cpu"):
+        k.fake_quant_conv2d(x, one, torch.ones(4, 3, 1, 1), one, backend="triton")
+
+
 def test_the_reference_runs_everywhere_that_torch_does() -> None:
     assert all(missing(op, "reference", "cpu") is None for op in TABLE)
     if not torch.cuda.is_available():
@@ -97,7 +106,13 @@ WRONG_CALLS = {
     "fake_quant_conv2d: groups must be a divisor of 2 and 2": lambda x: k.fake_quant_conv2d(x[None], ONE, CUBE, ONE),
     "fake_quant_conv2d: x_scale must be a tensor of one": lambda x: k.fake_quant_conv2d(x[None], 0.1, CUBE, ONE),
     "fake_quant_conv2d: weight_scale must be a torch.Tensor": lambda x: k.fake_quant_conv2d(x[None], ONE, CUBE, 0.1),
-    "fake_quant_conv2d: weight_scale must be of shape": lambda x: k.fake_quant_conv2d(
+    "fake_quant_conv2d: weight_scale must be a torch.Tensor, got None": lambda x: k.fake_quant_conv2d(
+        x[None], ONE, CUBE, None
+    ),
+    "fake_quant_conv2d: weight_scale must be one number": lambda x: k.fake_quant_conv2d(
+        x[None], ONE, CUBE, torch.ones(1, 1, 1, 1)
+    ),
+    "fake_quant_conv2d: weight_scale must be one number or of shape": lambda x: k.fake_quant_conv2d(
         x[None], ONE, CUBE, torch.ones(5)
     ),
     "fake_quant_conv2d: bias must be of shape": lambda x: k.fake_quant_conv2d(x[None], ONE, CUBE, ONE, torch.ones(5)),

@@ -140,6 +140,72 @@ def test_a_backward_without_the_weights_does_not_make_their_gradients(monkeypatc
     assert torch.equal(weight.grad, torch.full_like(weight, 18.0)) and torch.equal(bias.grad, torch.full_like(bias, 18))
 
 
+@native_only
+def test_the_bias_may_change_before_the_backward() -> None:
+    """No gradient reads it."""
+    x, bias, one = torch.ones(2, 4, 20, 20), torch.zeros(3, requires_grad=True), torch.ones(())
+    out = k.fake_quant_conv2d(x, one, torch.ones(3, 4, 1, 1), one, bias)
+    with torch.no_grad():
+        bias.add_(1)
+    out.sum().backward()
+    assert bias.grad.tolist() == [800.0] * 3
+
+
+@native_only
+@pytest.mark.parametrize("last", [(), ("x",), ("weight",), ("x", "weight")], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 6, 7), (1, 5, 1, 1), (2, 1, 4, 4), (1, 1, 3, 3)], ids=str)
+def test_the_layout_is_torch_s(last: tuple[str, ...], shape: tuple[int, ...]) -> None:
+    tensors = {"x": torch.ones(shape), "weight": torch.ones(8, shape[1], 3, 3)}
+    tensors |= {name: tensors[name].to(memory_format=torch.channels_last) for name in last}
+    one = torch.ones(())
+    expected = F.conv2d(tensors["x"], tensors["weight"], padding=1)
+    found = k.fake_quant_conv2d(tensors["x"], one, tensors["weight"], one, padding=1, backend="native")
+    assert found.stride() == expected.stride() and torch.equal(found, expected)
+
+
+@native_only
+def test_scales_whose_product_is_no_normal_number_are_not_multiplied() -> None:
+    ones = torch.ones(1, 4, 5, 5), torch.ones(2, 4, 3, 3)
+    for x_scale, weight_scale in ((3e38, 3e38), (1e-25, 1e-18)):
+        values = ones[0] * x_scale, ones[1] * weight_scale
+        scales = torch.tensor(x_scale), torch.tensor(weight_scale)
+        found = k.fake_quant_conv2d(values[0], scales[0], values[1], scales[1], backend="native")
+        assert torch.equal(found, F.conv2d(*values))
+
+
+@native_only
+@pytest.mark.parametrize(
+    ("count", "side", "channels", "groups", "chosen"),
+    [(1, 16, 8, 1, "native"), (1, 15, 8, 1, "reference"), (4, 16, 32, 2, "native"), (4, 16, 32, 4, "reference"),
+     (4, 16, 34, 2, "reference"), (4, 16, 32, 32, "reference")],
+)  # fmt: skip
+def test_layers_that_torch_is_faster_at_are_torch_s(
+    count: int, side: int, channels: int, groups: int, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for backend in ("native", "reference"):
+        module = import_module(f"dfq_kernels.fake_quant_conv2d.{backend}")
+        forward = module.forward
+        monkeypatch.setattr(module, "forward", lambda *a, b=backend, f=forward: (found.append(b), f(*a))[1])
+    x, weight = torch.ones(count, channels, side, side), torch.ones(channels, channels // groups, 1, 1)
+    k.fake_quant_conv2d(x, torch.ones(()), weight, torch.ones(()), groups=groups)
+    assert found == [chosen]
+
+
+def test_where_no_values_are_shapes_are() -> None:
+    """A student on the meta device."""
+    student = prepare(small_net(), quant_config("W4A4")).train()
+    expected = student(torch.randn(20, 1, 12, 12))
+    found = student.to("meta")(torch.empty(20, 1, 12, 12, device="meta"))
+    assert found.is_meta and found.shape == expected.shape
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated", "ignore::torch.jit.TracerWarning")
+def test_a_training_student_can_be_traced() -> None:
+    student, images = prepare(small_net(), quant_config("W4A4")).train(), torch.randn(20, 1, 12, 12)
+    assert torch.equal(torch.jit.trace(student, (images,), check_trace=False)(images), student(images))
+
+
 def test_a_student_convolves_by_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     """All its layers whose input is quantized; autocast says which type their results have."""
     student = prepare(small_net(), quant_config("W4A4")).train()
@@ -159,6 +225,11 @@ def test_a_student_convolves_by_the_operator(monkeypatch: pytest.MonkeyPatch) ->
     with torch.autocast("cpu", dtype=torch.bfloat16):
         student(images)
     assert seen == [torch.bfloat16] * len(layers)
+    seen.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # which leaves float64 as it is
+        student.double()(images.double())
+    assert seen == [None] * len(layers)
+    student.float()
     seen.clear()
     layers[0].padding = "same"
     student(images)

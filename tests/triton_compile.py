@@ -23,11 +23,11 @@ from triton.compiler import ASTSource
 
 import dfq_kernels as k
 from dfq_kernels import dispatch, tiles
-from dfq_kernels.dispatch import TABLE, in_triton
+from dfq_kernels.dispatch import TABLE, written
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8",
             torch.int32: "*i32"}  # fmt: skip
-BACKENDS = {op: importlib.import_module(f"dfq_kernels.{op}.triton") for op in TABLE if in_triton(op)}
+BACKENDS = {op: importlib.import_module(f"dfq_kernels.{op}.triton") for op in TABLE if written(op, "triton", "cuda")}
 Launch = tuple[Any, str, tuple[Any, ...], dict[str, Any]]
 
 

@@ -315,20 +315,25 @@ void pack_depthwise(Step& s) {
     }
 }
 
+// [block of 16 channels][tap][inner / kGroup][16][kGroup], in 32 bits each
+template <class Value, int kGroup>
 void pack_dense(const Program& program, Step& s) {
   const Plane& in = program.planes[s.x];
   const int64_t given = in.channels / s.groups, inner = s.groups == 1 ? in.stride : given;
   const int64_t outer = s.out_channels / s.groups, blocks = (outer + 15) / 16, taps = int64_t(s.kernel_y) * s.kernel_x;
-  const int64_t group = has_vnni() ? 4 : 2, bytes = 4 / group;
-  s.packed.assign(static_cast<size_t>(s.groups * blocks * taps * inner * kLanes * bytes), 0);
-  for (int64_t k = 0; k < s.out_channels; ++k)
-    for (int64_t tap = 0; tap < taps; ++tap)
-      for (int64_t c = 0; c < given; ++c) {
-        const int64_t block = k / outer * blocks + k % outer / kLanes, lane = k % outer % kLanes;
-        const int64_t index = (((block * taps + tap) * (inner / group) + c / group) * kLanes + lane) * group + c % group;
-        const int16_t value = s.weight[(k * taps + tap) * given + c];
-        std::memcpy(&s.packed[index * bytes], &value, static_cast<size_t>(bytes));  // little-endian
+  s.packed.assign(static_cast<size_t>(s.groups * blocks * taps * (inner / kGroup) * kLanes * 4), 0);
+  for (int64_t k = 0; k < s.out_channels; ++k) {
+    const int64_t block = k / outer * blocks + k % outer / kLanes, lane = k % outer % kLanes;
+    const int8_t* from = &s.weight[k * taps * given];
+    for (int64_t tap = 0; tap < taps; ++tap, from += given) {
+      uint8_t* to = &s.packed[(((block * taps + tap) * (inner / kGroup)) * kLanes + lane) * 4];
+      for (int64_t c = 0; c < given; c += kGroup, to += kLanes * 4) {
+        Value values[kGroup] = {};
+        for (int i = 0; i < kGroup && c + i < given; ++i) values[i] = from[c + i];
+        std::memcpy(to, values, 4);
       }
+    }
+  }
 }
 
 // Accumulators start at minus stored_zero * sum of weights: unsigned integers are multiplied as they are stored.
@@ -344,7 +349,7 @@ void prepare_convolution(const Program& program, Step& s) {
     s.start[place] = static_cast<int32_t>(0u - sum * static_cast<uint32_t>(program.planes[s.x].stored_zero()));
   }
   if (by_channel) pack_depthwise(s);
-  else if (dense(program, s)) pack_dense(program, s);
+  else if (dense(program, s)) has_vnni() ? pack_dense<int8_t, 4>(program, s) : pack_dense<int16_t, 2>(program, s);
 }
 
 void convolve(const Work& w, int64_t begin, int64_t end) {

@@ -4,12 +4,14 @@
 //   traffic  x read, out written; one image's integers, and its results where they are halves, stay in the caches
 //   block    one image; threads share the images
 //   order    sums are exact; fp32 behind them, every operation rounded on its own
+#include <cmath>
+#include <limits>
 #include <memory>
 #include <mutex>
 
 #include "../common/parallel.h"
+#include "elementwise.h"
 #include "finish.h"
-#include "storage.h"
 
 namespace dfq {
 namespace DFQ_ISA {
@@ -51,9 +53,9 @@ struct Extremes {
   }
 };
 
-// The largest integer that a product with any scale, rounded to T, is still the nearest one of.
+// Up to here the integer that is nearest to a product with a scale, rounded to T, is the one that was multiplied.
 template <class T>
-constexpr float kHeld = 255;  // fp16 holds 1023
+constexpr float kHeld = 255;  // fp16, unless it underflows: 1023
 template <>
 constexpr float kHeld<BFloat16> = 127;
 
@@ -89,7 +91,7 @@ Extremes quantize_image(const T* image, float inverse, const Plane& plane, uint8
   return seen;
 }
 
-// The convolution but for its image; false where a weight is no integer of a signed byte.
+// The convolution but for its image; false where a weight is no integer of a signed byte, or a multiplier no normal number.
 bool make_step(const FakeQuantConv2d& a, Step& step) {
   step.kind = kConvolve, step.x = 0;
   step.out_height = a.out_height, step.out_width = a.out_width, step.out_channels = a.out_channels;
@@ -99,17 +101,24 @@ bool make_step(const FakeQuantConv2d& a, Step& step) {
   const int64_t per = int64_t(a.kernel_y) * a.kernel_x * (a.channels / a.groups), room = a.out_channels + kWidth;
   step.weight.resize(static_cast<size_t>(a.out_channels * per));
   step.mult.assign(static_cast<size_t>(room), 0.0f), step.bias.assign(static_cast<size_t>(room), 0.0f);
-  for (int64_t k = 0; k < a.out_channels; ++k) {
-    const float inverse = 1.0f / a.weight_scale[k];
-    for (int64_t i = k * per; i < (k + 1) * per; ++i) {
-      const float q = __builtin_rintf(a.weight[i] * inverse);
-      if (!(q >= -128.0f && q <= 127.0f)) return false;
-      step.weight[i] = static_cast<int8_t>(q);
+  std::atomic<bool> fits{true};
+  parallel_for(a.out_channels, kGrain / per + 1, a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      Extremes seen;
+      int8_t* to = &step.weight[k * per];
+      each_integer(a.weight + k * per, per, 1.0f / a.weight_scale[k], false, [&](Vec q, int64_t count, int64_t place) DFQ_INLINE {
+        seen.take(q);
+        const Bytes bytes = lowest_bytes((VecInt)(q + kToInteger));
+        std::memcpy(to + place, &bytes, static_cast<size_t>(count));
+      });
+      const float mult = *a.x_scale * a.weight_scale[k], size = std::abs(mult);
+      if (!seen.fit(128, 128) || !(size >= std::numeric_limits<float>::min() && size <= std::numeric_limits<float>::max()))
+        fits.store(false);
+      step.mult[k] = mult;
+      if (a.bias) step.bias[k] = a.bias[k];
     }
-    step.mult[k] = *a.x_scale * a.weight_scale[k];
-    if (a.bias) step.bias[k] = a.bias[k];
-  }
-  return true;
+  });
+  return fits;
 }
 
 Program make_program(const FakeQuantConv2d& a, const Step& step, int32_t zero) {

@@ -95,11 +95,12 @@ class QuantConv2d(QuantLayer):
     def fake_quantized(self, x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor) -> Tensor:
         if x_scale is None or isinstance(self.padding, str):
             return self.accumulate(x, weight, self.bias)
-        device = x.device.type
+        kind = x.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         return dfq_kernels.fake_quant_conv2d(
             x, x_scale, weight, weight_scale, self.bias, stride=self.stride, padding=self.padding,
             dilation=self.dilation, groups=self.groups,
-            dtype=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+            dtype=torch.get_autocast_dtype(kind) if autocast and x.dtype != torch.float64 else None,
         )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def quantize_kernel(
     inside = tl.reshape(((q == rounded) & there).to(tl.int32), (BLOCK // 8, 8))
     bits = tl.sum(inside << tl.arange(0, 8)[None, :], 1).to(tl.uint8)
     group = start // 8 + tl.arange(0, BLOCK // 8)
-    tl.store(mask + group, bits, mask=group < (size + 15) // 16 * 2)  # the second byte of the last pair, too
+    tl.store(mask + group, bits, mask=group // 2 * 16 < size)  # whole pairs of bytes
 
 
 @triton.jit

@@ -38,12 +38,13 @@ def fake_quant_conv2d(
         q_x = rne(x * (1 / x_scale));  q_weight = rne(weight * (1 / weight_scale[c]))
 
     `native` (CPU) multiplies the integers: their sums are exact, and three roundings follow (`float(acc)`, the product
-    with `x_scale * weight_scale[c]`, the bias); so it is what `int_conv2d` makes of the same integers. On a GPU, and
-    where an integer does not fit a byte (NaN, more than 8 bits) or a sum int32, it is `F.conv2d` of the values; and
-    where an integer of bf16 values is above 127, because these do not say which one it was.
+    with `x_scale * weight_scale[c]`, the bias); so it is what `int_conv2d` makes of the same integers. Where these do
+    not fit it is `F.conv2d` of the values, as on a GPU: where they are not bytes (NaN, more than 8 bits), or in bf16
+    above 127 in magnitude, where values do not say which integer it was. `backend=None` takes `reference` for layers
+    that torch's floats are faster at: few pixels, groups of few channels, depthwise.
 
-    Gradients of x, weight and bias: those of `conv2d(x, weight) + bias`. The scales have none here; theirs come from
-    `fake_quant`, which made the values.
+    Gradients of x, weight and bias: those of `conv2d(x, weight) + bias`, once. The scales have none here; theirs come
+    from `fake_quant`, which made the values.
 
     Args:
         x: `[N, C, H, W]`, multiples of x_scale in a span of 256: float32, bfloat16 or float16 (float64: `reference`).
@@ -57,7 +58,7 @@ def fake_quant_conv2d(
         backend: `native`, `triton` or `reference`; None takes the best that is there.
 
     Returns:
-        `[N, O, OH, OW]`.
+        `[N, O, OH, OW]`, channels-last where x or weight is.
 
     Raises:
         ValueError: a wrong shape, dtype or device.
@@ -68,8 +69,11 @@ def fake_quant_conv2d(
     geometry = _check(x, x_scale, weight, weight_scale, bias, (stride, padding, dilation, groups))
     dtype = x.dtype if dtype is None else dtype
     require(OP, dtype in FLOATS, "dtype", "float32, bfloat16, float16 or float64", dtype)
-    impl = resolve(OP, backend, x if torch.float64 not in (weight.dtype, dtype) else x.double())
-    constants = x_scale.detach(), weight.detach(), weight_scale.detach().expand(len(weight))
+    like = x.new_empty(0, dtype=torch.float64) if torch.float64 in (weight.dtype, dtype) else x
+    impl = resolve(OP, backend, like)
+    if backend is None and hasattr(impl, "pays") and not impl.pays(x, weight, *geometry):
+        impl = resolve(OP, "reference", like)
+    constants = x_scale.detach(), weight.detach(), weight_scale.detach().reshape(-1).expand(len(weight))
     if not hasattr(impl, "backward"):
         return impl.forward(x, x_scale, weight, weight_scale, bias, *geometry, dtype)
     if not recorded(x, weight, bias):
@@ -78,7 +82,7 @@ def fake_quant_conv2d(
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         link = OfWeight.apply(weight, bias, x.detach(), geometry, dtype, impl)
     shift = None if bias is None else bias.detach()
-    return OfX.apply(x, link, (*constants, shift), geometry, dtype, impl)
+    return OfX.apply(x, link, *constants, shift, geometry, dtype, impl)
 
 
 def _check(
@@ -92,13 +96,14 @@ def _check(
     require(OP, len(weight) > 0, "weight", "[O, C / groups, kh, kw]", tuple(weight.shape))
     check_device(OP, "weight", weight, x)
     check_scalar(OP, x, x_scale=x_scale)
-    for name, vector in (("weight_scale", weight_scale), ("bias", bias)):
-        if vector is None:
-            continue
-        check_float(OP, name, vector)
-        fits = tuple(vector.shape) == (len(weight),) or (name == "weight_scale" and vector.numel() == 1)
-        require(OP, fits, name, f"of shape ({len(weight)},)", tuple(vector.shape))
-        check_device(OP, name, vector, x)
+    check_float(OP, "weight_scale", weight_scale)
+    fits = tuple(weight_scale.shape) in ((len(weight),), (1,), ())
+    require(OP, fits, "weight_scale", f"one number or of shape ({len(weight)},)", tuple(weight_scale.shape))
+    check_device(OP, "weight_scale", weight_scale, x)
+    if bias is not None:
+        check_float(OP, "bias", bias)
+        require(OP, tuple(bias.shape) == (len(weight),), "bias", f"of shape ({len(weight)},)", tuple(bias.shape))
+        check_device(OP, "bias", bias, x)
     return check_geometry(OP, x.shape, weight.shape, *geometry)
 
 
@@ -114,17 +119,17 @@ class OfWeight(torch.autograd.Function):
         ctx: Any, weight: Tensor, bias: Tensor | None, x: Tensor, geometry: Geometry, dtype: torch.dtype,
         impl: ModuleType,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, weight, bias)
-        ctx.geometry, ctx.impl = geometry, impl
+        ctx.save_for_backward(x, weight)
+        ctx.geometry, ctx.impl, ctx.bias_dtype = geometry, impl, None if bias is None else bias.dtype
         return x.new_zeros((), dtype=dtype).expand(out_shape(x, weight, *geometry[:3]))
 
     @staticmethod
     @once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         wanted = False, *ctx.needs_input_grad[:2]
         _, grad_weight, grad_bias = ctx.impl.backward(grad_out, x, weight, ctx.geometry, wanted)
-        grad_bias = grad_bias if grad_bias is None else grad_bias.to(bias.dtype)
+        grad_bias = grad_bias if grad_bias is None else grad_bias.to(ctx.bias_dtype)
         return grad_weight, grad_bias, None, None, None, None
 
 
@@ -133,12 +138,12 @@ class OfX(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, link: Tensor | None, constants: tuple[Tensor, Tensor, Tensor, Tensor | None],
-        geometry: Geometry, dtype: torch.dtype, impl: ModuleType,
+        ctx: Any, x: Tensor, link: Tensor | None, x_scale: Tensor, weight: Tensor, weight_scale: Tensor,
+        bias: Tensor | None, geometry: Geometry, dtype: torch.dtype, impl: ModuleType,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, constants[1])
+        ctx.save_for_backward(x, weight)
         ctx.geometry, ctx.impl = geometry, impl
-        out: Tensor = impl.forward(x, *constants, *geometry, dtype)
+        out: Tensor = impl.forward(x, x_scale, weight, weight_scale, bias, *geometry, dtype)
         return out
 
     @staticmethod
@@ -147,4 +152,4 @@ class OfX(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = ctx.impl.backward(grad_out, *ctx.saved_tensors, ctx.geometry, (True, False, False))[0]
-        return grad_x, grad_out if ctx.needs_input_grad[1] else None, None, None, None, None
+        return grad_x, grad_out if ctx.needs_input_grad[1] else None, *[None] * 7

@@ -6,15 +6,17 @@ import torch
 from torch import Tensor
 
 from dfq_kernels.int_conv2d.schema import out_shape
+from dfq_kernels.memory import layout_of
 from dfq_kernels.registration import Schema
 
 
 def allocate(
     x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], dtype: torch.dtype
 ) -> Tensor:
-    """The result, channels-last, not yet written."""
+    """The result, not yet written: channels-last where x or weight is, as torch's convolutions do."""
     shape = out_shape(x, weight, stride, padding, dilation)
-    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+    layout = layout_of(x) if layout_of(x) == torch.channels_last else layout_of(weight)
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout)
 
 
 def _forward(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ def convolve(
     dilation: Sequence[int], groups: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """`F.conv2d` in `dtype`, whatever autocast says."""
-    with torch.autocast(x.device.type, enabled=False):
+    kind = x.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         shift = None if bias is None else bias.to(dtype)
         return F.conv2d(x.to(dtype), weight.to(dtype), shift, stride, padding, dilation, groups)
 
