@@ -14,10 +14,20 @@ from dfq.checkpoint import write_atomic
 from dfq.run_folder import versions
 
 RESULTS = Path(__file__).parent / "results"
-# of the code that was imported, not of what lies there when the results are written
-COMMIT = subprocess.run(
-    ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-).stdout.strip()
+
+
+def commit_of(folder: Path) -> str:
+    """The commit that is checked out, `-dirty` where files are changed; results of a benchmark before this one are not."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=folder)
+
+    name = git("describe", "--always").stdout.strip()
+    changed = git("diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)benchmarks/results").returncode
+    return f"{name}-dirty" if name and changed else name
+
+
+COMMIT = commit_of(Path(__file__).parent)  # of the code that was imported, not of what lies there afterwards
 
 
 def processor() -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 
 from benchmarks import end_to_end, run
 from benchmarks.baselines import rows
-from benchmarks.machine import write_results
+from benchmarks.machine import commit_of, write_results
 from benchmarks.predicted import Counting
 from benchmarks.timing import Seconds
 from benchmarks.torch_ao import HookStatistics, TorchAo
@@ -125,3 +126,18 @@ def test_a_prediction_grows_with_the_batch_and_not_in_launches() -> None:
             step()
     assert counted.bytes_moved == pytest.approx(1e9 * real["gigabytes"], rel=1e-3)
     assert counted.launches == real["launches"]
+
+
+def test_results_of_the_benchmark_before_make_no_commit_dirty(tmp_path: Path) -> None:
+    """`make bench` writes four files."""
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    code, result = tmp_path / "benchmarks" / "run.py", tmp_path / "benchmarks" / "results" / "kernels.json"
+    code.write_text("1"), result.write_text("1")
+    for command in ("init -q", "add -A", "-c user.name=a -c user.email=a@b commit -qm a"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    name = commit_of(code.parent)
+    assert name and not name.endswith("-dirty")
+    result.write_text("2")
+    assert commit_of(code.parent) == name
+    code.write_text("2")
+    assert commit_of(code.parent) == f"{name}-dirty"
