@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def commit_of(folder: Path) -> str:
-    """The commit that is checked out, `-dirty` where files are changed; results of a benchmark before this one are not."""
+    """The commit that is checked out; `-dirty` where files are changed, but for results of the benchmark before."""
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=folder)
