@@ -5,7 +5,6 @@
 //   block    one image; threads share the images
 //   order    sums are exact; fp32 behind them, every operation rounded on its own
 #include <cmath>
-#include <limits>
 #include <memory>
 #include <mutex>
 
@@ -91,7 +90,7 @@ Extremes quantize_image(const T* image, float inverse, const Plane& plane, uint8
   return seen;
 }
 
-// The convolution but for its image; false where a weight is no integer of a signed byte, or a multiplier no normal number.
+// The convolution but for its image; false where a weight is no integer of a signed byte or a multiplier is not normal.
 bool make_step(const FakeQuantConv2d& a, Step& step) {
   step.kind = kConvolve, step.x = 0;
   step.out_height = a.out_height, step.out_width = a.out_width, step.out_channels = a.out_channels;
@@ -106,14 +105,14 @@ bool make_step(const FakeQuantConv2d& a, Step& step) {
     for (int64_t k = begin; k < end; ++k) {
       Extremes seen;
       int8_t* to = &step.weight[k * per];
-      each_integer(a.weight + k * per, per, 1.0f / a.weight_scale[k], false, [&](Vec q, int64_t count, int64_t place) DFQ_INLINE {
+      const float inverse = 1.0f / a.weight_scale[k];
+      each_integer(a.weight + k * per, per, inverse, false, [&](Vec q, int64_t count, int64_t place) DFQ_INLINE {
         seen.take(q);
         const Bytes bytes = lowest_bytes((VecInt)(q + kToInteger));
         std::memcpy(to + place, &bytes, static_cast<size_t>(count));
       });
-      const float mult = *a.x_scale * a.weight_scale[k], size = std::abs(mult);
-      if (!seen.fit(128, 128) || !(size >= std::numeric_limits<float>::min() && size <= std::numeric_limits<float>::max()))
-        fits.store(false);
+      const float mult = *a.x_scale * a.weight_scale[k];
+      if (!seen.fit(128, 128) || !std::isnormal(mult)) fits.store(false);
       step.mult[k] = mult;
       if (a.bias) step.bias[k] = a.bias[k];
     }
@@ -135,44 +134,42 @@ Program make_program(const FakeQuantConv2d& a, const Step& step, int32_t zero) {
   return program;
 }
 
-// `count` fp32 results as halves.
-template <class T>
-void narrow(const float* from, int64_t count, T* to) {
-  int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) store_vec(to + i, load_vec(from + i));
-  if (i == count) return;
-  T rest[kWidth];
-  store_vec(rest, load_vec(from + i));
-  std::memcpy(to + i, rest, (count - i) * sizeof(T));
+// fp32 results as halves, `count` of them; to: where those of the first image are.
+void narrow(const float* from, int64_t count, int dtype, int64_t image, void* to) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    T* const out = static_cast<T*>(to) + image * count;
+    int64_t i = 0;
+    for (; i + kWidth <= count; i += kWidth) store_vec(out + i, load_vec(from + i));
+    if (i == count) return;
+    T rest[kWidth];
+    store_vec(rest, load_vec(from + i));
+    std::memcpy(out + i, rest, (count - i) * sizeof(T));
+  });
 }
 
 // zero: what integers are stored above themselves. False where one does not fit.
-template <class T, class Out>
+template <class T>
 bool convolve_images(const FakeQuantConv2d& a, const Step& step, int32_t zero) {
   const Program program = make_program(a, step, zero);
   const float inverse = 1.0f / *a.x_scale;
   const int64_t row = int64_t(a.width) * a.channels, in = a.height * row;
   const int64_t size = int64_t(a.out_height) * a.out_width * a.out_channels;
-  constexpr bool kWide = sizeof(Out) == sizeof(float);
+  const bool wide = a.out_dtype == kFloat32;
   const int64_t slots = std::min<int64_t>(a.threads, a.count);
   std::vector<std::unique_ptr<uint8_t[]>> arenas;  // allocated where an exception has somebody to catch it
   std::vector<std::unique_ptr<float[]>> scratch;
   for (int64_t slot = 0; slot < slots; ++slot) {
     arenas.emplace_back(new uint8_t[program.arena_bytes + row]);
-    scratch.emplace_back(kWide ? nullptr : new float[size + kWidth]);
+    scratch.emplace_back(wide ? nullptr : new float[size + kWidth]);
   }
   std::atomic<bool> fits{true};
   const auto convolve_one = [&](int64_t image, uint8_t* arena, float* real) {
     const T* from = static_cast<const T*>(a.x) + image * in;
     const Extremes seen = quantize_image(from, inverse, program.planes[0], arena, arena + program.arena_bytes);
     if (!seen.fit(zero, kHeld<T>)) return fits.store(false);
-    Out* out = static_cast<Out*>(a.out) + image * size;
-    if constexpr (kWide) {
-      convolve_image(program, arena, out);
-    } else {
-      convolve_image(program, arena, real);
-      narrow(real, size, out);
-    }
+    convolve_image(program, arena, wide ? static_cast<float*>(a.out) + image * size : real);
+    if (!wide) narrow(real, size, a.out_dtype, image, a.out);
   };
   parallel_for(slots, 1, a.threads, [&](int64_t begin, int64_t end) {
     for (int64_t slot = begin; slot < end; ++slot)
@@ -209,17 +206,14 @@ void fake_quant_conv2d(const FakeQuantConv2d& a) {
   *a.fits = false;
   if (!make_step(a, step)) return;
   with_type(a.dtype, [&](auto type) {
-    with_type(a.out_dtype, [&](auto out) {
-      using T = decltype(type);
-      using Out = decltype(out);
-      const Extremes first = extremes_of<T>(a, 1);
-      const int32_t zero = first.least() < 0 ? 128 : 0;
-      *a.fits = first.fit(zero, kHeld<T>) && convolve_images<T, Out>(a, step, zero);
-      if (*a.fits || std::max(-first.least(), first.largest()) > kHeld<T>) return;
-      const Extremes all = extremes_of<T>(a, a.count);
-      const auto below = static_cast<int32_t>(std::min(-all.least(), 255.0f));
-      *a.fits = all.fit(below, kHeld<T>) && convolve_images<T, Out>(a, step, below);
-    });
+    using T = decltype(type);
+    const Extremes first = extremes_of<T>(a, 1);
+    const int32_t zero = first.least() < 0 ? 128 : 0;
+    *a.fits = first.fit(zero, kHeld<T>) && convolve_images<T>(a, step, zero);
+    if (*a.fits || std::max(-first.least(), first.largest()) > kHeld<T>) return;
+    const Extremes all = extremes_of<T>(a, a.count);
+    const auto below = static_cast<int32_t>(std::min(-all.least(), 255.0f));
+    *a.fits = all.fit(below, kHeld<T>) && convolve_images<T>(a, step, below);
   });
 }
 
