@@ -116,20 +116,22 @@ def test_same_bits_when_repeated(spec: OpSpec, case: Case, backend: str, device:
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_every_byte_of_a_mask_is_written(backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever compares, hashes or saves what a forward keeps must find the same bits each time."""
+    """Whoever compares, hashes or saves what a forward keeps must find the same bits each time: none behind the end."""
     if (reason := missing("fake_quant", backend, device)) is not None:
         pytest.skip(reason)
-    kept = import_module(f"dfq_kernels.fake_quant.{backend}")
-    for size in (1, 8, 9, 16, 17, 49, 2056):
+    kept, reference = (import_module(f"dfq_kernels.fake_quant.{name}") for name in (backend, "reference"))
+    for size in (1, 8, 9, 16, 17, 24, 49, 2056):
         for axis, channels in ((None, ()), (0, (size,))):
             x = torch.linspace(-1, 1, size, device=device)
             scale, zero_point = torch.full(channels, 0.1, device=device), torch.zeros(channels, device=device)
-            masks = []
-            for value in (0, 255):
-                like = partial(torch.full, ((size + 15) // 16 * 2,), value, dtype=torch.uint8, device=device)
+            inside = reference.forward(x, scale, zero_point, -8, 7, axis)[1].cpu()
+            whole = torch.nn.functional.pad(inside, (0, -size % 16)).reshape(-1, 8).int()
+            expected = (whole << torch.arange(8)).sum(1).to(torch.uint8)
+            for value in (0, 255):  # what was in the memory
+                like = partial(torch.full, (len(expected),), value, dtype=torch.uint8, device=device)
                 monkeypatch.setattr(kept, "mask_like", lambda _, like=like: like())
-                masks.append(kept.forward(x, scale, zero_point, -8, 7, axis)[1])
-            assert torch.equal(*masks), (size, axis)
+                mask = kept.forward(x, scale, zero_point, -8, 7, axis)[1].cpu()
+                assert torch.equal(mask, expected), (size, axis, value)
 
 
 @every_case

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dfq_kernels as k
 from dfq_kernels import extension
 from dfq_kernels.dispatch import missing
+from dfq_kernels.fake_quant import native as fake_quant
 from dfq_kernels.specs import all_specs, batch_norm, fresh_range
 from tests.conftest import SEED
 from tests.test_conformance import run
@@ -195,6 +196,7 @@ LEVELS = """
 import hashlib, torch
 from dfq_kernels import extension
 from dfq_kernels.dispatch import missing
+from dfq_kernels.fake_quant import native as fake_quant
 from dfq_kernels.specs import all_specs
 from tests.test_native import digest
 print(extension.native().isa, digest())
@@ -208,6 +210,9 @@ def digest() -> str:
         for case in spec.cases:
             for name, value in sorted(run(spec, case, "native", "cpu").items()):
                 total.update(name.encode() + value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for size in (9, 24, 49):
+        _, mask = fake_quant.forward(torch.linspace(-1, 1, size), torch.tensor(0.1), torch.tensor(0.0), -8, 7, None)
+        total.update(mask.numpy().tobytes())
     return total.hexdigest()
 
 

@@ -97,6 +97,15 @@ static inline void store_mask(uint8_t* mask, int64_t start, int64_t begin, int64
   for (; j < end; j += kWidth) store_bits(mask, start + j, bits(j));
 }
 
+// No bits behind the last element of a mask, which has whole pairs of bytes: short vectors do not write the second.
+static inline void clear_behind(uint8_t* mask, int64_t size) {
+  if (size % 16 == 0) return;
+  uint16_t word;
+  std::memcpy(&word, mask + size / 16 * 2, 2);
+  word &= static_cast<uint16_t>((1u << size % 16) - 1);
+  std::memcpy(mask + size / 16 * 2, &word, 2);
+}
+
 // Calls body(start, n) for every block of the tensor, in memory order: what prefetchers follow, even where a pass before
 // this one has left the tensor's end in the cache. `past`: results are written past the caches.
 template <class Body>

@@ -39,6 +39,7 @@ void forward(const FakeQuantForward& a) {
     });
     writer.done(to, n);
   });
+  if (mask) clear_behind(mask, a.view.size);
 }
 
 template <class T>

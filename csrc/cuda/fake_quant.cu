@@ -20,7 +20,8 @@ __global__ void __launch_bounds__(kThreads)
              uint8_t* mask) {
   const int64_t group = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, at = group * kGroup;
   if (at >= ceil_div(view.size, 16) * 16) return;  // whole pairs of bytes
-  const int count = view.size - at < kGroup ? static_cast<int>(view.size - at) : kGroup;
+  const int64_t rest = view.size - at;
+  const int count = rest <= 0 ? 0 : rest < kGroup ? static_cast<int>(rest) : kGroup;
   const bool whole = kWhole && count == kGroup;
   float value[kGroup] = {};
   if (whole) load(x + at, value);
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(kThreads)
     --left;
     const float rounded = rintf(value[e] * inv + zero_point);
     const float q = clamp(rounded, integers.low, integers.high);
-    bits |= static_cast<unsigned>(q == rounded) << e;
+    bits |= static_cast<unsigned>(q == rounded && e < count) << e;
     value[e] = (q - zero_point) * scale;
   }
   if (whole) store(out + at, value);
