@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -48,12 +49,17 @@ def poison() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The native module with emulated CUDA kernels and AMX tiles."""
+    """The native module with emulated CUDA kernels and AMX tiles; several processes of tests build one."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ to build the emulation with")
     from tests.emulated import build
 
-    return build(tmp_path_factory.mktemp("emulator"))
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "emulator"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return build(folder)
 
 
 class SmallNet(nn.Module):
