@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib import import_module
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,10 @@ def _steps(name: str, work: Workload, execution: Execution) -> Callable[[], Any]
 
 @contextmanager
 def as_a_gpu_runs_it() -> Iterator[None]:
-    """Inside, a CPU's student convolves the values, too."""
-    with mock.patch("dfq_kernels.fake_quant_conv2d", partial(dfq_kernels.fake_quant_conv2d, backend="reference")):
+    """Inside, a CPU's student convolves the values, too, and in their type."""
+    values = import_module("dfq_kernels.fake_quant_conv2d.values")
+    convolve = partial(dfq_kernels.fake_quant_conv2d, backend="reference")
+    with mock.patch("dfq_kernels.fake_quant_conv2d", convolve), mock.patch.object(values, "FAST_AT_BF16", True):
         yield
 
 

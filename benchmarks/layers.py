@@ -162,8 +162,11 @@ def training(layer: Layer, batch: int, dtype: torch.dtype, seconds: float) -> di
     found, expected = call("native").float(), call("reference").float()
     if float((found - expected).norm() / expected.norm()) > NEAR[dtype]:
         raise SystemExit(f"benchmarks: native must be near the reference before it is measured, {layer} is not")
-    times = interleaved({name: partial(call, name) for name in ("native", "reference")}, seconds=seconds)
-    ours, theirs = times["native"].median, times["reference"].median
+    torch_s = partial(torch.conv2d, **settings)
+    times = interleaved(
+        {"native": lambda: call("native"), "torch": lambda: torch_s(x, weight.to(dtype))}, seconds=seconds
+    )
+    ours, theirs = times["native"].median, times["torch"].median
     return {"layer": list(layer), "batch": batch, "training": str(dtype).removeprefix("torch."),
             "native_us": round(ours * 1e6, 1), "torch_us": round(theirs * 1e6, 1),
             "times_torch": round(theirs / ours, 2)}  # fmt: skip

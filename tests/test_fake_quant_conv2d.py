@@ -105,17 +105,20 @@ def test_gradients_are_those_of_the_values(
     geometry: Any = {"stride": 2, "padding": 1, "groups": 2}
     results = []
     for ours in (True, False):
-        tensors = {name: value.to(dtype).requires_grad_(name in learned) for name, value in values.items()}
+        kept = dtype if ours else torch.float32  # which holds the same values
+        tensors = {name: value.to(kept).requires_grad_(name in learned) for name, value in values.items()}
         if ours:
             scales = {"x_scale": torch.tensor(0.25), "weight_scale": torch.tensor(0.125)}
             out = k.fake_quant_conv2d(**tensors, **scales, **geometry, backend="native")
         else:
             out = F.conv2d(tensors["x"], tensors["weight"], tensors["bias"], **geometry)
-        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(kept)
         results.append([out.detach(), *torch.autograd.grad(out, [tensors[name] for name in learned], grad)])
     for found, expected in zip(*results, strict=True):
-        assert found.dtype == expected.dtype
-        torch.testing.assert_close(found, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-4)
+        assert found.dtype == dtype  # some processors' bf16 and fp16 convolutions round sums on their way
+        assert float((found.float() - expected).norm()) <= max(2 * torch.finfo(dtype).eps, 1e-6) * float(
+            expected.norm()
+        )
 
 
 @native_only

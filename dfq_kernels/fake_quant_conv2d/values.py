@@ -18,11 +18,18 @@ def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """`F.conv2d` in `dtype`, whatever autocast says."""
+    """`F.conv2d` of the values in `dtype`, whatever autocast says."""
     kind = x.device.type
     with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-        shift = None if bias is None else bias.to(dtype)
-        return F.conv2d(x.to(dtype), weight.to(dtype), shift, stride, padding, dilation, groups)
+        shift = None if bias is None else _multiplied(bias.to(dtype))
+        x, weight = _multiplied(x.to(dtype)), _multiplied(weight.to(dtype))
+        return F.conv2d(x, weight, shift, stride, padding, dilation, groups).to(dtype)
+
+
+def _multiplied(values: Tensor) -> Tensor:
+    """In the type that they are multiplied in. The products of two bf16 numbers are exact in fp32: a processor that is
+    slower at bf16 multiplies fp32."""
+    return values.float() if values.dtype == torch.bfloat16 and values.is_cpu and not FAST_AT_BF16 else values
 
 
 def gradients(
@@ -31,13 +38,10 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Of x, weight and bias, those that are wanted, in their types (of the bias in the weight's).
 
-    x and weight are rounded to the type of `grad_out` first, as autocast does. The products of two bf16 numbers are
-    exact in fp32: a processor that is slower at bf16 multiplies fp32, to the same sums.
+    x and weight are rounded to the type of `grad_out` first, as autocast does.
     """
     stride, padding, dilation, groups = geometry
-    operands = [value.to(grad_out.dtype) for value in (grad_out, x, weight)]
-    if grad_out.dtype == torch.bfloat16 and grad_out.is_cpu and not FAST_AT_BF16:
-        operands = [value.float() for value in operands]
+    operands = [_multiplied(value.to(grad_out.dtype)) for value in (grad_out, x, weight)]
     found = torch.ops.aten.convolution_backward(
         *operands, [len(weight)], stride, padding, dilation, False, [0, 0], groups, list(wanted)
     )
