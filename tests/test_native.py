@@ -196,7 +196,6 @@ LEVELS = """
 import hashlib, torch
 from dfq_kernels import extension
 from dfq_kernels.dispatch import missing
-from dfq_kernels.fake_quant import native as fake_quant
 from dfq_kernels.specs import all_specs
 from tests.test_native import digest
 print(extension.native().isa, digest())
