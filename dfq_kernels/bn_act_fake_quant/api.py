@@ -63,7 +63,7 @@ def bn_act_fake_quant(
         weight, bias: `[C]` or None (1 and 0).
         running_mean, running_var: `[C]`, the stored statistics; **updated in place** if training.
         running_min, running_max, scale, zero_point: float32, one element each; **updated in place** if observe; scale
-            finite and at least 2^-126 (not read: no host sync).
+            finite and at least 2^-126 (not read: no host sync; one that is not above 0 makes every result NaN).
         training: normalise with the batch's statistics; needs two values per channel.
         momentum: weight of this batch in the stored statistics, in [0, 1].
         eps: finite and > 0.
