@@ -142,11 +142,11 @@ class BnActFakeQuant(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad
+        needs, saved = ctx.needs_input_grad, ctx.saved_tensors  # once: checkpointing computes them there and then
         grad_x, grad_weight, grad_bias, grad_scale, grad_zero_point = ctx.impl.backward(
-            grad_out, *ctx.saved_tensors, *ctx.settings, needs[7] or needs[8]
+            grad_out, *saved, *ctx.settings, needs[7] or needs[8]
         )
-        *_, scale, zero_point = ctx.saved_tensors
+        *_, scale, zero_point = saved
         return (
             grad_x, grad_weight if needs[1] else None, grad_bias if needs[2] else None, None, None, None, None,
             shaped(grad_scale, scale) if needs[7] else None, shaped(grad_zero_point, zero_point) if needs[8] else None,
