@@ -24,6 +24,7 @@ from dfq_kernels import extension
 from dfq_kernels.dispatch import missing
 from dfq_kernels.fake_quant import native as fake_quant
 from dfq_kernels.specs import all_specs, batch_norm, fresh_range
+from tests.build_script import build_script
 from tests.conftest import SEED
 from tests.test_conformance import run
 
@@ -35,6 +36,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def test_it_is_there_where_a_compiler_is() -> None:
     if any(shutil.which(name) for name in ("g++", "clang++", "c++")):
         assert REASON is None
+
+
+@native_only
+def test_it_is_built_from_these_sources() -> None:
+    assert extension.native().sources in (build_script().sources_digest(), "unknown"), "older than csrc: make native"
 
 
 def layouts(x: Tensor) -> dict[str, Tensor]:
