@@ -15,8 +15,10 @@ from dfq_kernels.registration import register
 
 LEAST_PIXELS = 256  # of all results' maps; with fewer, packing a weight costs more than its products save
 LEAST_CHANNELS = 16  # of a group
-LEAVES = f"layers of under {LEAST_PIXELS} output pixels, groups of under {LEAST_CHANNELS} channels, "
+LEAVES = (
+    f"layers of under {LEAST_PIXELS} output pixels, groups of under {LEAST_CHANNELS} channels, "
     "and values that are no bytes"
+)
 
 
 def leaves(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> bool:
