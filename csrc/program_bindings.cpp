@@ -16,7 +16,10 @@ namespace {
 // A program and the arenas of its calls: taken by a call, given back after it, so that several threads may call at once.
 class Runner {
  public:
-  explicit Runner(Program program) : program_(std::move(program)) { cpu_kernels().prepare_program(program_); }
+  explicit Runner(Program program) : program_(std::move(program)) {
+    for (const Step& step : program_.steps) check(step);
+    cpu_kernels().prepare_program(program_);
+  }
 
   // inputs, outputs: addresses of what the program's planes of these names hold, all images of a call.
   void run(uintptr_t images, int64_t count, uintptr_t logits, int threads, const std::vector<uintptr_t>& inputs,
@@ -49,6 +52,17 @@ class Runner {
   }
 
  private:
+  // Codes that a level takes apart without looking twice.
+  static void check(const Step& step) {
+    if (step.kind < kQuantize || step.kind > kMaxPool) throw std::invalid_argument("program: no such kind of step");
+    if (step.activation < kIdentity || step.activation > kReLU6)
+      throw std::invalid_argument("program: no such activation");
+    for (const Step& next : step.chained) {
+      if (next.kind != kRescale) throw std::invalid_argument("program: only rescale steps can be chained");
+      check(next);
+    }
+  }
+
   static constexpr int64_t kSlack = 64;  // a last vector may read beyond its plane
 
   std::unique_ptr<uint8_t[]> take() {

@@ -300,7 +300,6 @@ def load_run(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Modul
     assert model is not None
     if quant is not None:
         model = prepare(check_weights(model, owner="load_run", name="model"), quant)
-        freeze_ranges(model)
     if not (folder / "model.safetensors").exists():
         raise CheckpointError(
             f"run: {folder} must hold a finished run, model.safetensors is missing; continue with --resume"

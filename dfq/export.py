@@ -31,10 +31,11 @@ from dfq.engine.graph import (
 from dfq.quant.exactness import layer_bounds
 from dfq.quant.modules import QuantBatchNorm, QuantConv2d, QuantLayer, QuantLinear, per_channel
 from dfq.quant.pooling import QuantAveragePool
-from dfq.quant.quantizers import ActivationQuantizer, weight_layers
+from dfq.quant.quantizers import ActivationQuantizer, WeightQuantizers, weight_layers
 from dfq_kernels.bn_act_stats.reference import multiplier
 
 INT32 = 2.0**31
+MOVES = (torch.flatten, torch.reshape, "flatten", "reshape", "view", "contiguous")
 LOGITS = "logits"
 
 
@@ -158,6 +159,8 @@ class _Exporter:
             self._max_pool(node, self.items[node.all_input_nodes[0]])
         elif isinstance(module, (nn.Flatten, nn.Identity)):
             self._move(node)
+        elif not isinstance(module, WeightQuantizers):
+            raise ExportError(f"export: {node.target} must have an integer form, got a {type(module).__name__}")
 
     def _function(self, node: fx.Node) -> None:
         if node.target is operator.getitem:
@@ -170,8 +173,10 @@ class _Exporter:
             self._activation(node, "relu" if node.target is F.relu else "relu6")
         elif node.target is F.max_pool2d:
             self._max_pool(node, self.items[node.all_input_nodes[0]])
-        elif node.op != "get_attr" and node in self.shapes:
+        elif node.target in MOVES:
             self._move(node)
+        elif node.op != "get_attr" and node in self.shapes:
+            raise ExportError(f"export: {node.name} must have an integer form, got a call of {node.target}")
 
     def _layer(self, node: fx.Node, module: QuantLayer) -> Layer:
         name = str(node.target)

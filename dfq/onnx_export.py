@@ -114,7 +114,9 @@ class _Builder:
         if isinstance(step, MaxPool):
             window = {"kernel_shape": step.kernel, "strides": step.stride, "dilations": step.dilation}
             return self._node("MaxPool", [x], out, **window, pads=self._pool_pads(step))
-        return self._node("Identity", [x], out)
+        if isinstance(step, Quantize):
+            return self._node("Identity", [x], out)
+        raise ExportError(f"export: a step must have an ONNX form, got a {type(step).__name__}")
 
     def _pool_pads(self, step: MaxPool) -> list[int]:
         """Begins and ends; the ends make as many windows as torch does, whose ceil_mode is not ONNX's."""

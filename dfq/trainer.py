@@ -295,12 +295,10 @@ class DataFreeTraining:
         self.calibrated = {name: value.to(self.device) for name, value in state["calibrated"].items()}
         if self.calibrated:
             self.students[0].load_state_dict(self.calibrated)  # it fits, or the checkpoint is refused now
-        if self.quant and state["optimizers"]:
-            for student in self.students:
-                learn_ranges(student, self.quant)
-            self.optimizers = self._student_optimizers()
         for student, weights in zip(self.students, state["students"], strict=True):
             student.load_state_dict(weights)
+        if self.quant and state["optimizers"]:
+            self.optimizers = self._student_optimizers()  # of the students' phase: learned ranges are parameters
         for row, saved in zip(self.optimizers, state["optimizers"], strict=True):
             for optimizer, values in zip(row, saved, strict=True):
                 load_optimizer(optimizer, values)

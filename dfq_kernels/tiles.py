@@ -195,6 +195,7 @@ def inverse_deviation(var, eps):
 
 @triton.jit
 def activate(y, ACTIVATION: tl.constexpr):
+    tl.static_assert(ACTIVATION <= 2, "an activation that no kernel knows")
     if ACTIVATION >= 1:
         y = tl.where(y < 0, 0.0, y)
     if ACTIVATION == 2:

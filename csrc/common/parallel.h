@@ -1,7 +1,7 @@
 // Threads: the OpenMP runtime that torch has loaded, never a second pool.
 //
 // GOMP_parallel is a weak symbol (every OpenMP runtime has it): no OpenMP library is linked, and where none is loaded
-// the work runs on the calling thread.
+// the work runs on the calling thread. So it does in a child of a fork (fork.cpp).
 #pragma once
 #include <sched.h>
 
@@ -16,12 +16,14 @@ int omp_get_num_threads(void) __attribute__((weak));
 
 namespace dfq {
 
+bool works_alone();  // fork.cpp
+
 // Calls task(begin, end) so that [0, count) is covered, each thread one contiguous part of at least `grain`.
 template <class Task>
 static void parallel_for(int64_t count, int64_t grain, int threads, const Task& task) {
   int64_t parts = (count + grain - 1) / (grain > 0 ? grain : 1);
   if (parts > threads) parts = threads;
-  if (parts <= 1 || !GOMP_parallel || !omp_get_thread_num || !omp_get_num_threads) {
+  if (parts <= 1 || works_alone() || !GOMP_parallel || !omp_get_thread_num || !omp_get_num_threads) {
     if (count > 0) task(int64_t(0), count);
     return;
   }
@@ -60,7 +62,7 @@ class Barrier {
 // Calls task(self, team) on at most `threads` threads at once; team is how many there are.
 template <class Task>
 static void parallel_team(int threads, const Task& task) {
-  if (threads <= 1 || !GOMP_parallel || !omp_get_thread_num || !omp_get_num_threads) {
+  if (threads <= 1 || works_alone() || !GOMP_parallel || !omp_get_thread_num || !omp_get_num_threads) {
     task(0, 1);
     return;
   }

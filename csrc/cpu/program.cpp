@@ -111,7 +111,8 @@ void run_rows(const Work& w, int64_t begin, int64_t end) {
     case kRescale: return rescale(w, begin, end);
     case kAdd: return add(w, begin, end);
     case kAveragePool: return average_pool(w, begin, end);
-    default: return max_pool(w, begin, end);
+    case kMaxPool: return max_pool(w, begin, end);
+    default: __builtin_trap();  // Runner refuses any other
   }
 }
 

@@ -1,5 +1,7 @@
 // Storage types: every kernel reads and writes vectors of them, and calculates in fp32.
 #pragma once
+#include <stdexcept>
+
 #include "../common/types.h"
 #include "traffic.h"
 #include "vector.h"
@@ -188,7 +190,8 @@ template <class Call>
 static void with_type(int dtype, const Call& call) {
   if (dtype == kFloat32) call(float());
   else if (dtype == kBFloat16) call(BFloat16());
-  else call(Float16());
+  else if (dtype == kFloat16) call(Float16());
+  else throw std::invalid_argument("no such dtype");
 }
 
 }  // namespace DFQ_ISA

@@ -284,7 +284,8 @@ template <class Call>
 void with_type(int dtype, const Call& call) {
   if (dtype == kFloat32) call(float());
   else if (dtype == kBFloat16) call(__nv_bfloat16());
-  else call(__half());
+  else if (dtype == kFloat16) call(__half());
+  else throw std::invalid_argument("no such dtype");
 }
 
 }  // namespace cuda

@@ -88,9 +88,12 @@ class NativeNetwork:
         shape = (*self.shapes[step.outs[0]], 1, 1)[:3]
         outs = [self.index[out] for out in step.outs if out in self.index]
         made = make_step(_KINDS[type(step)], step.activation, shape, self.index.get(step.x, -1), outs)
-        if (fill := _FILL.get(type(step))) is not None:
-            fill(made, step, self)
+        _FILL[type(step)](made, step, self)
         return made
+
+
+def _quantize(made: Any, step: Quantize, network: NativeNetwork) -> None:
+    """Nothing but what every step has."""
 
 
 def _layer(made: Any, step: Layer, network: NativeNetwork) -> None:
@@ -124,5 +127,5 @@ def _max_pool(made: Any, step: MaxPool, network: NativeNetwork) -> None:
 
 
 _FILL: dict[type[Step], Callable[..., None]] = {
-    Layer: _layer, Rescale: _rescale, Add: _add, AveragePool: _average_pool, MaxPool: _max_pool,
+    Quantize: _quantize, Layer: _layer, Rescale: _rescale, Add: _add, AveragePool: _average_pool, MaxPool: _max_pool,
 }  # fmt: skip

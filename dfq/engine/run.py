@@ -31,6 +31,9 @@ def missing(backend: str, device: torch.device) -> str | None:
 class Engine:
     """A network that runs in integers; thread-safe; the same bits from every backend and for every batch size.
 
+    It can be pickled. In a process that was forked after the network was loaded, C++ works on one thread: those of
+    OpenMP stay with the parent. Start processes by `spawn` to have threads in each.
+
     Args:
         graph: the network.
         device: `cpu`, or a GPU, where a CUDA graph is captured for every batch size (for the first 16 of them).
@@ -58,6 +61,10 @@ class Engine:
         capturable = found == "triton" or capture in ("auto", "off")
         check("engine", "capture", capture, f"auto or off where {found} runs", capturable)
         self.backend, self._network = found, self._make(found, capture)
+        self._arguments = graph, str(device), backend, capture
+
+    def __reduce__(self) -> tuple[type[Engine], tuple[IntegerGraph, str, str | None, str]]:
+        return Engine, self._arguments
 
     def _make(self, backend: str, capture: str) -> Callable[[Tensor], Tensor]:
         if backend == "native":

@@ -58,6 +58,10 @@ METHODS = {
     "flatten": Kind.MOVE, "contiguous": Kind.MOVE, "view": Kind.MOVE, "reshape": Kind.MOVE,
     "mean": Kind.AVG_POOL, "size": Kind.SIZE,
 }  # fmt: skip
+ACTIVATIONS: dict[Any, str] = {
+    nn.ReLU: "relu", nn.ReLU6: "relu6", F.relu: "relu", torch.relu: "relu", F.relu6: "relu6", "relu": "relu",
+    "relu_": "relu",
+}  # fmt: skip
 PADDING_MODES = ("zeros",)
 
 
@@ -226,7 +230,9 @@ def kind_or_none(node: fx.Node, model: nn.Module) -> Kind | None:
 def activation_of(node: fx.Node, model: nn.Module) -> str:
     """`relu` or `relu6`, of a node whose kind is `ACTIVATION`."""
     called = type(model.get_submodule(str(node.target))) if node.op == "call_module" else node.target
-    return "relu6" if "6" in str(getattr(called, "__name__", called)) else "relu"
+    if called not in ACTIVATIONS:
+        raise _unsupported(f"{called}, an activation")
+    return ACTIVATIONS[called]
 
 
 def kind_of(node: fx.Node, model: nn.Module) -> Kind:

@@ -176,7 +176,11 @@ class Tail(nn.Module):
     def _activate(self, x: Tensor) -> Tensor:
         if self.activation == "relu":
             return F.relu(x)
-        return x.clamp(0, 6) if self.activation == "relu6" else x
+        if self.activation == "relu6":
+            return x.clamp(0, 6)
+        if self.activation is not None:
+            raise ValueError(f"prepare: activation must be None, relu or relu6, got {self.activation!r}")
+        return x
 
 
 class QuantBatchNorm(Tail):

@@ -75,21 +75,24 @@ def average_pool(node: fx.Node, model: nn.Module) -> QuantAveragePool:
         module = model.get_submodule(str(node.target))
         if isinstance(module, nn.AdaptiveAvgPool2d):
             return QuantAveragePool(output_size=module.output_size)
+        if not isinstance(module, nn.AvgPool2d):
+            raise PrepareError(f"prepare: {node.target} must be an average pool, got {type(module).__name__}")
         return _plain(str(node.target), {name: getattr(module, name) for name in _WINDOW})
     if len(node.all_input_nodes) != 1:
         raise PrepareError(
             f"prepare: a pool must have constant windows (adaptive_avg_pool2d(x, 1) for a whole map), got sizes of a "
             f"tensor (node {node.name})"
         )
-    name = getattr(node.target, "__name__", str(node.target))
-    if "mean" in name:
+    if node.target in (torch.mean, "mean"):
         arguments = _named(node, ("dim", "keepdim"))
         dims = arguments.get("dim")
         if not isinstance(dims, (list, tuple)) or sorted(dim % 4 for dim in dims) != [2, 3]:
             raise PrepareError(f"prepare: a mean must be over height and width (2, 3), got {dims} (node {node.name})")
         return QuantAveragePool(output_size=1, flat=not arguments.get("keepdim", False))
-    if "adaptive" in name:
+    if node.target is F.adaptive_avg_pool2d:
         return QuantAveragePool(output_size=_named(node, ("output_size",))["output_size"])
+    if node.target is not F.avg_pool2d:
+        raise PrepareError(f"prepare: {node.name} must be an average pool, got {node.target}")
     return _plain(node.name, _named(node, _WINDOW))
 
 

@@ -198,7 +198,7 @@ class _Builder:
             module = QuantBatchNorm(batch_norm, activation, quantizer, train_batch_norm=train)  # type: ignore[arg-type]
             arguments: tuple[fx.Node | None, ...] = (self.new[source].node,)
         else:
-            layer = QuantConv2d if self.kinds[head] is Kind.CONV else QuantLinear
+            layer = {Kind.CONV: QuantConv2d, Kind.LINEAR: QuantLinear}[self.kinds[head]]
             module = layer(self._module(head), batch_norm, activation, quantizer, train_batch_norm=train)  # type: ignore[arg-type]
             value = self._input(source, self._bits(head).activations)
             arguments = (value.node, value.scale, *self.weights[head])
@@ -267,13 +267,15 @@ class _Builder:
             self.new[node] = _Value(copied)
         elif self.kinds[node] in (Kind.MOVE, Kind.MAX_POOL):
             self.new[node] = _Value(copied, self.new[operands[0]].scale)
-        else:
+        elif self.kinds[node] in (Kind.ADD, Kind.ACTIVATION):
             self._settle(node, copied)
+        else:
+            raise PrepareError(f"prepare: {node.name} must have a quantized form, got a {self.kinds[node].name}")
 
     def _copy(self, node: fx.Node) -> fx.Node:
         """The same call on the new values; never in place, because a new value may have more readers than the old."""
         if self.kinds[node] is Kind.ACTIVATION:
-            function = F.relu6 if activation_of(node, self.model) == "relu6" else F.relu
+            function = {"relu": F.relu, "relu6": F.relu6}[activation_of(node, self.model)]
             return self.graph.call_function(function, (self.new[node.all_input_nodes[0]].node,))
         if self.kinds[node] is Kind.ADD:
             return self.graph.call_function(operator.add, tuple(self.new[item].node for item in node.all_input_nodes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,29 +13,68 @@ from dfq.config import QuantConfig
 from dfq_kernels.observe_fake_quant.reference import SCALE_FLOOR, divided
 
 MOVING, LEARNED, FIXED = "moving", "learned", "fixed"
+PHASES = (MOVING, LEARNED, FIXED)
 
 
-class ActivationQuantizer(nn.Module):
+class Quantizer(nn.Module):
+    """What quantizers share: a grid, and a phase, which says where the scale comes from.
+
+    Both are in `state_dict` (`grid`: quant_min, quant_max and the phase's number), so that a state puts a network that
+    `prepare` has just made into its own phase, and is refused by one of other bits.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    grid: Tensor
+
+    def __init__(self, quant_min: int, quant_max: int, *shape: int) -> None:
+        super().__init__()
+        self.quant_min, self.quant_max, self.source = quant_min, quant_max, MOVING
+        self.log_scale: nn.Parameter | None = None
+        self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("zero_point", torch.zeros(shape))
+        self.register_buffer("grid", torch.tensor([quant_min, quant_max, 0]))
+
+    def current_scale(self) -> Tensor:
+        return self.scale if self.log_scale is None else self.log_scale.exp()
+
+    def _enter(self, phase: str) -> None:
+        """The scale is a parameter where it is learned, and a buffer elsewhere."""
+        self.source = phase
+        self.log_scale = nn.Parameter(self.scale.log()) if phase == LEARNED else None
+        self.grid[2] = PHASES.index(phase)
+
+    def fix(self) -> None:
+        self.scale.copy_(self.current_scale().detach())
+        self._enter(FIXED)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        found = state_dict.get(f"{prefix}grid")
+        if isinstance(found, Tensor) and found.shape == self.grid.shape:
+            low, high, phase = (int(value) for value in found)
+            if (low, high) != (self.quant_min, self.quant_max) or not 0 <= phase < len(PHASES):
+                bounds = f"[{self.quant_min}, {self.quant_max}]"
+                error_messages = rest[-1]
+                error_messages.append(f"{prefix}grid must be of the integers {bounds}, got [{low}, {high}]")
+                return
+            self._enter(PHASES[phase])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class ActivationQuantizer(Quantizer):
     """Per-tensor affine fake quantization; unsigned for values that are never negative.
 
     `source`: `moving` (the range follows the batches while `adapting`), `learned` (LSQ: the logarithm of the scale is a
     parameter) or `fixed`.
     """
 
-    scale: Tensor
-    zero_point: Tensor
     running_min: Tensor
     running_max: Tensor
 
     def __init__(self, bits: int, *, signed: bool, averaging_constant: float) -> None:
-        super().__init__()
-        self.bits, self.averaging_constant = bits, averaging_constant
-        self.quant_min = -(2 ** (bits - 1)) if signed else 0
-        self.quant_max = self.quant_min + 2**bits - 1
-        self.source, self.adapting = MOVING, False
-        self.log_scale: nn.Parameter | None = None
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("zero_point", torch.zeros(()))
+        quant_min = -(2 ** (bits - 1)) if signed else 0
+        super().__init__(quant_min, quant_min + 2**bits - 1)
+        self.bits, self.averaging_constant, self.adapting = bits, averaging_constant, False
         self.register_buffer("running_min", torch.full((), float("inf")))
         self.register_buffer("running_max", torch.full((), float("-inf")))
 
@@ -42,8 +82,10 @@ class ActivationQuantizer(nn.Module):
     def observing(self) -> bool:
         return self.adapting and self.source == MOVING and self.training
 
-    def current_scale(self) -> Tensor:
-        return self.scale if self.log_scale is None else self.log_scale.exp()
+    @property
+    def seen(self) -> bool:
+        """Whether a finite batch has set the range."""
+        return self.source != MOVING or bool(self.running_min <= self.running_max)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`(fake-quantized x, scale)`."""
@@ -63,30 +105,15 @@ class ActivationQuantizer(nn.Module):
         return dfq_kernels.fake_quant(x, scale, self.zero_point, **bounds), scale
 
     def learn(self) -> None:
-        self.source = LEARNED
-        self.log_scale = nn.Parameter(self.scale.log())
-
-    def fix(self) -> None:
-        self.scale.copy_(self.current_scale().detach())
-        self.source, self.log_scale = FIXED, None
+        self._enter(LEARNED)
 
 
-class WeightQuantizer(nn.Module):
+class WeightQuantizer(Quantizer):
     """One layer's scales `[out_channels]`: from the weights themselves (`moving`), learned (LSQ), or fixed."""
 
-    scale: Tensor
-    zero_point: Tensor
-
     def __init__(self, bits: int, channels: int, scheme: str) -> None:
-        super().__init__()
-        self.bits, self.scheme, self.source = bits, scheme, MOVING
-        self.quant_min, self.quant_max = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-        self.log_scale: nn.Parameter | None = None
-        self.register_buffer("scale", torch.ones(channels))
-        self.register_buffer("zero_point", torch.zeros(channels))
-
-    def current_scale(self) -> Tensor:
-        return self.scale if self.log_scale is None else self.log_scale.exp()
+        super().__init__(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, channels)
+        self.bits, self.scheme = bits, scheme
 
     def forward(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """`(fake-quantized weight, scale)`."""
@@ -112,12 +139,7 @@ class WeightQuantizer(nn.Module):
         self.measure(weight)
         if self.bits == 2 and self.scheme == "symmetric":
             self.scale.copy_(least_squares_scale(weight, self.scale, self.quant_min, self.quant_max))
-        self.source = LEARNED
-        self.log_scale = nn.Parameter(self.scale.log())
-
-    def fix(self) -> None:
-        self.scale.copy_(self.current_scale().detach())
-        self.source, self.log_scale = FIXED, None
+        self._enter(LEARNED)
 
 
 class WeightQuantizers(nn.Module):
@@ -171,10 +193,21 @@ def set_adapting(model: nn.Module, adapting: bool, *, batch_norms: bool = True) 
             module.adapting = adapting and (is_range or batch_norms)  # type: ignore[assignment]
 
 
+def _check_seen(owner: str, model: nn.Module) -> None:
+    """A range that nothing has set would make a network of its default scale, without a word."""
+    unseen = [
+        name for name, module in model.named_modules() if isinstance(module, ActivationQuantizer) and not module.seen
+    ]
+    if unseen:
+        rule = "have seen finite images in training mode while adapting (set_adapting)"
+        raise ValueError(f"{owner}: model must {rule}, got no range of {unseen[0]} ({len(unseen)} without)")
+
+
 def learn_ranges(model: nn.Module, config: QuantConfig) -> None:
     """Makes the step sizes of quantizers with fewer than 8 bits parameters, if `config.ranges` is `lsq`."""
     if config.ranges != "lsq":
         return
+    _check_seen("learn_ranges", model)
     for quantizer in _quantizers(model):
         if quantizer.bits < 8:
             quantizer.learn()
@@ -184,7 +217,12 @@ def learn_ranges(model: nn.Module, config: QuantConfig) -> None:
 
 
 def freeze_ranges(model: nn.Module) -> None:
-    """Fixes every scale where it is now: what is evaluated, saved and exported."""
+    """Fixes every scale where it is now: what is evaluated, saved and exported.
+
+    Raises:
+        ValueError: a range that no finite batch has set.
+    """
+    _check_seen("freeze_ranges", model)
     for quantizer in _quantizers(model):
         quantizer.fix()
     for _, layer, weight in weight_layers(model):

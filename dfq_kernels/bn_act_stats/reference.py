@@ -28,6 +28,8 @@ def normalize(
         out.relu_()
     elif activation == "relu6":
         out.clamp_(0, 6)
+    elif activation is not None:
+        raise ValueError(f"activation must be None, relu or relu6, got {activation!r}")
     return out
 
 
@@ -35,7 +37,11 @@ def activation_grad(grad: Tensor, out: Tensor, activation: str | None) -> Tensor
     """The gradient behind the activation, whose output is `out`: 0 where it clipped."""
     if activation == "relu":
         return torch.ops.aten.threshold_backward(grad, out, 0)
-    return grad if activation is None else torch.ops.aten.hardtanh_backward(grad, out, 0, 6)
+    if activation == "relu6":
+        return torch.ops.aten.hardtanh_backward(grad, out, 0, 6)
+    if activation is not None:
+        raise ValueError(f"activation must be None, relu or relu6, got {activation!r}")
+    return grad
 
 
 def forward(

@@ -53,7 +53,11 @@ def normalized(t: Tensor, *norm: Tensor) -> Tensor:
 def activate(t: Tensor, activation: str | None) -> Tensor:
     if activation == "relu":
         return t.relu()
-    return t.clamp(0, 6) if activation == "relu6" else t
+    if activation == "relu6":
+        return t.clamp(0, 6)
+    if activation is not None:
+        raise ValueError(f"activation must be None, relu or relu6, got {activation!r}")
+    return t
 
 
 def per_channel(vector: Tensor, t: Tensor) -> Tensor:
