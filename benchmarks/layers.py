@@ -4,7 +4,7 @@ Each layer of 8-bit activations, with its rounding to 8 bits, as an operator who
 oneDNN's int8 convolution through torch's private operator (where this torch has it), on a GPU in a CUDA graph against
 fp16 in channels-last; and on a CPU what a student's layer costs in training, fake-quantized to 4 bits, against torch's
 convolution of the same values. Ceiling, in the same rounds: torch's int8 product of 2048 x 2048 matrices, to int32.
-The integers must be oneDNN's, but for its own order of roundings at halves, or nothing is measured.
+The integers must be the reference's and, but for its own order of roundings at halves, oneDNN's: else the row is red.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 import dfq_kernels as k
-from benchmarks.machine import results_file, write_results
-from benchmarks.timing import PER_GRAPH, captured, interleaved
+from benchmarks.machine import results_file
+from benchmarks.outcome import Red, finish
+from benchmarks.timing import captured, interleaved, per_graph
 from dfq_kernels.dispatch import missing
 from dfq_kernels.int_conv2d.native import one_step
 from dfq_kernels.integers import Epilogue, flat
@@ -91,7 +92,8 @@ def on_cpu(layer: Layer, x: Tensor, weight: Tensor, mult: Tensor, bias: Tensor) 
 
 
 def on_gpu(layer: Layer, x: Tensor, weight: Tensor, mult: Tensor, bias: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """The Triton kernel at W8A8 and W4A4, and fp16."""
+    """The Triton kernel at W8A8 and W4A4, and fp16 by the fastest of cuDNN's algorithms."""
+    torch.backends.cudnn.benchmark = True
     geometry: Any = {"stride": layer.stride, "padding": layer.kernel // 2}
     half = x.half().contiguous(memory_format=torch.channels_last)
     factors = weight.half().contiguous(memory_format=torch.channels_last)
@@ -122,11 +124,11 @@ def check(
         padding=layer.kernel // 2, backend="reference",
     )  # fmt: skip
     if not torch.equal(found[:1], expected.q):
-        raise SystemExit(f"benchmarks: {name} must equal the reference before it is measured, {layer} does not")
+        raise Red(f"{name} must equal the reference before it is measured, {layer} does not")
     if "onednn" in calls:
         off = (calls["onednn"]().int() - found.int()).abs()
         if int(off.max()) > 1 or float(off.float().mean()) > 1e-3:
-            raise SystemExit(f"benchmarks: oneDNN must compute the same layer, {layer} does not")
+            raise Red(f"oneDNN must compute the same layer, {layer} does not")
 
 
 def measure(layer: Layer, batch: int, device: torch.device, seconds: float) -> dict[str, Any]:
@@ -138,7 +140,8 @@ def measure(layer: Layer, batch: int, device: torch.device, seconds: float) -> d
     variants: dict[str, Callable[[], object]] = {**calls, "matmul": lambda: torch._int_mm(one, other.t())}
     repeated = 1
     if device.type == "cuda":
-        variants, repeated = {name: captured(call) for name, call in variants.items()}, PER_GRAPH
+        repeated = per_graph(arguments[0].nbytes)
+        variants = {name: captured(call, repeated) for name, call in variants.items()}
     times = {name: value.median for name, value in interleaved(variants, seconds=seconds, calls=repeated).items()}
     ours, ceiling = times["triton" if device.type == "cuda" else "native"], 2 * SIDE**3 / times.pop("matmul")
     rate = 2 * layer.products(batch) / ours
@@ -161,7 +164,7 @@ def training(layer: Layer, batch: int, dtype: torch.dtype, seconds: float) -> di
 
     found, expected = call("native").float(), call("reference").float()
     if float((found - expected).norm() / expected.norm()) > NEAR[dtype]:
-        raise SystemExit(f"benchmarks: native must be near the reference before it is measured, {layer} is not")
+        raise Red(f"native must be near the reference before it is measured, {layer} is not")
     torch_s = partial(torch.conv2d, **settings)
     times = interleaved(
         {"native": lambda: call("native"), "torch": lambda: torch_s(x, weight.to(dtype))}, seconds=seconds
@@ -181,19 +184,25 @@ def main() -> None:
     backend = "triton" if device.type == "cuda" else "native"
     if (reason := missing("int_conv2d", backend, device.type)) is not None:
         raise SystemExit(f"benchmarks: {backend} must be there to be measured: {reason}")
-    rows = []
+    rows: list[dict[str, Any]] = []
+
+    def note(call: Callable[[], dict[str, Any]], **what: Any) -> None:
+        try:
+            rows.append(call())
+        except Red as red:
+            rows.append({**what, "red": str(red)})
+        print(json.dumps(rows[-1]), flush=True)
+
     for layer in LAYERS:
         for batch in BATCHES[device.type]:
             if batch * layer.given * layer.side**2 <= LARGEST[device.type]:
-                rows.append(measure(layer, batch, device, arguments.seconds))
-                print(json.dumps(rows[-1]), flush=True)
+                note(partial(measure, layer, batch, device, arguments.seconds), layer=list(layer), batch=batch)
     if device.type == "cpu":
         batch = BATCHES["cpu"][-1]
         fitting = [layer for layer in LAYERS if batch * layer.given * layer.side**2 <= LARGEST["cpu"]]
         for layer, dtype in product(fitting, (torch.bfloat16, torch.float32)):
-            rows.append(training(layer, batch, dtype, arguments.seconds))
-            print(json.dumps(rows[-1]), flush=True)
-    write_results(arguments.out or results_file("layers"), rows)
+            note(partial(training, layer, batch, dtype, arguments.seconds), layer=list(layer), batch=batch)
+    finish(arguments.out or results_file("layers"), rows)
 
 
 if __name__ == "__main__":
