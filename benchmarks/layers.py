@@ -102,8 +102,9 @@ def on_gpu(layer: Layer, x: Tensor, weight: Tensor, mult: Tensor, bias: Tensor) 
     }
     for name, bits in (("triton", 8), ("triton W4A4", 4)):
         packs = bits < 8 and layer.given % 2 == 0
-        grid, out = (k.Grid(0.1, 3, 0, 2**bits - 1), k.Grid(0.05, 7, 0, 2**bits - 1))
-        values = k.quantize((x >> (8 - bits)).float() * grid.scale, grid, packed=packs, check_nan=False)
+        grid, out = (GRID, OUT) if bits == 8 else (k.Grid(0.1, 3, 0, 15), k.Grid(0.05, 7, 0, 15))
+        real = ((x >> (8 - bits)).float() - grid.zero_point) * grid.scale  # of the same integers
+        values = k.quantize(real, grid, packed=packs, check_nan=False)
         packed = k.pack_weight(weight >> (8 - bits), bits)
         calls[name] = lambda v=values, w=packed, out=out, packs=packs: (
             k.int_conv2d(  # type: ignore[misc]
@@ -117,7 +118,7 @@ def check(
     calls: dict[str, Callable[[], Tensor]], x: Tensor, weight: Tensor, mult: Tensor, bias: Tensor, layer: Layer
 ) -> None:
     """The integers of the reference, and nearly all of oneDNN's."""
-    name = "triton" if x.is_cuda else "native"
+    name = next(iter(set(calls) & {"native", "triton"}))
     found = calls[name]()
     (expected,) = k.int_conv2d(
         k.QuantizedTensor(x[:1], GRID), k.pack_weight(weight), mult, bias, OUT, stride=layer.stride,
@@ -131,19 +132,25 @@ def check(
             raise Red(f"oneDNN must compute the same layer, {layer} does not")
 
 
-def measure(layer: Layer, batch: int, device: torch.device, seconds: float) -> dict[str, Any]:
-    """One row: microseconds of each call, and rates in 1e9 operations (two a product) per second."""
+def measure(
+    layer: Layer, batch: int, device: torch.device, seconds: float, *, as_on_gpu: bool | None = None
+) -> dict[str, Any]:
+    """One row: microseconds of each call, and rates in 1e9 operations (two a product) per second.
+
+    as_on_gpu: the calls of a GPU, in graphs; None: where the device is one.
+    """
+    gpu = device.type == "cuda" if as_on_gpu is None else as_on_gpu
     arguments = tensors(layer, batch, device)
-    calls = (on_gpu if device.type == "cuda" else on_cpu)(layer, *arguments)
+    calls = (on_gpu if gpu else on_cpu)(layer, *arguments)
     check(calls, *arguments, layer)
     one, other = (torch.randint(-127, 128, (SIDE, SIDE), device=device, dtype=torch.int8) for _ in "ab")
     variants: dict[str, Callable[[], object]] = {**calls, "matmul": lambda: torch._int_mm(one, other.t())}
     repeated = 1
-    if device.type == "cuda":
+    if gpu:
         repeated = per_graph(arguments[0].nbytes)
         variants = {name: captured(call, repeated) for name, call in variants.items()}
     times = {name: value.median for name, value in interleaved(variants, seconds=seconds, calls=repeated).items()}
-    ours, ceiling = times["triton" if device.type == "cuda" else "native"], 2 * SIDE**3 / times.pop("matmul")
+    ours, ceiling = times["triton" if gpu else "native"], 2 * SIDE**3 / times.pop("matmul")
     rate = 2 * layer.products(batch) / ours
     row = {"layer": list(layer), "batch": batch, "gops": round(rate / 1e9, 1), "of_matmul": round(rate / ceiling, 3)}
     return row | {f"{name}_us": round(value * 1e6, 1) for name, value in times.items()}

@@ -70,7 +70,9 @@ def results_file(what: str) -> Path:
     return RESULTS / f"{what}-{'-'.join(words)}.json"
 
 
-def write_results(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Rows beside the machine line, whole or not at all; one line a row."""
+def write_results(path: Path, rows: list[dict[str, Any]], machine: dict[str, Any] | None = None) -> None:
+    """Rows beside the machine line, whole or not at all; one line a row. machine: where they were made; None: here."""
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    write_atomic(path, f'{{\n "machine": {json.dumps(machine_line())},\n "rows": [\n{lines}\n ]\n}}\n'.encode())
+    write_atomic(
+        path, f'{{\n "machine": {json.dumps(machine or machine_line())},\n "rows": [\n{lines}\n ]\n}}\n'.encode()
+    )

@@ -76,7 +76,7 @@ def backward_of(forward: Callable[[Tensor], Any], x: Tensor, *, again: bool = Fa
 Pass = tuple[str, float, tuple[int, int], dict[str, Callable[[], object]]]
 
 
-def passes(row: Row, x: Tensor, calls: dict[str, Callable[[Tensor], Any]]) -> Iterator[Pass]:
+def passes(row: Row, x: Tensor, calls: dict[str, Callable[[Tensor], Any]], graphs: bool) -> Iterator[Pass]:
     """`(name, bytes moved, tensors read and written at least, variants)`.
 
     Backward alone on a CPU. On a GPU with its forward: autograd runs on the forward's stream, so that a graph can only
@@ -84,7 +84,7 @@ def passes(row: Row, x: Tensor, calls: dict[str, Callable[[Tensor], Any]]) -> It
     """
     (forward, backward), (reads, writes) = SPECS[row.op].bytes_moved({"x": x}, dict(row.settings)), row.backward_least
     yield "forward", forward, row.forward_least, {key: lambda call=call: call(x) for key, call in calls.items()}
-    if x.is_cuda:
+    if graphs:
         least = row.forward_least[0] + reads, row.forward_least[1] + writes
         both = {key: backward_of(call, x, again=True) for key, call in calls.items()}
         yield "forward and backward", forward + backward, least, both
@@ -95,8 +95,11 @@ def passes(row: Row, x: Tensor, calls: dict[str, Callable[[Tensor], Any]]) -> It
 def timed(
     variants: dict[str, Callable[[], object]], seconds: float, count: int
 ) -> tuple[dict[str, Seconds], list[str]]:
-    """Times, and which variants could not be captured: these are timed as they are. On a GPU a graph has `count` calls."""
-    if not torch.cuda.is_available():
+    """Times, and which variants could not be captured: these are timed as they are.
+
+    count: calls in one graph; 0 captures none.
+    """
+    if not count:
         return interleaved(variants, seconds=seconds), []
     graphs, eager = {}, {}
     for name, call in variants.items():
@@ -125,10 +128,10 @@ def least_seconds(reads: int, writes: int, copy: float, read: float, cached: boo
     return 0.95 * (writes * min(copy, 2 * read) + (reads - writes) * read)
 
 
-def conforming(row: Row, x: Tensor) -> tuple[list[str], list[dict[str, Any]]]:
+def conforming(row: Row, x: Tensor, names: tuple[str, ...]) -> tuple[list[str], list[dict[str, Any]]]:
     """The backends that may be measured, and a red row for each other one."""
     good, red = [], []
-    for backend in ("native", "triton") if x.is_cuda else ("native",):
+    for backend in names:
         reason = missing(row.op, backend, x.device.type)
         if reason is None and not conforms(row, x, backend):
             reason = f"{row.op} {backend} must equal the reference before it is measured"
@@ -139,9 +142,15 @@ def conforming(row: Row, x: Tensor) -> tuple[list[str], list[dict[str, Any]]]:
     return good, red
 
 
-def measure(row: Row, x: Tensor, seconds: float, compiled: bool) -> list[dict[str, Any]]:
-    """Forward and backward of one operator on one tensor; `us` is of the first backend that is there."""
-    backends, results = conforming(row, x)
+def measure(
+    row: Row, x: Tensor, seconds: float, compiled: bool, *, as_on_gpu: bool | None = None
+) -> list[dict[str, Any]]:
+    """Forward and backward of one operator on one tensor; `us` is of the first backend that is there.
+
+    as_on_gpu: Triton too, all in graphs; None: where x is.
+    """
+    graphs = x.is_cuda if as_on_gpu is None else as_on_gpu
+    backends, results = conforming(row, x, ("native", "triton") if graphs else ("native",))
     if not backends:
         return results
     mine, again = {name: fresh(row, x.device) for name in backends}, fresh(row, x.device)
@@ -153,8 +162,8 @@ def measure(row: Row, x: Tensor, seconds: float, compiled: bool) -> list[dict[st
         torch.compiler.reset()
         calls["compiled"] = torch.compile(lambda t: again.ours(t, "reference"), dynamic=False)
     ceilings = {"copy": x.clone, "read": x.sum}
-    for name, bytes_moved, (reads, writes), variants in passes(row, x, calls):
-        times, eager = timed({**variants, **ceilings}, seconds, per_graph(x.nbytes))
+    for name, bytes_moved, (reads, writes), variants in passes(row, x, calls, graphs):
+        times, eager = timed({**variants, **ceilings}, seconds, per_graph(x.nbytes) if graphs else 0)
         found, alternatives = times[backends[0]], {key: times[key] for key in calls if key != backends[0]}
         head = {"op": row.op, "case": row.name, "pass": name, "backend": backends[0]}
         least = least_seconds(reads, writes, times["copy"].best, times["read"].best, in_cache(x))
@@ -180,7 +189,7 @@ def weights(device: torch.device, seconds: float) -> dict[str, Any]:
     layers = resnet18_weights(device)
     times, _ = timed(
         {"native": lambda: k.fake_quant_weights(layers, 4, backend="native"), "torch": lambda: torch_weights(layers),
-         "copy": lambda: [layer.clone() for layer in layers]}, seconds, per_graph(0),
+         "copy": lambda: [layer.clone() for layer in layers]}, seconds, per_graph(0) if device.type == "cuda" else 0,
     )  # fmt: skip
     mine = times["native"].median
     return {"op": "fake_quant_weights", "case": "ResNet-18", "pass": "forward", "us": round(mine * 1e6, 1),
@@ -220,7 +229,8 @@ def without_autograd(x: Tensor, seconds: float) -> list[dict[str, Any]]:
     }  # fmt: skip
     results = []
     for (op, name), (mine, theirs) in pairs.items():
-        times, _ = timed({"native": mine, "torch": theirs, "copy": x.clone}, seconds, per_graph(x.nbytes))
+        count = per_graph(x.nbytes) if x.is_cuda else 0
+        times, _ = timed({"native": mine, "torch": theirs, "copy": x.clone}, seconds, count)
         found = times["native"].median
         results.append({
             "op": op, "case": "without autograd", "pass": name, "us": round(found * 1e6, 1),
