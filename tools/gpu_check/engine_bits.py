@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.integer import integers, network
+from benchmarks.integer import integers
 from dfq.engine import Engine
 from dfq.execution import WARM_UP, Execution
 from tools.gpu_check.notes import arguments
@@ -38,11 +38,11 @@ if __name__ == "__main__":
     options, notes = arguments(__doc__, "network", "preset", "batches")
     here = place(options.dry)
     torch.manual_seed(0)
-    model, side = network(here.pick(options.network, "wrn-10-1"), here.pick(32, 8))
-    graph = integers(model, side, options.preset)
+    model, shape = here.model(options.network)
+    graph = integers(model, shape, options.preset)
     on_gpu, execution = here.network(graph)
     on_cpu = Engine(graph, "cpu")
-    for batch in map(int, here.pick(options.batches, "1,2").split(",")):
+    for batch in map(int, here.pick(options.batches, "2").split(",")):
         name = f"{options.network} {options.preset} {batch}"
-        notes.section(name, lambda n=batch: compare(here, on_gpu, on_cpu, execution, (n, *side)))
+        notes.section(name, lambda n=batch: compare(here, on_gpu, on_cpu, execution, (n, *shape)))
     notes.end()

@@ -64,8 +64,8 @@ def engine(on: Place, notes: Notes) -> None:
     """Images per second against fp16 in a captured graph; what a replay is made of."""
     notes.section("ceilings", lambda: ceilings(on))
     torch.backends.cudnn.benchmark = True
-    name, side = on.pick("wrn-16-1", "wrn-10-1"), on.pick(32, 8)
-    model, shape = integer.network(name, side)
+    name = "wrn-16-1"
+    model, shape = on.model(name)
     ours = {preset: on.network(integer.integers(model, shape, preset)) for preset in PRESETS}
     half = copy.deepcopy(model).to(on.device, torch.float16, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -83,9 +83,7 @@ def engine(on: Place, notes: Notes) -> None:
             on.synchronize()
             return out
 
-        calls = {f"{integer.OURS} {preset}": network for preset, (network, _) in ours.items()} | {
-            "torch fp16 captured": fp16
-        }
+        calls = {f"{integer.OURS} {preset}": network for preset, (network, _) in ours.items()} | {FP16: fp16}
         for call in calls.values():
             for _ in range(5):
                 call(images)
@@ -95,7 +93,7 @@ def engine(on: Place, notes: Notes) -> None:
         rates = {key: round(batch / value.median, 1) for key, value in times.items()}
         ratio = round(rates[f"{integer.OURS} W8A8"] / rates[FP16], 2)
         notes.note(benchmark="integer", row={
-            "model": name, "size": side, "batch": batch, "images_per_second": rates, "strongest": FP16,
+            "model": name, "size": shape[1], "batch": batch, "images_per_second": rates, "strongest": FP16,
             "times_strongest": ratio,
         })  # fmt: skip
         replays = {preset: execution._recorded[batch].replay for preset, (_, execution) in ours.items()}
@@ -146,7 +144,8 @@ def operators(on: Place, notes: Notes) -> None:
     """Every operator against torch's own calls and the ceilings."""
     sizes = run.SHAPES["cuda"]
     shapes = on.pick((sizes[0], sizes[2], sizes[1], sizes[3]), ((2, 4, 4, 4),))
-    for shape, layout, dtype in product(shapes, ("channels_last", "contiguous"), on.pick(("bf16", "fp32"), ("fp32",))):
+    layouts, types = on.pick((("channels_last", "contiguous"), ("bf16", "fp32")), (("channels_last",), ("fp32",)))
+    for shape, layout, dtype in product(shapes, layouts, types):
         x = torch.randn(shape, device=on.device).to(run.DTYPES[dtype]).contiguous(memory_format=run.LAYOUTS[layout])
 
         def at(row: Any, x: torch.Tensor = x, **what: Any) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.integer import network
+from benchmarks.timing import Seconds
 from dfq.engine import Engine, IntegerGraph
 from dfq.engine.operators import OperatorNetwork
 from dfq.execution import Execution, Recorder
@@ -37,12 +39,16 @@ class Place:
         """How `work` runs its steps."""
         return Execution(mode, self.device)
 
+    def model(self, name: str) -> tuple[nn.Module, tuple[int, int, int]]:
+        """A float network, and the shape of its images."""
+        return network(name, 32)
+
     def network(self, graph: IntegerGraph) -> tuple[Callable[[Tensor], Tensor], Execution]:
         """An integer network that is captured, and what has captured it."""
         engine = Engine(graph, self.device, "triton", "on")
-        network = engine._network
-        assert isinstance(network, OperatorNetwork)
-        return engine, network.execution
+        captured = engine._network
+        assert isinstance(captured, OperatorNetwork)
+        return engine, captured.execution
 
     def capture(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """A graph of `call`, captured on a stream of its own, and its results."""
@@ -90,7 +96,11 @@ class Dry(Place):
     def execution(self, mode: str, work: DataFreeTraining) -> Execution:
         if mode == "off":
             return Execution("off", self.device)
-        return Execution("on", self.device, recorder=_recorder(lambda: _tensors(work.state_dict())))
+        return Execution("on", self.device, recorder=_recorder(lambda: tensors(work.state_dict())))
+
+    def model(self, name: str) -> tuple[nn.Module, tuple[int, int, int]]:
+        layers = nn.Conv2d(2, 4, 3, 1, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, 4)).eval(), (2, 4, 4)
 
     def network(self, graph: IntegerGraph) -> tuple[Callable[[Tensor], Tensor], Execution]:
         execution = Execution("on", self.device, recorder=_recorder(list))
@@ -106,11 +116,22 @@ class Dry(Place):
 
     @contextmanager
     def timing(self) -> Iterator[None]:
+        """Inside, a captured call is the call, and every call takes a second, but for the ceilings."""
+
         class Called:
             def __init__(self, call: Callable[[], Any]) -> None:
                 self.replay = call
 
-        with mock.patch("benchmarks.timing.record", lambda call, count=1: (Called(call), call())):
+        def interleaved(variants: Mapping[str, Callable[[], object]], **_: Any) -> dict[str, Seconds]:
+            for call in variants.values():
+                call()
+            return {name: Seconds(*[0.0 if name in ("copy", "read") else 1.0] * 2) for name in variants}
+
+        with ExitStack() as patches:
+            record = mock.patch("benchmarks.timing.record", lambda call, count=1: (Called(call), call()))
+            patches.enter_context(record)
+            for name in ("timing", "run", "layers", "end_to_end"):
+                patches.enter_context(mock.patch(f"benchmarks.{name}.interleaved", interleaved))
             yield
 
 
@@ -137,5 +158,6 @@ def _recorder(changed: Callable[[], list[Tensor]]) -> Recorder:
     return RecordedSteps(changed)  # type: ignore[return-value]
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors(tree: Any) -> list[Tensor]:
+    """The tensors of a state."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

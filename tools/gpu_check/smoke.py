@@ -16,9 +16,10 @@ from torch import Tensor
 import dfq_kernels as k
 from dfq_kernels import dispatch, extension
 from tools.gpu_check.notes import arguments
-from tools.gpu_check.place import Place, place
+from tools.gpu_check.place import Place, place, tensors
 
 BACKENDS = ("native", "triton")
+TYPES = (torch.float32, torch.bfloat16)
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -77,8 +78,9 @@ def operators(x: Tensor, backend: str | None) -> dict[str, Callable[[], tuple[Te
 def captured_operators(on: Place) -> dict[str, Any]:
     """Every operator, backend, layout and type in a graph of its own."""
     shape, found = on.pick((32, 16, 16, 16), (4, 4, 4, 4)), dict[str, Any]()
-    for (layout, memory), dtype, backend in product(LAYOUTS.items(), (torch.float32, torch.bfloat16), BACKENDS):
-        x = torch.randn(shape, device=on.device).to(dtype).contiguous(memory_format=memory).requires_grad_()
+    layouts, types = on.pick((list(LAYOUTS), TYPES), (["channels_last"], TYPES[1:]))
+    for layout, dtype, backend in product(layouts, types, BACKENDS):
+        x = torch.randn(shape, device=on.device).to(dtype).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
         for name, call in operators(x, None if backend == "native" else backend).items():
             try:
                 found[f"{name} {backend} {dtype} {layout}"] = same_when_replayed(on, call, x)
@@ -93,12 +95,11 @@ def captured_operators(on: Place) -> dict[str, Any]:
 def captured_training(on: Place) -> dict[str, Any]:
     """Metrics and states apart: equal states with other metrics are results that another graph wrote over."""
     from tests.test_execution import LONGER, task
-    from tools.gpu_check.place import _tensors
 
     torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
     recipe, works = replace(LONGER, warm_up=on.pick(6, 4)), []
     for mode in ("off", "on", "off"):
-        work = task(recipe, steps=on.pick(12, 9), device=str(on.device))
+        work = task(recipe, steps=on.pick(12, 5), device=str(on.device))
         work.execution = work.pool.execution = on.execution(mode, work)
         works.append(work)
     differ, itself = list[Any](), 0
@@ -107,7 +108,7 @@ def captured_training(on: Place) -> dict[str, Any]:
         differ += [[index, name, float(value), float(captured[name])] for name, value in eager.items()
                    if not torch.equal(value, captured[name])]  # fmt: skip
         itself += sum(not torch.equal(value, again[name]) for name, value in eager.items())
-    states = zip(*(_tensors(work.state_dict()) for work in works[:2]), strict=True)
+    states = zip(*(tensors(work.state_dict()) for work in works[:2]), strict=True)
     found = {"eager_differs_from_itself": itself, "recorded": len(works[1].execution.recorded), "metrics": len(differ),
              "first": differ[:8], "states": sum(not torch.equal(one, other) for one, other in states)}  # fmt: skip
     if itself or differ or found["states"] or not found["recorded"]:
@@ -117,8 +118,9 @@ def captured_training(on: Place) -> dict[str, Any]:
 
 def many_layers(on: Place) -> dict[str, Any]:
     """Addresses in tuples: 49 layers are two launches."""
-    weights = [torch.randn(8 + index, 3 + index, 3, 3) for index in range(49)]
-    vectors = [[torch.rand(8 + index) + 0.1 for index in range(49)] for _ in range(4)]
+    count = on.pick(49, 3)
+    weights = [torch.randn(8 + index, 3 + index, 3, 3) for index in range(count)]
+    vectors = [[torch.rand(8 + index) + 0.1 for index in range(count)] for _ in range(4)]
     there = [backend for backend in BACKENDS if dispatch.missing("bn_stat_loss", backend, on.device.type) is None]
     red = [] if there or on.dry else ["no backend is there"]
     for backend in there:
