@@ -22,9 +22,9 @@ test: .venv/installed          ## lint, types, tests
 	$(BIN)/mypy
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --durations=50
 
-# what most changes break first; tests/test_fast.py holds that every file is there
-FAST := architecture arguments benchmarks checkpoint classifier config
-test-fast: .venv/installed     ## lint, types and the quickest test files: two minutes
+FAST := architecture arguments checkpoint dispatch gpu_settings integers losses makefile pool quantizers reference \
+  run_folder steps tensor_cores tiles
+test-fast: .venv/installed     ## lint, types, and the test files that are quick and that most changes break: two minutes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -65,7 +65,7 @@ sanitize: .venv/installed      ## the CPU kernels of every level under AddressSa
 cuda-check: .venv/installed    ## the CUDA kernels without a GPU: spills, loads, PTX, and the whole suite on an emulator
 	DFQ_EMULATED_TESTS=test_ $(BIN)/python -m pytest -v tests/test_cuda.py
 
-# BUDGET=455 seconds, OUT=build/gpu-check, DRY=1: on a CPU with stand-ins; needs torch, triton, pybind11, ninja, pytest-xdist
+# BUDGET=455 seconds, OUT=an empty folder (the next one in build/gpu-check), DRY=1: on a CPU with stand-ins
 gpu:                           ## with a GPU: builds in place, checks and measures in eight minutes, what says most first
 	$(PYTHON) -m tools.gpu_check
 

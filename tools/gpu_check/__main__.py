@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import tempfile
+from itertools import count
 from pathlib import Path
 
 from tools.gpu_check import stages
@@ -32,12 +33,17 @@ def check(out: Path, budget: float, *, dry: bool, full: bool) -> int:
     return int(any(outcome.result != OK for outcome in outcomes))
 
 
+def next_folder(runs: Path) -> Path:
+    """`runs/1`, or the first number that is free."""
+    return next(folder for index in count(1) if not (folder := runs / str(index)).exists())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="What to do in the first minutes on a GPU.")
     parser.add_argument("--dry", action="store_true", default=bool(os.environ.get("DRY")), help="on the CPU, stand-ins")
     parser.add_argument("--full", action="store_true", help="everything, which takes an hour")
     parser.add_argument("--budget", type=float, default=os.environ.get("BUDGET"), help=f"seconds; default {BUDGET:.0f}")
-    parser.add_argument("--out", type=Path, default=os.environ.get("OUT"), help="default: build/gpu-check")
+    parser.add_argument("--out", type=Path, default=os.environ.get("OUT"), help="default: the next in build/gpu-check")
     parser.add_argument("--collect", type=Path, metavar="FOLDER", help="result files from the rows of a check")
     parser.add_argument("--commit", help="with --collect: of the code that was checked")
     options = parser.parse_args()
@@ -48,7 +54,7 @@ def main() -> None:
 
         print("\n".join(str(path) for path in collect(options.collect, options.commit)))
         return
-    out = Path(options.out or ROOT / "build" / "gpu-check").resolve()
+    out = Path(options.out).resolve() if options.out else next_folder(ROOT / "build" / "gpu-check")
     budget = float(options.budget or (FULL_BUDGET if options.full else BUDGET))
     sys.exit(check(out, budget, dry=options.dry, full=options.full))
 
