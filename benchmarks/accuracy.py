@@ -224,7 +224,8 @@ def assemble() -> None:
             )
     missing = [f"{row.table}: {row.method} {row.preset} seed {row.seed}" for row in wanted if not row.path.exists()]
     for row in found:
-        row["commit"] = row.pop("machine")["commit"]
+        where = row.pop("machine")
+        row |= {"commit": where["commit"], "date": where["date"]}
     data = {"teacher": teacher, "test_images": 10_000, "steps": STEPS, "batch": DEFAULT.batch_size, "machine": machine,
             "recipes": to_json(RECIPES), "default": summary, "missing": missing, "rows": found}  # fmt: skip
     write_atomic(RESULT, (json.dumps(data, indent=1) + "\n").encode())
