@@ -154,6 +154,16 @@ def test_a_section_past_the_time_is_noted(tmp_path: Path) -> None:
     assert [row["skipped"] for row in read_rows(mine.path)] == ["no time"]
 
 
+def test_the_table_says_why_a_stage_is_red(tmp_path: Path) -> None:
+    failing = "print('FAILED tests/test_x.py::test_y - wrong'); print('== 1 failed, 3 passed in 1.0s ==')"
+    rows = f"open({str(tmp_path / 'rows')!r}, 'w').write({json.dumps({'stage': 'rows', 'red': 'because'})!r})"
+    stages_ = python(failing, name="tests", tests=True), python(rows, name="rows", rows="rows")
+    text = table(ran(tmp_path, *stages_, python("print(1/0)", name="other"), python("1", name="good")))
+    why = text.partition("Why:\n")[2]
+    assert "tests: FAILED tests/test_x.py::test_y - wrong" in why and '"red": "because"' in why
+    assert "other: ZeroDivisionError" in why and "good:" not in why
+
+
 def test_half_a_row_is_red(tmp_path: Path) -> None:
     (tmp_path / "rows").write_text('{"stage": "smoke", "found": 1}\n{"stage": "smo')
     assert "half a row" in read_rows(tmp_path / "rows")[1]["red"]

@@ -40,7 +40,9 @@ def next_folder(runs: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What to do in the first minutes on a GPU.")
-    parser.add_argument("--dry", action="store_true", default=bool(os.environ.get("DRY")), help="on the CPU, stand-ins")
+    parser.add_argument(
+        "--dry", action="store_true", default=os.environ.get("DRY", "0") not in ("", "0"), help="on the CPU, stand-ins"
+    )
     parser.add_argument("--full", action="store_true", help="everything, which takes an hour")
     parser.add_argument("--budget", type=float, default=os.environ.get("BUDGET"), help=f"seconds; default {BUDGET:.0f}")
     parser.add_argument("--out", type=Path, default=os.environ.get("OUT"), help="default: the next in build/gpu-check")

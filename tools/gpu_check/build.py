@@ -44,7 +44,7 @@ def build(module: ModuleType, chosen: str | None) -> int:
     if chosen is not None:
         module.NVCC_FLAGS = FLAGS.format(chosen, chosen)
     target = (ROOT / "dfq_kernels" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}").resolve()
-    levels, reason = module.compile_what_can_be(target, ROOT / "build" / "gpu_check", cuda=True)
+    levels, reason = module.compile_what_can_be(target, ROOT / "build" / "gpu-objects", cuda=True)
     note = target.parent / "_native.txt"
     if reason is None:
         note.unlink(missing_ok=True)

@@ -31,7 +31,7 @@ def compare(
     captured = shape[0] in execution.recorded
     if not all(equal) or not captured:
         raise AssertionError(f"batch {shape[0]}: equal {equal}, captured {captured}")
-    return {"batch": shape[0], "equal": len(equal)}
+    return {"batch": shape[0], "equal": len(equal), "cpu": expected.backend}
 
 
 if __name__ == "__main__":

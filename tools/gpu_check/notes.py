@@ -40,7 +40,7 @@ class Notes:
 
     def note(self, **row: Any) -> None:
         """One row; with `red`, why something is not as it should be."""
-        self.red += bool(row.get("red")) or bool(row.get("row", {}).get("red"))
+        self.red += is_red(row)
         row = {"stage": self.stage, **({"dry": True, **without_numbers(row)} if self.dry else row)}
         text = json.dumps(row, default=str)
         with self.path.open("a") as file:
@@ -73,10 +73,15 @@ class Notes:
 
 def count_rows(path: Path, stage: str) -> tuple[int, int, int]:
     """How many rows with findings a stage has written, how many red ones, and how many parts had no time."""
-    rows = [row for row in read_rows(path) if row["stage"] in (stage, "?")]
-    red = sum(bool(row.get("red") or row.get("row", {}).get("red")) for row in rows)
+    rows = [row for row in read_rows(path) if row["stage"] in (stage, "?") and "machine" not in row]
+    red = sum(map(is_red, rows))
     skipped = sum("skipped" in row for row in rows)
     return len(rows) - red - skipped, red, skipped
+
+
+def is_red(row: dict[str, Any]) -> bool:
+    """Whether a row, or the row of a benchmark in it, says why it has no number."""
+    return bool(row.get("red") or row.get("row", {}).get("red"))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -12,11 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tools.gpu_check.notes import count_rows
+from tools.gpu_check.notes import count_rows, is_red, read_rows
 
 ROOT = Path(__file__).parent.parent.parent
 LEAST = 8.0  # seconds that are left, or a stage is not started
 GRACE = 5.0  # seconds from the interrupt of a stage to its end by force
+SHOWN, WIDEST = 8, 300  # reasons of a stage, and their characters
 OK, RED, TIMED_OUT, NO_TIME, ABSENT = "ok", "red", "timed out", "no time", "absent"
 
 
@@ -43,12 +45,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage ended; counts: what it found, in words."""
+    """How a stage ended; counts: what it found, in words; reasons: lines that say why it is not ok."""
 
     stage: Stage
     seconds: float
     result: str
     counts: str
+    reasons: tuple[str, ...] = ()
 
 
 class _Running:
@@ -86,12 +89,15 @@ class _Running:
     def outcome(self) -> Outcome:
         with self.log.open(errors="replace") as log:
             log.seek(self.offset)
-            counts, found, red = counted(self.stage, self.out, log.read())
+            printed = log.read()
+        counts, found, red = counted(self.stage, self.out, printed)
         code = self.process.returncode
         result = OK if code == 0 and found and not red else RED
         if result == RED:
             counts = f"{counts}, exit code {code}" if counts else f"exit code {code}, see {self.stage.log}"
-        return Outcome(self.stage, self.seconds(), TIMED_OUT if self.interrupted else result, counts)
+        result = TIMED_OUT if self.interrupted else result
+        lines = () if result == OK else reasons(self.stage, self.out, printed)
+        return Outcome(self.stage, self.seconds(), result, counts, lines)
 
 
 def counted(stage: Stage, out: Path, printed: str) -> tuple[str, bool, bool]:
@@ -106,6 +112,15 @@ def counted(stage: Stage, out: Path, printed: str) -> tuple[str, bool, bool]:
         words = ((good, "rows"), (red, "red"), (skipped, "without time"))
         return ", ".join(f"{n} {word}" for n, word in words if n or word == "rows"), bool(good), bool(red)
     return "", True, False
+
+
+def reasons(stage: Stage, out: Path, printed: str) -> tuple[str, ...]:
+    """Why a stage is not ok: its first red rows, the first tests that failed, or the last that it printed."""
+    if stage.rows:
+        lines = [json.dumps(row) for row in read_rows(out / stage.rows) if row["stage"] == stage.name and is_red(row)]
+    else:
+        lines = [line for line in printed.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return tuple(line[:WIDEST] for line in lines[:SHOWN] or printed.splitlines()[-3:])
 
 
 def run(stages: Sequence[Stage], out: Path, budget: float, say: Callable[[str], None] = print) -> list[Outcome]:
@@ -148,4 +163,5 @@ def table(outcomes: Sequence[Outcome]) -> str:
         rows.append((one.stage.name, f"{one.seconds:.1f}", one.result, one.counts + stand_in))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = (f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d}".rstrip() for a, b, c, d in rows)
-    return "\n".join(lines)
+    why = [f"{one.stage.name}: {reason}" for one in outcomes for reason in one.reasons]
+    return "\n".join([*lines, *(["", "Why:", *why] if why else [])])

@@ -86,6 +86,7 @@ def captured_operators(on: Place) -> dict[str, Any]:
                 found[f"{name} {backend} {dtype} {layout}"] = same_when_replayed(on, call, x)
             except Exception as error:  # the others may still work
                 found[f"{name} {backend} {dtype} {layout}"] = f"{type(error).__name__}: {error}"[:300]
+                on.synchronize()
     bad = {name: same for name, same in found.items() if isinstance(same, str) or not all(same)}
     if bad:
         raise AssertionError(f"{len(bad)} of {len(found)} captured operators are red: {bad}")
