@@ -2,21 +2,28 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types mutants readme accuracy bench sanitize cuda-check gpu gpu-full test-fast tune clean
+.PHONY: native demo test lint types mutants readme accuracy bench sanitize cuda-check gpu gpu-full test-fast tune clean
 
 # torch first and by its exact version, so that a wheel on disk or a mirror is taken and nothing resolves to another one
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	DFQ_BUILD_NATIVE=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
 
-demo: .venv/installed          ## quantize the embedded network to W4A4 without data and judge it on real images
+# in place, so that a change in csrc compiles what depends on it and nothing else
+.venv/native: .venv/installed setup.py $(shell find csrc -type f)
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+native: .venv/native           ## the C++ and CUDA kernels of these sources
+
+demo: .venv/native             ## quantize the embedded network to W4A4 without data and judge it on real images
 	rm -rf runs/demo
 	$(BIN)/dfq quantize --preset W4A4 --recipe default --steps 200 --seed 0 --out runs/demo
 
 # a thread that spins while it waits would take its core from the other process's tests
-test: .venv/installed          ## lint, types, tests
+test: .venv/native             ## lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -24,7 +31,7 @@ test: .venv/installed          ## lint, types, tests
 
 FAST := architecture arguments checkpoint dispatch gpu_settings integers losses makefile pool quantizers reference \
   run_folder steps tensor_cores tiles
-test-fast: .venv/installed     ## lint, types, and the test files that are quick and that most changes break: two minutes
+test-fast: .venv/native        ## lint, types, and the test files that are quick and that most changes break: two minutes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -37,16 +44,16 @@ lint: .venv/installed
 types: .venv/installed
 	$(BIN)/mypy
 
-mutants: .venv/installed       ## applies every listed fault to the references; the tests must notice each
+mutants: .venv/native          ## applies every listed fault to the references; the tests must notice each
 	$(BIN)/python -m tests.mutants
 
-accuracy: .venv/installed      ## the README's accuracy table and ablation: hours on two cores
+accuracy: .venv/native         ## the README's accuracy table and ablation: hours on two cores
 	$(BIN)/python -m benchmarks.accuracy
 
 readme: .venv/installed        ## builds the README's tables from benchmarks/results
 	$(BIN)/python -m benchmarks.readme
 
-bench: .venv/installed         ## kernels, steps and integer networks against what users have, into benchmarks/results: 30 minutes
+bench: .venv/native            ## kernels, steps and integer networks against what users have, into benchmarks/results: 30 minutes
 	$(BIN)/python -m benchmarks.run --compiled
 	$(BIN)/python -m benchmarks.end_to_end --compiled
 	$(BIN)/python -m benchmarks.layers
@@ -62,7 +69,7 @@ sanitize: .venv/installed      ## the CPU kernels of every level under AddressSa
 	  tests/test_native.py tests/test_calls.py tests/test_fake_quant_conv2d.py tests/test_tiles.py tests/test_engine.py tests/test_engine_io.py -s \
 	  -k "not instruction_set and not elements and not triton and not whole_test_set" || exit 1; done
 
-cuda-check: .venv/installed    ## the CUDA kernels without a GPU: spills, loads, PTX, and the whole suite on an emulator
+cuda-check: .venv/native       ## the CUDA kernels without a GPU: spills, loads, PTX, and the whole suite on an emulator
 	DFQ_EMULATED_TESTS=test_ $(BIN)/python -m pytest -v tests/test_cuda.py
 
 # BUDGET=455 seconds, OUT=an empty folder (the next one in build/gpu-check), DRY=1: on a CPU with stand-ins

@@ -35,11 +35,18 @@ Queue queue_of(const Where& where) { return {std::get<0>(where), output(std::get
 void bind_programs(py::module_& m);  // program_bindings.cpp
 void bind_calls(py::module_& m);     // call_bindings.cpp
 
+#ifndef DFQ_SOURCES
+#define DFQ_SOURCES unknown
+#endif
+#define DFQ_TEXT_OF(word) #word
+#define DFQ_TEXT(word) DFQ_TEXT_OF(word)
+
 PYBIND11_MODULE(_native, m) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.attr("isa") = cpu_kernels().isa;
   m.attr("cuda") = cuda_kernels() != nullptr;
   m.attr("emulated") = kEmulated;
+  m.attr("sources") = DFQ_TEXT(DFQ_SOURCES);  // setup.py's digest of what it was built from
 
   bind_programs(m);
   bind_calls(m);

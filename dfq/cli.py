@@ -30,7 +30,7 @@ from dfq.progress import ProgressBar, Silent
 from dfq.quant import layer_bounds
 from dfq.report import accuracy_table, bounds_table, model_bytes
 from dfq.run_folder import versions
-from dfq_kernels import BackendError, __version__
+from dfq_kernels import BackendError, __version__, extension
 from dfq_kernels.dispatch import TABLE, chosen
 
 app = typer.Typer(
@@ -248,7 +248,7 @@ def info(json_output: Json = False) -> None:
     """What this installation has: models, presets, recipes, data sets, operators, machine."""
     device = resolve_device("auto")
     facts: dict[str, Any] = {
-        "versions": versions(), "device": str(device), "precision": resolve_precision("auto", device),
+        "native module": extension.built(), "versions": versions(), "device": str(device), "precision": resolve_precision("auto", device),
         "models": MODEL_NAMES, "presets": PRESETS, "recipes": to_json(RECIPES), "data": list(DATASETS),
         "embedded teacher": embedded.teacher_facts(),
         "operators": {op: chosen(op, device.type) for op in TABLE},

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from dfq_kernels import extension
 from dfq_kernels.dispatch import TABLE, chosen, missing
 from dfq_kernels.version import __version__
 
 
 def main() -> None:
-    """Prints the support matrix; `*` marks what `backend=None` takes, `DFQ_BACKEND` considered."""
+    """Prints what was built, then the support matrix; `*` marks what `backend=None` takes, `DFQ_BACKEND` considered."""
+    print(extension.built())
     print(f"dfq-kernels {__version__}, torch {torch.__version__}, CUDA device: {torch.cuda.is_available()}")
     for op, devices in TABLE.items():
         for device, backends in devices.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -96,9 +97,18 @@ def _choose(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
     for name in TABLE[op].get(device_type, ("reference",)) if backend == "auto" else (backend,):
         reason = missing(op, name, device_type, dtype)
         if reason is None:
+            if backend == "auto" and name != TABLE[op].get(device_type, (name,))[0]:
+                _warn_of_a_module_that_is_not_there(op, name, device_type)
             _LOADED[op, name] = importlib.import_module(f"dfq_kernels.{op}.{name}")
             return name
     raise BackendError(f"{op}: backend must be one that runs on {device_type}, got {backend!r}: {reason}")
+
+
+def _warn_of_a_module_that_is_not_there(op: str, name: str, device_type: str) -> None:
+    """Once per operator, unless whoever built the module wanted it so."""
+    reason = extension.missing(device_type) if "native" in TABLE[op][device_type] else None
+    if reason is not None and "DFQ_BUILD_NATIVE" not in reason:
+        warnings.warn(f"{op} runs as {name} on {device_type}: {reason}", RuntimeWarning, stacklevel=2)
 
 
 def _name(op: str, backend: str | None, device_type: str, dtype: torch.dtype) -> str:

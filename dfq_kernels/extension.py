@@ -39,6 +39,15 @@ def missing(device_type: str) -> str | None:
     return None
 
 
+def built() -> str:
+    """What the native module has, in a line: the first one of everything that shows an installation."""
+    reason = missing("cpu")
+    if reason is not None:
+        return f"NO NATIVE KERNELS: {reason}"
+    without = missing("cuda")
+    return f"native kernels: CPU ({native().isa}); " + ("CUDA" if without is None else f"NO CUDA KERNELS: {without}")
+
+
 def _note() -> str | None:
     """What the build left to say."""
     path = Path(__file__).parent / "_native.txt"

@@ -184,7 +184,8 @@ def quotient(a, b):
 
 @triton.jit
 def reciprocal(x):
-    return tl.div_rn(tl.where(x == x, 1.0, x), x)
+    """NaN, which no result hides, of what is not above 0: an optimizer may push a learned scale there."""
+    return tl.div_rn(tl.where(x > 0, 1.0, float("nan")), x)
 
 
 @triton.jit

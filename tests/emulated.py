@@ -14,6 +14,8 @@ from pathlib import Path
 import pybind11
 import torch
 
+from tests.device_calls import host_calls
+
 HERE = Path(__file__).parent
 CSRC, CUDA, AMX = HERE.parent / "csrc", HERE / "cuda_emulator", HERE / "amx_emulator"
 VNNI = bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_vnni"))
@@ -32,12 +34,19 @@ const CpuKernels& cpu_kernels() {{ return {LEVEL}::table; }}
 
 
 def build(folder: Path) -> Path:
-    """The module's file in `folder`, which nobody else writes to; built once."""
+    """The module's file in `folder`, which nobody else writes to; built once.
+
+    Raises:
+        RuntimeError: a kernel calls a function of the host, which nvcc would refuse.
+    """
     target = folder / "_native.so"
     if target.exists():
         return target
+    sources = sorted((CSRC / "cuda").glob("*.cu"))
+    if refused := [line for source in sources for line in host_calls(source, folder)]:
+        raise RuntimeError("\n".join(["csrc/cuda: kernels must call __device__ functions only", *refused]))
     (folder / "one_level.cpp").write_text(ONE_LEVEL)
-    jobs = [[f"-I{CUDA}", "-x", "c++", str(path)] for path in sorted((CSRC / "cuda").glob("*.cu"))]
+    jobs = [[f"-I{CUDA}", "-x", "c++", str(path)] for path in sources]
     jobs += [[f"-I{CUDA}", str(CUDA / "emulator.cpp")], [f"-I{CSRC}", str(folder / "one_level.cpp")]]
     includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
     jobs += [["-DDFQ_CUDA_EMULATED", *includes, str(path)] for path in sorted(CSRC.glob("*.cpp"))]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from dfq_kernels.dispatch import BACKENDS, missing
 from dfq_kernels.specs import Case, OpSpec, all_specs
@@ -172,6 +173,18 @@ def test_compiles_whole(op: str, backend: str) -> None:
     compiled = torch.compile(spec.call, fullgraph=True, backend="aot_eager")
     case = next(case for case in spec.cases if case.gradients)
     assert_close(spec, run(spec, case, backend, "cpu", call=compiled), run(spec, case, backend, "cpu"))
+
+
+@pytest.mark.parametrize(("op", "backend"), ON_CPU)
+def test_inside_a_checkpoint(op: str, backend: str) -> None:
+    """Activation checkpointing runs the forward again, on a first batch whose range does not move twice."""
+    spec = SPECS[op]
+    case = next(case for case in spec.cases if case.gradients)
+
+    def call(**arguments: Any) -> Any:
+        return checkpoint(spec.call, use_reentrant=False, **arguments)
+
+    assert_equal(run(spec, case, backend, "cpu", call=call), run_before(op, case.name, backend, "cpu"))
 
 
 @pytest.mark.parametrize(("op", "backend"), ON_CPU)

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from dfq_kernels import extension
+from tests.build_script import build_script
+from tests.device_calls import host_calls
 
 ROOT = Path(__file__).parent.parent
 STREAMING = ("quantize", "masked", "rows", "columns")  # kernels that walk over a whole tensor
@@ -33,6 +35,24 @@ def built() -> Path | None:
         if extension.missing("cpu") is None and extension.native().cuda
         else None
     )
+
+
+def test_cuda_kernels_are_built_from_these_sources_where_nvcc_is(tmp_path: Path) -> None:
+    """`auto` falls back where nvcc refuses the sources, and a module may be older than they are."""
+    script = build_script()
+    nvcc = script.find_nvcc()
+    if nvcc is None:
+        pytest.skip("nvcc was not found")
+    reason = extension.missing("cuda")
+    if reason is None:
+        stale = "the native module is older than csrc: make native"
+        assert extension.native().sources in (script.sources_digest(), "unknown"), stale
+        return
+    assert "DFQ_BUILD_NATIVE" in reason, f"nvcc is here, but {reason}"
+    for source in script.CUDA:  # nobody compiled them yet
+        command = [str(nvcc), "-std=c++17", "-O0", "-arch=sm_90a", "-c", str(source), "-o", str(tmp_path / "out.o")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 compiled = pytest.mark.skipif(
@@ -80,6 +100,26 @@ def test_nothing_is_contracted_and_later_processors_have_ptx() -> None:
         contracted = re.search(r"\bfma\.\w+\.f(32|64)", entry)
         # the logarithm of the loss is a polynomial of the library's
         assert contracted is None or "bn_stat_loss_cu" in entry.splitlines()[0], entry.splitlines()[0]
+
+
+def test_the_emulator_refuses_what_nvcc_would(tmp_path: Path) -> None:
+    """Each of these compiles for g++; nvcc refuses all but the last."""
+    (tmp_path / "kernels.cu").write_text("""#include <cuda_runtime.h>
+#include <algorithm>
+struct Pair { int a = 1, b = 2; int sum() const { return a + b; } __device__ int product() const { return a * b; } };
+inline int host_only(int a) { return a + 1; }
+template <class T> T host_template(T a) { return a; }
+__device__ inline int on_device(int a) { return a + host_only(a); }
+__global__ void direct(int* to) { *to = host_only(1); }
+__global__ void indirect(int* to) { *to = on_device(1); }
+__global__ void method(int* to) { *to = Pair().sum(); }
+__global__ void library(int* to) { *to = std::max(*to, 1); }
+__global__ void generic(float* to) { *to = host_template(1.0f); }
+__global__ void right(int* to) { *to = Pair().product(); __syncthreads(); *to += static_cast<int>(rintf(1.5f)); }
+""")
+    lines = host_calls(tmp_path / "kernels.cu", tmp_path)
+    assert sorted({int(line.split(":")[1].split()[0]) for line in lines}) == [6, 7, 9, 10, 11]
+    assert "kernels.cu:7 calls int host_only(int), which is no __device__" in lines
 
 
 @pytest.mark.parametrize("tests", os.environ.get("DFQ_EMULATED_TESTS", "equals_reference").split(","))

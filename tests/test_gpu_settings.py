@@ -17,7 +17,6 @@ from tests.gpu_settings import refuse_interpreter
 from tests.views import moved
 
 SPECS = all_specs()
-LATER = {"observe_fake_quant", "fake_quant_weights"}  # their references divide by a Python number until they are mended
 
 
 def test_fp32_is_fp32_and_repeats() -> None:
@@ -62,7 +61,7 @@ class ForbidNumbersAsDivisors(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("op", [op for op, spec in SPECS.items() if spec.exact and op not in LATER])
+@pytest.mark.parametrize("op", [op for op, spec in SPECS.items() if spec.exact])
 def test_no_exact_reference_divides_by_a_number(op: str) -> None:
     for case in SPECS[op].cases:
         tensors, keywords = case.make(torch.Generator().manual_seed(SEED))

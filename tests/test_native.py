@@ -24,6 +24,7 @@ from dfq_kernels import extension
 from dfq_kernels.dispatch import missing
 from dfq_kernels.fake_quant import native as fake_quant
 from dfq_kernels.specs import all_specs, batch_norm, fresh_range
+from tests.build_script import build_script
 from tests.conftest import SEED
 from tests.test_conformance import run
 
@@ -35,6 +36,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def test_it_is_there_where_a_compiler_is() -> None:
     if any(shutil.which(name) for name in ("g++", "clang++", "c++")):
         assert REASON is None
+
+
+@native_only
+def test_it_is_built_from_these_sources() -> None:
+    assert extension.native().sources in (build_script().sources_digest(), "unknown"), "older than csrc: make native"
 
 
 def layouts(x: Tensor) -> dict[str, Tensor]:
@@ -356,6 +362,19 @@ def test_inner_loops_are_not_calls() -> None:
 
 
 @native_only
+@pytest.mark.parametrize("backend", ["native", "triton", "reference"])
+def test_squares_about_a_huge_sample_do_not_hide_a_finite_variance(backend: str) -> None:
+    """Elements that the shift is taken from are outliers: about them the squares of all others overflow."""
+    if (reason := missing("bn_stats", backend, "cpu")) is not None:
+        pytest.skip(reason)
+    x = torch.randn(64, 1, 32, 32, generator=torch.Generator().manual_seed(SEED))
+    x.flatten(2)[::16, 0, 510:514] = 2e18
+    var, mean = torch.var_mean(x.double(), unbiased=False)
+    found_mean, found_var = k.bn_stats(x, backend=backend)
+    assert float(found_var) == pytest.approx(float(var), rel=1e-4)
+    assert abs(float(found_mean) - float(mean)) < 1e-5 * float(var.sqrt())
+
+
 def test_a_second_derivative_is_refused() -> None:
     x = torch.randn(3, 4, 5, 5, requires_grad=True)
     var = k.bn_stats(x, backend="native")[1]

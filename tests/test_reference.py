@@ -139,9 +139,9 @@ def test_observe_fake_quant_refuses_to_learn_from_non_finite_batches() -> None:
 def test_degenerate_range_has_the_stated_floor() -> None:
     ranges = fresh_range()
     out = k.observe_fake_quant(torch.zeros(4), **ranges)
-    assert float(ranges["scale"]) == 2.0**-23 and out.tolist() == [0.0] * 4
+    assert float(ranges["scale"]) == 2.0**-63 and out.tolist() == [0.0] * 4
     _, (scale,) = k.fake_quant_weights([torch.zeros(2, 3)], 4)
-    assert scale.tolist() == [2.0**-23] * 2
+    assert scale.tolist() == [2.0**-63] * 2
 
 
 def test_fake_quant_weights_by_hand() -> None:

@@ -88,6 +88,10 @@ def test_kernels_that_must_be_built_fail_the_install(tmp_path: Path) -> None:
     done, _ = build(tmp_path, DFQ_BUILD_NATIVE="1")
     assert done.returncode != 0
     assert said(done).startswith("DFQ_BUILD_NATIVE=1, but no C++ compiler was found")
+    home = toolkit(tmp_path / "cuda", FAILS)
+    compiler = script(tmp_path / "cxx", PRETENDS)
+    done, _ = build(tmp_path, DFQ_BUILD_NATIVE="1", CXX=str(compiler), CUDA_HOME=home, PATH="/bin:/usr/bin")
+    assert done.returncode != 0 and "nvcc could not compile it: x.cpp:1:1: error: no such thing" in said(done)
 
 
 def test_the_build_can_be_left_out(tmp_path: Path) -> None:
@@ -120,7 +124,54 @@ def test_cuda_kernels_are_built_where_nvcc_can(tmp_path: Path, nvcc_works: bool)
         assert said(done).endswith("; CUDA kernels") and not (package / "_native.txt").exists()
     else:
         assert "no CUDA kernels: " in said(done)
+        assert "WARNING: dfq-kernels is installed WITHOUT its CUDA kernels." in done.stderr
+        assert len(done.stderr.partition("*" * 100)[2].splitlines()) > 5
         assert (package / "_native.txt").read_text().endswith("could not compile it: x.cpp:1:1: error: no such thing\n")
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "expected"),
+    [
+        ("#!/bin/sh\necho \"nvcc fatal   : Unsupported gpu architecture 'compute_90a'\"\nexit 1\n",
+         "nvcc fatal   : Unsupported gpu architecture 'compute_90a'"),
+        ("#!/bin/sh\necho working\necho out of licences\nexit 1\n", "out of licences"),
+        ("#!/bin/sh\nexit 1\n", "it said nothing"),
+        ("#!/bin/sh\nkill -SEGV $$\n", "Segmentation fault"),
+        ("", "Permission denied"),
+    ],
+)  # fmt: skip
+def test_a_compiler_without_the_word_error_is_quoted(tmp_path: Path, nvcc: str, expected: str) -> None:
+    home = toolkit(tmp_path / "cuda", nvcc)
+    if not nvcc:
+        (tmp_path / "cuda" / "bin" / "nvcc").chmod(0o644)
+    _, package = build(tmp_path, CXX=str(script(tmp_path / "cxx", PRETENDS)), CUDA_HOME=home, PATH="/bin:/usr/bin")
+    assert (package / "_native.txt").read_text().strip().endswith(expected)
+
+
+STRICT = f"""#!{sys.executable}
+import os, sys
+words = sys.argv[1:]
+after = {{words[i + 1] for i, word in enumerate(words) if word in ("-o", "-MF", "-ccbin")}}
+for word in set(words) - after:
+    path = word[2:] if word[:2] in ("-I", "-L") else word if word[0] != "-" else None
+    if path is not None and not os.path.exists(path):
+        sys.exit("error: no such file " + path)
+for flag in ("-o", "-MF"):
+    if flag in words:
+        open(words[words.index(flag) + 1], "w").write(words[words.index("-o") + 1] + ":\\n" if flag == "-MF" else "")
+"""
+
+
+def test_paths_may_have_spaces_and_dollars(tmp_path: Path) -> None:
+    """Of the environment with pybind11, of the CUDA folder, and of where the module goes."""
+    import pybind11
+
+    odd = tmp_path / "a $b c"
+    shutil.copytree(Path(pybind11.__file__).parent, odd / "pybind11")
+    home, compiler = toolkit(odd / "cuda", STRICT), script(tmp_path / "cxx", STRICT)
+    done, package = build(odd / "out", CXX=str(compiler), CUDA_HOME=home, PATH="/bin:/usr/bin", PYTHONPATH=str(odd))
+    assert done.returncode == 0 and said(done).endswith("; CUDA kernels"), done.stderr
+    assert len(list(package.glob("_native*.so"))) == 1
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")

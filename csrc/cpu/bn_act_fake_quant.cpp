@@ -72,7 +72,7 @@ void range_of_outputs(const BnActFakeQuantForward& a, const std::vector<float>& 
 
 template <class T>
 void quantize(const BnActFakeQuantForward& a, const std::vector<float>& factor, const std::vector<float>& bias) {
-  const Vec inv = broadcast(1.0f / *a.range.scale), scale = broadcast(*a.range.scale);
+  const Vec inv = broadcast(reciprocal(*a.range.scale)), scale = broadcast(*a.range.scale);
   const Vec zero_point = broadcast(*a.range.zero_point);
   // rounding is monotone, so the activation's bounds can wait until everything is rounded: they are integers then
   const Activation activation(a.activation);
@@ -125,7 +125,7 @@ struct Range {
   Activation activation;
 
   explicit Range(const BnActFakeQuantBackward& a)
-      : inv(broadcast(1.0f / *a.scale)), zero_point(broadcast(*a.zero_point)), rounding(a.quant_min, a.quant_max),
+      : inv(broadcast(reciprocal(*a.scale))), zero_point(broadcast(*a.zero_point)), rounding(a.quant_min, a.quant_max),
         activation(a.activation) {}
 };
 

@@ -11,11 +11,17 @@ namespace dfq {
 namespace DFQ_ISA {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kScaleFloor = 0x1p-23f;   // of a range that is a single point
+constexpr float kScaleFloor = 0x1p-63f;  // of a range that is a single point: a product of two is still a normal number
+constexpr float kRangeLimit = 0x1p126f;  // the width of a range, and what it moves by, stay finite
+
+// Of a scale; NaN, which no result hides, of one that is not above 0 (an optimizer may push a learned one there).
+static inline float reciprocal(float scale) {
+  return scale > 0.0f ? 1.0f / scale : std::numeric_limits<float>::quiet_NaN();
+}
 
 static inline std::vector<float> reciprocals(const float* values, int64_t n) {
   std::vector<float> inv(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i) inv[i] = 1.0f / values[i];
+  for (int64_t i = 0; i < n; ++i) inv[i] = reciprocal(values[i]);
   return inv;
 }
 
@@ -98,7 +104,7 @@ struct Passing {
   Vec low, high;
 
   Passing(int activation, float scale, float zero_point, float quant_min, float quant_max) {
-    const float inv = 1.0f / scale;
+    const float inv = reciprocal(scale);
     const auto rounded = [=](float y) { return __builtin_rintf(y * inv + zero_point); };
     const float first = first_float(
         [&](float y) { return (activation == kIdentity || y > 0.0f) && rounded(y) >= quant_min; });
@@ -114,6 +120,8 @@ struct Passing {
 static inline void move_range(const MovingRange& r, float low, float high) {
   const float least = *r.running_min, most = *r.running_max;
   if (std::isfinite(low) && std::isfinite(high)) {
+    low = std::min(std::max(low, -kRangeLimit), kRangeLimit);
+    high = std::min(std::max(high, -kRangeLimit), kRangeLimit);
     const bool first = least > most;
     *r.running_min = first ? low : least + r.averaging_constant * (low - least);
     *r.running_max = first ? high : most + r.averaging_constant * (high - most);

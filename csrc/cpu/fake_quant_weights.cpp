@@ -1,5 +1,5 @@
 // fake_quant_weights: all layers in one call, per output channel, symmetric; nothing clips.
-//   math     scale = max(max |w| / quant_max, 2^-23); out = clamp(rne(w * (1 / scale)), -quant_max, quant_max) * scale
+//   math     scale = max(max |w| / quant_max, 2^-63); out = clamp(rne(w * (1 / scale)), -quant_max, quant_max) * scale
 //   traffic  w read (the second read is from cache), out written
 //   block    one output channel
 //   order    the maximum is exact in any order

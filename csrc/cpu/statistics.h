@@ -1,6 +1,6 @@
 // Mean and variance of channels in one read of memory: sums of x - shift and of its squares, where the shift is near the
 // channel's mean. It comes from a few elements of the channel; where they turn out to be more than two deviations away
-// from the mean, the mean itself takes their place and memory is read once more. So squares exceed the variance at most
+// from the mean, or squares overflow, the mean itself takes their place and memory is read once more. So squares exceed the variance at most
 // five times, and no digits are lost where the mean is far from 0.
 //   Source: Chan, Golub, LeVeque 1983, "Algorithms for computing the sample variance", shifted data.
 #pragma once
@@ -41,13 +41,13 @@ static void measure(const View& view, const void* x, int threads, float* mean, f
     for (int64_t c = 0; c < view.channels; ++c) {
       const double distance = total[c] / count, squares = total[view.channels + c] / count;
       const double variance = squares - distance * distance;
-      far = far || distance * distance > 4 * variance;
+      far = far || !(distance * distance <= 4 * variance) || !std::isfinite(variance);
       mean[c] = static_cast<float>(static_cast<double>(shift[c]) + distance);
       var[c] = static_cast<float>(variance < 0 ? 0 : variance);
     }
     if (!far) return;
     for (int64_t c = 0; c < view.channels; ++c)
-      if (std::isfinite(mean[c])) shift[c] = mean[c];
+      shift[c] = std::isfinite(mean[c]) ? mean[c] : 0.0f;
   }
 }
 

@@ -11,7 +11,8 @@
 namespace dfq {
 namespace cuda {
 
-constexpr float kScaleFloor = 0x1p-23f;  // of a range that is a single point
+constexpr float kScaleFloor = 0x1p-63f;  // of a range that is a single point: a product of two is still a normal number
+constexpr float kRangeLimit = 0x1p126f;  // the width of a range, and what it moves by, stay finite
 constexpr float kScaledLimit = 0x1p24f;  // beyond every integer that can be asked for
 constexpr float kInfinity = __builtin_huge_valf();
 
@@ -44,6 +45,9 @@ __device__ inline float activation_gradient(float grad, float y, int activation)
   return clipped ? 0.0f : grad;
 }
 
+// Of a scale; NaN, which no result hides, of one that is not above 0.
+__device__ inline float reciprocal(float scale) { return scale > 0.0f ? 1.0f / scale : __builtin_nanf(""); }
+
 __device__ inline float inverse_deviation(float var, float eps) { return 1.0f / sqrtf(var + eps); }
 
 struct LearnedGradient {
@@ -65,6 +69,8 @@ __device__ inline LearnedGradient learned_gradient(float x, float grad, float in
 __device__ inline void move_range(const MovingRange& r, float low, float high) {
   float least = *r.running_min, most = *r.running_max;
   if (isfinite(low) && isfinite(high)) {
+    low = clamp(low, -kRangeLimit, kRangeLimit);
+    high = clamp(high, -kRangeLimit, kRangeLimit);
     const bool first = least > most;
     least = first ? low : least + r.averaging_constant * (low - least);
     most = first ? high : most + r.averaging_constant * (high - most);

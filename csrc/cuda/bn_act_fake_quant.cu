@@ -37,7 +37,7 @@ struct Quantize : Operator<T, 1, true, Nothing> {
     float scale, inv, zero_point;
   };
   __device__ Constants constants(int64_t c, const Layout&) const {
-    return {norm.constants(c), *scale, 1.0f / *scale, *zero_point};
+    return {norm.constants(c), *scale, reciprocal(*scale), *zero_point};
   }
   template <int N>
   __device__ void each(const Constants& k, Nothing&, const float (&in)[1][N], int, float (&out)[N]) const {
@@ -95,7 +95,7 @@ struct Layer {
   struct Inner {
     float grad, normalized, grad_scale, outside;
   };
-  __device__ Constants constants(int64_t c, const Layout&) const { return {norm.constants(c), 1.0f / *scale, *zero_point}; }
+  __device__ Constants constants(int64_t c, const Layout&) const { return {norm.constants(c), reciprocal(*scale), *zero_point}; }
   __device__ Inner at(const Constants& k, float x, float grad_out) const {
     const float y = activate(k.norm.affine(x), norm.activation);
     const LearnedGradient g = learned_gradient(y, grad_out, k.inv, k.zero_point, low, high);

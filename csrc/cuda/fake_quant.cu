@@ -30,13 +30,13 @@ __global__ void __launch_bounds__(kThreads)
   int64_t row = kPerChannel ? at / view.inner : 0;
   int64_t left = kPerChannel ? view.inner - (at - row * view.inner) : kGroup;
   int64_t c = kPerChannel ? row % view.channels : 0;
-  float scale = scales[c], zero_point = zero_points[c], inv = 1.0f / scale;
+  float scale = scales[c], zero_point = zero_points[c], inv = reciprocal(scale);
   unsigned bits = 0;
   for (int e = 0; e < kGroup; ++e) {
     if (kPerChannel && left == 0) {
       c = c + 1 == view.channels ? 0 : c + 1;
       left = view.inner;
-      scale = scales[c], zero_point = zero_points[c], inv = 1.0f / scale;
+      scale = scales[c], zero_point = zero_points[c], inv = reciprocal(scale);
     }
     --left;
     const float rounded = rintf(value[e] * inv + zero_point);
@@ -79,7 +79,7 @@ struct Learned : Operator<T, 2, true, Sums<2>> {
   struct Constants {
     float inv, zero_point;
   };
-  __device__ Constants constants(int64_t c, const Layout&) const { return {1.0f / scale[c], zero_point[c]}; }
+  __device__ Constants constants(int64_t c, const Layout&) const { return {reciprocal(scale[c]), zero_point[c]}; }
 
   template <int N>
   __device__ void each(const Constants& k, Sums<2>& sums, const float (&in)[2][N], int n, float (&out)[N]) const {

@@ -74,7 +74,8 @@ class QuantLayer(nn.Module):
 
         (cuDNN may pick a Winograd or a TF32 algorithm for fp32; its float64 results are off by far less than a half.)
         """
-        bound = float(x.abs().max()) * float(weight.flatten(1).abs().sum(1).max()) if x.numel() else 0.0
+        rows = weight.detach().flatten(1).abs().sum(1)
+        bound = float(x.detach().abs().max()) * float(rows.max()) if x.numel() else 0.0
         if bound < EXACT_LIMIT and x.device.type == "cpu":
             with torch.backends.nnpack.flags(enabled=False):  # its Winograd convolutions are not exact
                 return self.accumulate(x, weight, None)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import dfq_kernels
 from dfq.config import QuantConfig
+from dfq_kernels.observe_fake_quant.reference import SCALE_FLOOR, divided
 
 MOVING, LEARNED, FIXED = "moving", "learned", "fixed"
 
@@ -99,10 +100,10 @@ class WeightQuantizer(nn.Module):
         """Scale and zero point from the weight's own range."""
         flat = weight.flatten(1).float()
         if self.scheme == "symmetric":
-            self.scale.copy_((flat.abs().amax(1) / self.quant_max).clamp(min=2.0**-23))
+            self.scale.copy_(divided(flat.abs().amax(1), self.quant_max).clamp(min=SCALE_FLOOR))
             return
         low, high = flat.amin(1).clamp(max=0), flat.amax(1).clamp(min=0)
-        self.scale.copy_(((high - low) / (self.quant_max - self.quant_min)).clamp(min=2.0**-23))
+        self.scale.copy_(divided(high - low, self.quant_max - self.quant_min).clamp(min=SCALE_FLOOR))
         zero_point = (self.quant_min - low / self.scale).round()
         self.zero_point.copy_(zero_point.clamp(self.quant_min, self.quant_max))
 

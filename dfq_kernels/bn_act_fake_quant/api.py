@@ -63,7 +63,7 @@ def bn_act_fake_quant(
         weight, bias: `[C]` or None (1 and 0).
         running_mean, running_var: `[C]`, the stored statistics; **updated in place** if training.
         running_min, running_max, scale, zero_point: float32, one element each; **updated in place** if observe; scale
-            finite and at least 2^-126 (not read: no host sync).
+            finite and at least 2^-126 (not read: no host sync; one that is not above 0 makes every result NaN).
         training: normalise with the batch's statistics; needs two values per channel.
         momentum: weight of this batch in the stored statistics, in [0, 1].
         eps: finite and > 0.
@@ -142,11 +142,11 @@ class BnActFakeQuant(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad
+        needs, saved = ctx.needs_input_grad, ctx.saved_tensors  # once: checkpointing computes them there and then
         grad_x, grad_weight, grad_bias, grad_scale, grad_zero_point = ctx.impl.backward(
-            grad_out, *ctx.saved_tensors, *ctx.settings, needs[7] or needs[8]
+            grad_out, *saved, *ctx.settings, needs[7] or needs[8]
         )
-        *_, scale, zero_point = ctx.saved_tensors
+        *_, scale, zero_point = saved
         return (
             grad_x, grad_weight if needs[1] else None, grad_bias if needs[2] else None, None, None, None, None,
             shaped(grad_scale, scale) if needs[7] else None, shaped(grad_zero_point, zero_point) if needs[8] else None,

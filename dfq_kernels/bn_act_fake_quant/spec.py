@@ -29,6 +29,17 @@ def _layout(x: torch.Tensor) -> Arguments:
     return {"x": x, **parameters, **fresh_range()}, {"quant_max": 15}
 
 
+def _below_0(generator: torch.Generator) -> Arguments:
+    tensors, keywords = _random(observe=False)(generator)
+    return {**tensors, "scale": torch.tensor(-0.1)}, keywords
+
+
+def _wide(_: torch.Generator) -> Arguments:
+    stored = {"running_mean": torch.zeros(1), "running_var": torch.ones(1), "weight": None, "bias": None}
+    x = torch.tensor([-2e38, 0.0, 1.0, 2e38]).view(4, 1)
+    return {"x": x, **stored, **fresh_range()}, {"activation": None}
+
+
 def _bytes_moved(tensors: dict[str, Any], keywords: dict[str, Any]) -> tuple[int, int]:
     """A batch norm is monotone per channel, so one read of x gives its statistics and the range of its output.
 
@@ -60,6 +71,8 @@ SPEC = OpSpec(
         Case("no_parameters", _random(affine=False)),
         Case("bf16", _random(torch.bfloat16)),
         Case("fp16", _random(torch.float16)),
+        Case("scale_below_0", _below_0, gradients=False),
+        Case("wider_than_fp32", _wide, gradients=False),
         *layout_cases(_layout),
     ),
     bytes_moved=_bytes_moved,

@@ -40,7 +40,7 @@ def fake_quant(
     Args:
         x: any shape; float32, bfloat16, float16 (float64: arithmetic in float64).
         scale: one number, or `[x.shape[axis]]`; finite and at least 2^-126, so that 1 / scale is finite (a
-            tensor's values are not read: no host sync).
+            tensor's values are not read: no host sync; one that is not above 0 makes every result NaN).
         zero_point: as `scale`; integer-valued.
         quant_min, quant_max: the integers' bounds, `quant_min < quant_max`, at most 2^23 in magnitude.
         axis: the axis that `scale` runs along; None: one scale for the tensor.

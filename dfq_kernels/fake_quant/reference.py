@@ -27,10 +27,15 @@ def forward(
     """`(out, inside)`; `inside` marks the elements that pass a gradient. In-place steps, each one rounding."""
     scale, zero_point = per_axis(scale, x, axis), per_axis(zero_point, x, axis)
     # an explicit cast: a scale of no dimensions would not widen bf16
-    rounded = (x.to(scale.dtype) * (1 / scale)).add_(zero_point).round_()
+    rounded = (x.to(scale.dtype) * reciprocal(scale)).add_(zero_point).round_()
     q = rounded.clamp(quant_min, quant_max)
     inside = q == rounded  # false for NaN
     return q.sub_(zero_point).mul_(scale).to(x.dtype), inside
+
+
+def reciprocal(scale: Tensor) -> Tensor:
+    """`1 / scale`; NaN, which no result hides, of a scale that is not above 0."""
+    return torch.where(scale > 0, 1 / scale, float("nan"))
 
 
 def backward(grad_out: Tensor, inside: Tensor, stride: tuple[int, ...]) -> Tensor:
@@ -44,7 +49,7 @@ def backward_learned(
     """Gradients of x, scale and zero_point, the last two summed in the arithmetic's type."""
     scale_b, zero_point_b = per_axis(scale, x, axis), per_axis(zero_point, x, axis)
     grad = grad_out.to(arithmetic_dtype(x))
-    scaled = x.to(grad.dtype) * (1 / scale_b)
+    scaled = x.to(grad.dtype) * reciprocal(scale_b)
     rounded = (scaled + zero_point_b).round_()
     q = rounded.clamp(quant_min, quant_max)
     inside = (q == rounded).to(grad.dtype)

@@ -56,6 +56,15 @@ def _bytes_moved(tensors: dict[str, Any], keywords: dict[str, Any]) -> tuple[int
     return (2 * nbytes(x) + mask_bytes(x),) * 2
 
 
+def _not_above_0(generator: torch.Generator) -> Arguments:
+    tensors = {
+        "x": randn(generator, 4, 33),
+        "scale": torch.tensor([0.1, 0.0, -0.1, float("nan")]),
+        "zero_point": torch.zeros(4),
+    }
+    return tensors, {"quant_min": -8, "quant_max": 7, "axis": 0}
+
+
 def _empty(_: torch.Generator) -> Arguments:
     return {"x": torch.empty(0, 3), "scale": torch.tensor(1.0), "zero_point": torch.tensor(0.0)}, {}
 
@@ -68,6 +77,7 @@ SPEC = OpSpec(
         Case("ties", _ties),
         Case("special", _special, gradients=False),
         Case("empty", _empty, gradients=False),
+        Case("scale_not_above_0", _not_above_0, gradients=False),
         Case("fp32_s8", _random(torch.float32, 0.02, (-128, 127), 0.0)),
         Case("fp32_u4", _random(torch.float32, 0.11, (0, 15), 5.0)),
         Case("fp32_s2", _random(torch.float32, 0.7, (-2, 1), 0.0)),
@@ -80,8 +90,9 @@ SPEC = OpSpec(
     bytes_moved=_bytes_moved,
     mutations=(
         (".round_()", ".add_(0.5).floor_()"),
-        (".to(scale.dtype) * (1 / scale)", ".to(scale.dtype) / scale"),
-        ("x.to(scale.dtype) * (1", "x * (1"),
+        (".to(scale.dtype) * reciprocal(scale)", ".to(scale.dtype) / scale"),
+        ('torch.where(scale > 0, 1 / scale, float("nan"))', "1 / scale"),
+        ("x.to(scale.dtype) * recip", "x * recip"),
         ("inside = q == rounded", "inside = q != rounded"),
         (".add_(zero_point).round_()", ".round_().add_(zero_point)"),
         ("q.sub_(zero_point_b).sub_(scaled.mul_(inside))", "q.sub_(zero_point_b)"),

@@ -21,7 +21,7 @@ def fake_quant_weights(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Fake-quantizes the weights of all layers in one call, per output channel and symmetric.
 
-        quant_max = 2^(bits - 1) - 1,  scale[c] = max(|weight[c]|) / quant_max  (at least 2^-23)
+        quant_max = 2^(bits - 1) - 1,  scale[c] = max(|weight[c]|) / quant_max  (at least 2^-63)
         out[c] = clamp(rne(weight[c] * (1 / scale[c])), -quant_max, quant_max) * scale[c]
 
     The range is the weight's own, so nothing is clipped and the straight-through gradient is the identity; the scales

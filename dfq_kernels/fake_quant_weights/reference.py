@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dfq_kernels.fake_quant import reference as fake_quant
-from dfq_kernels.observe_fake_quant.reference import SCALE_FLOOR
+from dfq_kernels.observe_fake_quant.reference import SCALE_FLOOR, divided
 
 
 def forward(weights: Sequence[Tensor], bits: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
@@ -16,7 +16,7 @@ def forward(weights: Sequence[Tensor], bits: Sequence[int]) -> tuple[list[Tensor
     for weight, count in zip(weights, bits, strict=True):
         quant_max = 2 ** (count - 1) - 1
         arithmetic = weight.to(fake_quant.arithmetic_dtype(weight))
-        scale = (arithmetic.flatten(1).abs().amax(1) / quant_max).clamp(min=SCALE_FLOOR)
+        scale = divided(arithmetic.flatten(1).abs().amax(1), quant_max).clamp(min=SCALE_FLOOR)
         out, _ = fake_quant.forward(weight, scale, scale.new_zeros(()).expand_as(scale), -quant_max, quant_max, 0)
         outs.append(out)
         scales.append(scale)

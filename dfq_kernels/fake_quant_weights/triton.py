@@ -17,7 +17,7 @@ from dfq_kernels.tiles import clamp, elements, launch, most, most_of, narrow, re
 
 @triton.jit
 def rows_kernel(weights, outs, scales, sizes, quant_maxs, ends, BLOCK: tl.constexpr):
-    # math     scale = max(max |w| / quant_max, 2^-23); out = clamp(rne(w / scale), -quant_max, quant_max) * scale
+    # math     scale = max(max |w| / quant_max, 2^-63); out = clamp(rne(w / scale), -quant_max, quant_max) * scale
     # traffic  w read (the second read is from cache), out written
     # grid     one program per output channel of any layer
     # order    the maximum is exact in any order; every operation rounded on its own
@@ -32,7 +32,7 @@ def rows_kernel(weights, outs, scales, sizes, quant_maxs, ends, BLOCK: tl.conste
         values = tl.load(weight + row + at, mask=at < size, other=0.0).to(tl.float32)
         largest = most(largest, tl.abs(values))
     scale = tl.div_rn(most_of(largest), quant_max)
-    scale = tl.where(scale < 1.1920928955078125e-07, 1.1920928955078125e-07, scale)  # 2^-23; NaN stays NaN
+    scale = tl.where(scale < 1.0842021724855044e-19, 1.0842021724855044e-19, scale)  # 2^-63; NaN stays NaN
     tl.store(of_layer(scales, layer) + channel, scale)
     inv = reciprocal(scale)
     for start in range(0, size, BLOCK):

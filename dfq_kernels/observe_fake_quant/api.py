@@ -37,8 +37,8 @@ def observe_fake_quant(
         out = fake_quant(x, scale, zero_point)
 
     A range with `running_min > running_max` (start with +inf, -inf) takes the first batch whole; a batch with NaN or
-    infinity leaves the range as it is. The scale is at least 2^-23. Gradient of x: `grad_out` where the clamp changed
-    nothing, else 0; the range has no gradient.
+    infinity leaves the range as it is, others count with at most 2^126 in magnitude. The scale is at least 2^-63.
+    Gradient of x: `grad_out` where the clamp changed nothing, else 0; the range has no gradient.
 
     Args:
         x: any shape, at least one element; float32, bfloat16 or float16.

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from dfq_kernels.fake_quant import reference as fake_quant
 
-SCALE_FLOOR = 2.0**-23  # of a range that is a single point
+SCALE_FLOOR = 2.0**-63  # of a range that is a single point: a product of two scales is still a normal number
+RANGE_LIMIT = 2.0**126  # the width of a range, and what it moves by, stay finite
 
 
 def forward(
@@ -34,11 +35,14 @@ backward = fake_quant.backward
 def update_range(
     low: Tensor, high: Tensor, running_min: Tensor, running_max: Tensor, averaging_constant: float
 ) -> None:
-    """`running += averaging_constant * (batch - running)`; the first batch is taken whole, a non-finite one not."""
+    """`running += averaging_constant * (batch - running)`; the first batch is taken whole, a non-finite one not.
+
+    A batch counts with at most `RANGE_LIMIT` in magnitude.
+    """
     finite = torch.isfinite(low) & torch.isfinite(high)
     first = running_min > running_max
     for running, batch in ((running_min, low), (running_max, high)):
-        batch = batch.to(running.dtype).reshape(running.shape)
+        batch = batch.to(running.dtype).reshape(running.shape).clamp(-RANGE_LIMIT, RANGE_LIMIT)
         moved = torch.where(first, batch, running + averaging_constant * (batch - running))
         running.copy_(torch.where(finite, moved, running))
 
@@ -57,10 +61,15 @@ def update_parameters(
     low = torch.where(seen, running_min.clamp(max=0), 0)
     high = torch.where(seen, running_max.clamp(min=0), 0)
     if symmetric:
-        new_scale = (torch.maximum(-low, high) / quant_max).clamp(min=SCALE_FLOOR)
+        new_scale = divided(torch.maximum(-low, high), quant_max).clamp(min=SCALE_FLOOR)
         new_zero_point = torch.zeros_like(new_scale)
     else:
-        new_scale = ((high - low) / (quant_max - quant_min)).clamp(min=SCALE_FLOOR)
+        new_scale = divided(high - low, quant_max - quant_min).clamp(min=SCALE_FLOOR)
         new_zero_point = (quant_min - low / new_scale).round().clamp(quant_min, quant_max)
     scale.copy_(new_scale.reshape(scale.shape))
     zero_point.copy_(new_zero_point.reshape(zero_point.shape))
+
+
+def divided(values: Tensor, divisor: int) -> Tensor:
+    """`values / divisor`, rounded once. On a GPU torch multiplies by the reciprocal of a Python number instead."""
+    return values / values.new_full((), divisor)

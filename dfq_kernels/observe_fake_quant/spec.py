@@ -31,6 +31,10 @@ def _non_finite(_: torch.Generator) -> Arguments:
     return {"x": torch.tensor([1.0, float("nan"), float("inf")]), **fresh_range(-1.0, 1.0)}, {}
 
 
+def _wide(_: torch.Generator) -> Arguments:
+    return {"x": torch.tensor([-2e38, 0.0, 1.0, 2e38]), **fresh_range(-3e38, 3e38)}, {"averaging_constant": 1.0}
+
+
 def _layout(x: torch.Tensor) -> Arguments:
     return {"x": x, **fresh_range()}, {"quant_min": -8, "quant_max": 7}
 
@@ -56,6 +60,8 @@ SPEC = OpSpec(
         Case("fp16", _random(True, 0.0, dtype=torch.float16)),
         Case("zeros", _constant(0.0)),
         Case("constant", _constant(3.0)),
+        Case("tiny", _constant(2.0**-90)),
+        Case("wider_than_fp32", _wide),
         Case("non_finite", _non_finite, gradients=False),
         *layout_cases(_layout),
     ),
@@ -63,8 +69,9 @@ SPEC = OpSpec(
     mutations=(
         ("running + averaging_constant * (batch - running)", "batch"),
         ("torch.where(finite, moved, running)", "moved"),
+        (".clamp(-RANGE_LIMIT, RANGE_LIMIT)", ""),
         ("running_min.clamp(max=0)", "running_min"),
-        ("(quant_max - quant_min)).clamp", "(quant_max - quant_min + 1)).clamp"),
+        ("quant_max - quant_min).clamp", "quant_max - quant_min + 1).clamp"),
         ("torch.maximum(-low, high)", "high"),
         ("(quant_min - low / new_scale).round()", "(quant_min - low / new_scale).floor()"),
         (".clamp(min=SCALE_FLOOR)\n        new_zero_point = (", "\n        new_zero_point = ("),

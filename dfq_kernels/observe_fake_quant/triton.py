@@ -46,9 +46,12 @@ def move_range_kernel(
         low = least(low, tl.load(parts + at, mask=at < count, other=float("inf")))
         high = most(high, tl.load(parts + count + at, mask=at < count, other=float("-inf")))
     batch_min, batch_max = least_of(low), most_of(high)
+    finite = (tl.abs(batch_min) < float("inf")) & (tl.abs(batch_max) < float("inf"))
+    # 2^126: the width of a range stays finite
+    batch_min = clamp(batch_min, -8.507059173023462e37, 8.507059173023462e37)
+    batch_max = clamp(batch_max, -8.507059173023462e37, 8.507059173023462e37)
     lowest, highest = tl.load(running_min), tl.load(running_max)
     first = lowest > highest
-    finite = (tl.abs(batch_min) < float("inf")) & (tl.abs(batch_max) < float("inf"))
     moved_min = tl.where(first, batch_min, lowest + averaging_constant * (batch_min - lowest))
     moved_max = tl.where(first, batch_max, highest + averaging_constant * (batch_max - highest))
     lowest, highest = tl.where(finite, moved_min, lowest), tl.where(finite, moved_max, highest)
@@ -60,7 +63,7 @@ def move_range_kernel(
         size = tl.div_rn(tl.maximum(-start, end), quant_max)
     else:
         size = tl.div_rn(end - start, quant_max - quant_min)
-    size = tl.maximum(size, 1.1920928955078125e-07)  # 2^-23: of a range that is a single point
+    size = tl.maximum(size, 1.0842021724855044e-19)  # 2^-63: of a range that is a single point
     tl.store(scale, size)
     if SYMMETRIC:
         tl.store(zero_point, 0.0)

@@ -35,19 +35,19 @@ extern dim3 threadIdx, blockIdx, blockDim;  // of the thread that runs
 
 namespace dfq_emulator {
 
-void barrier();                                       // __syncthreads
-uint32_t from_lane_below(uint32_t value, int distance);  // __shfl_down_sync of a whole warp
-uint32_t* dynamic_shared();
+__device__ void barrier();                                       // __syncthreads
+__device__ uint32_t from_lane_below(uint32_t value, int distance);  // __shfl_down_sync of a whole warp
+__device__ uint32_t* dynamic_shared();
 cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel);
 
 }  // namespace dfq_emulator
 
-inline void __syncthreads() { dfq_emulator::barrier(); }
-inline uint32_t __shfl_down_sync(unsigned, uint32_t value, int distance) {
+__device__ inline void __syncthreads() { dfq_emulator::barrier(); }
+__device__ inline uint32_t __shfl_down_sync(unsigned, uint32_t value, int distance) {
   return dfq_emulator::from_lane_below(value, distance);
 }
 using std::isfinite;
-inline float __fdividef(float a, float b) { return a / b; }
+__device__ inline float __fdividef(float a, float b) { return a / b; }
 
 
 template <class... Parameters>

@@ -119,7 +119,7 @@ def reasons(stage: Stage, out: Path, printed: str) -> tuple[str, ...]:
     if stage.rows:
         lines = [json.dumps(row) for row in read_rows(out / stage.rows) if row["stage"] == stage.name and is_red(row)]
     else:
-        lines = [line for line in printed.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        lines = [line for line in printed.splitlines() if line.startswith(("FAILED", "ERROR", "SKIPPED without"))]
     return tuple(line[:WIDEST] for line in lines[:SHOWN] or printed.splitlines()[-3:])
 
 
