@@ -16,7 +16,7 @@ from dfq.checkpoint import write_atomic
 from dfq.run_folder import versions
 
 RESULTS = Path(__file__).parent / "results"
-UNKNOWN = "unknown"  # a commit without git
+UNKNOWN = "unknown"  # a commit without git, a date that nobody noted
 
 
 def commit_of(folder: Path) -> str:

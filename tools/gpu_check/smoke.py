@@ -80,6 +80,9 @@ def captured_operators(on: Place) -> dict[str, Any]:
     shape, found = on.pick((32, 16, 16, 16), (4, 4, 4, 4)), dict[str, Any]()
     layouts, types = on.pick((list(LAYOUTS), TYPES), (["channels_last"], TYPES[1:]))
     for layout, dtype, backend in product(layouts, types, BACKENDS):
+        if (reason := dispatch.missing("fake_quant", backend, on.device.type)) is not None:
+            found[f"{backend} {dtype} {layout}"] = reason  # an automatic choice would take another backend
+            continue
         x = torch.randn(shape, device=on.device).to(dtype).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
         for name, call in operators(x, None if backend == "native" else backend).items():
             try:
