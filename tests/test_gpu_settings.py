@@ -26,8 +26,10 @@ def test_fp32_is_fp32_and_repeats() -> None:
 
 def test_an_interpreted_test_on_a_gpu_is_refused() -> None:
     with pytest.raises(pytest.fail.Exception, match="TRITON_INTERPRET=0"):
-        refuse_interpreter("1")
-    refuse_interpreter("0"), refuse_interpreter(None)
+        refuse_interpreter("1", "gpu")
+    with pytest.raises(pytest.skip.Exception, match="TRITON_INTERPRET=0"):
+        refuse_interpreter("1", "")
+    refuse_interpreter("0", "gpu"), refuse_interpreter(None, "")
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
