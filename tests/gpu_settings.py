@@ -28,8 +28,8 @@ def exact_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
 def refuse_interpreter(interpret: str | None, asked_for: str) -> None:
     """A test on a GPU whose Triton kernels run on the CPU says nothing about the GPU.
 
-    Whoever asks for such tests (`-m gpu`) sees them fail. In the whole suite, which interprets Triton, they are skipped:
-    `make gpu-full` runs them.
+    Whoever asks for such tests (`-m gpu`) sees them fail. The whole suite interprets Triton and skips them: `make
+    gpu-full` runs them.
     """
     if interpret != "1":
         return

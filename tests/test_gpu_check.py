@@ -191,6 +191,17 @@ def test_rows_of_a_check_become_result_files(tmp_path: Path) -> None:
     assert (data["machine"]["commit"], data["machine"]["date"]) == ("abc1234", "2026-01-01")
 
 
+def test_without_a_gpu_it_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tools.gpu_check import __main__ as driver
+
+    monkeypatch.setattr(driver, "a_gpu_is_there", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(tmp_path / "out")])
+    monkeypatch.setenv("DRY", "0")
+    with pytest.raises(SystemExit, match="a GPU must be there"):
+        driver.main()
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_full_check_names_what_exists() -> None:
     listed = stages.full()
     assert [stage.name for stage in listed] == ["build", "tests", "sanitizer", "kernels", "steps", "layers", "integer"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import tempfile
 from itertools import count
@@ -33,6 +34,11 @@ def check(out: Path, budget: float, *, dry: bool, full: bool) -> int:
     return int(any(outcome.result != OK for outcome in outcomes))
 
 
+def a_gpu_is_there() -> bool:
+    """Whether there is a trace of one, without the seconds that torch takes to say so."""
+    return shutil.which("nvidia-smi") is not None or Path("/dev/nvidiactl").exists()
+
+
 def next_folder(runs: Path) -> Path:
     """`runs/1`, or the first number that is free."""
     return next(folder for index in count(1) if not (folder := runs / str(index)).exists())
@@ -56,6 +62,10 @@ def main() -> None:
 
         print("\n".join(str(path) for path in collect(options.collect, options.commit)))
         return
+    if not options.dry and not a_gpu_is_there():
+        raise SystemExit(
+            "gpu_check: a GPU must be there, got neither its driver nor nvidia-smi (--dry runs without one)"
+        )
     out = Path(options.out).resolve() if options.out else next_folder(ROOT / "build" / "gpu-check")
     budget = float(options.budget or (FULL_BUDGET if options.full else BUDGET))
     sys.exit(check(out, budget, dry=options.dry, full=options.full))
