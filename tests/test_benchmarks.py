@@ -88,6 +88,16 @@ def test_a_run_with_a_red_row_is_written_and_ends_with_1(tmp_path: Path) -> None
     finish(tmp_path / "b.json", rows[:1])
 
 
+def test_a_step_that_fails_is_a_row_and_the_others_are_measured() -> None:
+    def failing() -> None:
+        raise RuntimeError("cannot be captured\nand more")
+
+    steps = {"dfq-kernels": lambda: None, "dfq-kernels captured": failing, "torch.ao compiled": failing}
+    mine, captured_, theirs = end_to_end.measured(end_to_end.Workload(), steps, CPU, 0.0)
+    assert mine["steps_per_second"] > 0 and mine["times_eager"] == 1
+    assert captured_["red"] == theirs["failed"] == "cannot be captured" and "red" not in theirs
+
+
 def test_small_kernels_are_captured_often_enough() -> None:
     assert per_graph(2**20) >= 50 and 1 < per_graph(2**30) < per_graph(2**20)
 
