@@ -35,7 +35,9 @@ def module(name: str, *options: str) -> tuple[str, ...]:
 
 
 def pytest(*options: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", *options)
+    """Without the options of pyproject.toml, which need a plugin that such a machine may not have."""
+    settings = ("-o", "addopts=--strict-markers", "-p", "no:cacheprovider", "--tb=short")
+    return (sys.executable, "-m", "pytest", *settings, *options)
 
 
 def part(
@@ -49,7 +51,7 @@ def part(
 
 def tests(stage: str, log: str, workers: int, which: str, *files: str, limit: float, after: tuple[str, ...]) -> Stage:
     """A stage that runs tests on the GPU; which: pytest's -k."""
-    command = pytest(CONFORMANCE, *files, "-m", "gpu", "-n", str(workers), "-v", "-k", which)
+    command = pytest(CONFORMANCE, *files, "-m", "gpu", "-n", str(workers), "-k", which)
     return Stage(stage, command, limit, log, after=after, tests=True, environment=TESTS)
 
 
@@ -81,11 +83,11 @@ def full() -> list[Stage]:
     python, hour = sys.executable, 3600.0
     sanitizer = shutil.which("compute-sanitizer")
     absent = "" if sanitizer else "compute-sanitizer was not found"
-    views = pytest(CONFORMANCE, "-v", "-m", "gpu", "-k", "misaligned or slice or transposed or expanded")
+    views = pytest(CONFORMANCE, "-m", "gpu", "-k", "misaligned or slice or transposed or expanded")
     sanitized = (str(sanitizer), "--error-exitcode", "1", *views)
     stages = [
         Stage("build", (python, "setup.py", "-q", "build_ext", "--inplace"), 900, "build.log"),
-        Stage("tests", pytest("-m", "gpu", "-v"), hour, "tests.log", tests=True, environment=TESTS),
+        Stage("tests", pytest("-m", "gpu"), hour, "tests.log", tests=True, environment=TESTS),
         Stage("sanitizer", sanitized, hour, "sanitizer.log", tests=True, environment=TESTS, absent=absent),
         Stage("kernels", (python, "-m", "benchmarks.run"), hour, "kernels.log"),
         Stage("steps", (python, "-m", "benchmarks.end_to_end", "--compiled"), hour, "steps.log"),
@@ -106,7 +108,7 @@ def dry(stage: Stage) -> Stage:
     backend = "native" if stage.name == "native tests" else "triton"
     which = "same_bits" if stage.name == "other triton tests" else "equals_reference"
     chosen = f"{which} and {backend} and cpu and bn_stats-rows"
-    command = pytest(CONFORMANCE, "-n", "0", "-v", "-k", chosen)
+    command = pytest(CONFORMANCE, "-n", "0", "-k", chosen)
     return replace(stage, command=command, environment=environment, stand_in=chosen)
 
 
