@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dfq_kernels import extension
-from dfq_kernels.dispatch import TABLE, chosen, missing
+from dfq_kernels.dispatch import TABLE, chosen, left, missing
 from dfq_kernels.version import __version__
 
 
@@ -18,7 +18,9 @@ def main() -> None:
             for backend in backends:
                 reason = missing(op, backend, device)
                 mark = "*" if backend == chosen(op, device) else " "
-                print(f"{op:20} {device:5} {backend:10} {mark} {'yes' if reason is None else f'no: {reason}'}")
+                leaves = left(op, backend) if reason is None else None
+                there = f"no: {reason}" if reason else f"yes, but leaves {leaves} to reference" if leaves else "yes"
+                print(f"{op:20} {device:5} {backend:10} {mark} {there}")
 
 
 if __name__ == "__main__":

@@ -111,9 +111,13 @@ def _warn_of_a_module_that_is_not_there(op: str, name: str, device_type: str) ->
         warnings.warn(f"{op} runs as {name} on {device_type}: {reason}", RuntimeWarning, stacklevel=2)
 
 
+def named(op: str, backend: str | None, device_type: str = "cpu") -> str | None:
+    """The backend that was asked for, by the call or by `DFQ_BACKEND`; None: the choice is free."""
+    return backend or (_FOR_ALL if _FOR_ALL not in BACKENDS or written(op, _FOR_ALL, device_type) else None)
+
+
 def _name(op: str, backend: str | None, device_type: str, dtype: torch.dtype) -> str:
-    for_all = _FOR_ALL if _FOR_ALL not in BACKENDS or written(op, _FOR_ALL, device_type) else None
-    return _choose(op, backend or for_all or "auto", device_type, dtype)
+    return _choose(op, named(op, backend, device_type) or "auto", device_type, dtype)
 
 
 # what torch.compiler.assume_constant_result does; but it imports the compiler, 1.7 seconds of every program's start
@@ -134,11 +138,23 @@ def whole_call(op: str, backend: str | None) -> Callable[..., Any] | None:
     return extension.whole_call(op) if (backend or _FOR_ALL or "native") == "native" else None
 
 
-def resolve(op: str, backend: str | None, x: torch.Tensor) -> ModuleType:
+def left(op: str, backend: str) -> str | None:
+    """The calls that this backend leaves to `reference` where the choice is free; None: none."""
+    found: str | None = getattr(importlib.import_module(f"dfq_kernels.{op}.{backend}"), "LEAVES", None)
+    return found
+
+
+def resolve(op: str, backend: str | None, x: torch.Tensor, *call: Any) -> ModuleType:
     """The module that runs `op` on `x`: `forward`, `backward` and what else `dfq_kernels/<op>/reference.py` has.
+
+    A backend's module may have `leaves(*call)`, which says whether it leaves a call to `reference` where the choice is
+    free, and `LEAVES`, the same in words, for the support matrix.
 
     Raises:
         BackendError: an explicit backend that is not there; it never falls back.
     """
     device_type = "cpu" if x.is_cpu else x.device.type
-    return _LOADED[op, _name(op, backend, device_type, x.dtype)]  # a name and a dict: torch.compile can trace both
+    impl = _LOADED[op, _name(op, backend, device_type, x.dtype)]  # a name and a dict: torch.compile can trace both
+    if call and named(op, backend, device_type) is None and hasattr(impl, "leaves") and impl.leaves(*call):
+        return _LOADED[op, _name(op, "reference", device_type, x.dtype)]
+    return impl

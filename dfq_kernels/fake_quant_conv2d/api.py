@@ -12,7 +12,7 @@ from torch import Tensor
 from dfq_kernels._checks import FLOATS, check_device, check_float, check_scalar
 from dfq_kernels._eager import once, recorded
 from dfq_kernels._integer_checks import Geometry, check_geometry, require
-from dfq_kernels.dispatch import resolve
+from dfq_kernels.dispatch import named, resolve
 from dfq_kernels.int_conv2d.schema import out_shape
 
 OP = "fake_quant_conv2d"
@@ -38,10 +38,10 @@ def fake_quant_conv2d(
         q_x = rne(x * (1 / x_scale));  q_weight = rne(weight * (1 / weight_scale[c]))
 
     `native` (CPU) multiplies the integers: their sums are exact, and three roundings follow (`float(acc)`, the product
-    with `x_scale * weight_scale[c]`, the bias); so it is what `int_conv2d` makes of the same integers. Where these do
-    not fit it is `F.conv2d` of the values, as on a GPU: where they are not bytes (NaN, more than 8 bits), or in bf16
-    above 127 in magnitude, where values do not say which integer it was. `backend=None` takes `reference` for layers
-    that torch's floats are faster at: few pixels, groups of few channels, depthwise.
+    with `x_scale * weight_scale[c]`, the bias); so it is what `int_conv2d` makes of the same integers. It refuses what
+    does not fit: values that are no bytes (NaN, more than 8 bits), or in bf16 above 127 in magnitude, where they do not
+    say which integer it was. `reference` is `F.conv2d` of the values, as on a GPU. `backend=None` takes it for what
+    `native` refuses, and for layers that torch's floats are faster at: few pixels, groups of few channels, depthwise.
 
     Gradients of x, weight and bias: those of `conv2d(x, weight) + bias`, once. The scales have none here; theirs come
     from `fake_quant`, which made the values.
@@ -61,7 +61,7 @@ def fake_quant_conv2d(
         `[N, O, OH, OW]`, channels-last where x or weight is.
 
     Raises:
-        ValueError: a wrong shape, dtype or device.
+        ValueError: a wrong shape, dtype or device; an explicit `native` with values that are no bytes.
         BackendError: an explicit backend that is not there.
 
     Source: Jacob et al. 2018 (arXiv 1712.05877) section 2.2.
@@ -70,19 +70,17 @@ def fake_quant_conv2d(
     dtype = x.dtype if dtype is None else dtype
     require(OP, dtype in FLOATS, "dtype", "float32, bfloat16, float16 or float64", dtype)
     like = x.new_empty(0, dtype=torch.float64) if torch.float64 in (weight.dtype, dtype) else x
-    impl = resolve(OP, backend, like)
-    if backend is None and hasattr(impl, "pays") and not impl.pays(x, weight, *geometry):
-        impl = resolve(OP, "reference", like)
+    impl, strict = resolve(OP, backend, like, x, weight, *geometry), named(OP, backend) is not None
     constants = x_scale.detach(), weight.detach(), weight_scale.detach().reshape(-1).expand(len(weight))
     if not hasattr(impl, "backward"):
-        return impl.forward(x, x_scale, weight, weight_scale, bias, *geometry, dtype)
+        return impl.forward(x, x_scale, weight, weight_scale, bias, *geometry, dtype, strict)
     if not recorded(x, weight, bias):
-        return impl.forward(x, *constants, bias, *geometry, dtype)
+        return impl.forward(x, *constants, bias, *geometry, dtype, strict)
     link = None
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         link = OfWeight.apply(weight, bias, x.detach(), geometry, dtype, impl)
     shift = None if bias is None else bias.detach()
-    return OfX.apply(x, link, *constants, shift, geometry, dtype, impl)
+    return OfX.apply(x, link, *constants, shift, geometry, dtype, strict, impl)
 
 
 def _check(
@@ -139,11 +137,11 @@ class OfX(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, link: Tensor | None, x_scale: Tensor, weight: Tensor, weight_scale: Tensor,
-        bias: Tensor | None, geometry: Geometry, dtype: torch.dtype, impl: ModuleType,
+        bias: Tensor | None, geometry: Geometry, dtype: torch.dtype, strict: bool, impl: ModuleType,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, weight)
         ctx.geometry, ctx.impl = geometry, impl
-        out: Tensor = impl.forward(x, x_scale, weight, weight_scale, bias, *geometry, dtype)
+        out: Tensor = impl.forward(x, x_scale, weight, weight_scale, bias, *geometry, dtype, strict)
         return out
 
     @staticmethod
@@ -152,4 +150,4 @@ class OfX(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = ctx.impl.backward(grad_out, *ctx.saved_tensors, ctx.geometry, (True, False, False))[0]
-        return grad_x, grad_out if ctx.needs_input_grad[1] else None, *[None] * 7
+        return grad_x, grad_out if ctx.needs_input_grad[1] else None, *[None] * 8

@@ -21,7 +21,7 @@ def allocate(
 
 def _forward(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, stride: list[int],
-    padding: list[int], dilation: list[int], groups: int, dtype: torch.dtype,
+    padding: list[int], dilation: list[int], groups: int, dtype: torch.dtype, strict: bool,
 ) -> Tensor:  # fmt: skip
     return allocate(x, weight, stride, padding, dilation, dtype)
 
@@ -29,6 +29,6 @@ def _forward(
 FORWARD = Schema(
     "fake_quant_conv2d",
     "(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, int[] stride, int[] padding, "
-    "int[] dilation, int groups, ScalarType dtype) -> Tensor",
+    "int[] dilation, int groups, ScalarType dtype, bool strict) -> Tensor",
     _forward,
 )
