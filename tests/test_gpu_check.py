@@ -19,7 +19,7 @@ from tools.gpu_check.collect import collect
 from tools.gpu_check.notes import Notes, read_rows, without_numbers
 from tools.gpu_check.runner import ABSENT, NO_TIME, OK, RED, ROOT, TIMED_OUT, Outcome, Stage, run, table
 
-MOST_FILES = 8  # that come back from a machine which is lent for minutes
+MOST_FILES = 8  # in the output folder: few enough to carry anywhere
 
 
 def numbers(value: Any) -> list[float]:
