@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: native demo test lint types mutants readme accuracy bench sanitize cuda-check gpu tune clean
+.PHONY: native demo test lint types mutants readme accuracy bench sanitize cuda-check gpu gpu-full test-fast tune clean
 
 # torch first and by its exact version, so that a wheel on disk or a mirror is taken and nothing resolves to another one
 .venv/installed: pyproject.toml constraints.txt
@@ -27,7 +27,15 @@ test: .venv/native             ## lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --durations=50
+
+FAST := architecture arguments checkpoint dispatch gpu_settings integers losses makefile pool quantizers reference \
+  run_folder steps tensor_cores tiles
+test-fast: .venv/native        ## lint, types, and the test files that are quick and that most changes break: two minutes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(FAST:%=tests/test_%.py)
 
 lint: .venv/installed
 	$(BIN)/ruff check --fix .
@@ -64,15 +72,12 @@ sanitize: .venv/installed      ## the CPU kernels of every level under AddressSa
 cuda-check: .venv/native       ## the CUDA kernels without a GPU: spills, loads, PTX, and the whole suite on an emulator
 	DFQ_EMULATED_TESTS=test_ $(BIN)/python -m pytest -v tests/test_cuda.py
 
-gpu:                           ## with a GPU: builds in place, checks, measures; needs torch, pybind11, ninja, pytest
-	$(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m pytest -m gpu
-	if command -v compute-sanitizer; then compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest -q -m gpu \
-	  tests/test_conformance.py -k "misaligned or slice or transposed or expanded"; fi
-	$(PYTHON) -m benchmarks.run
-	$(PYTHON) -m benchmarks.end_to_end --compiled
-	$(PYTHON) -m benchmarks.layers
-	$(PYTHON) -m benchmarks.integer --seconds 2
+# BUDGET=455 seconds, OUT=an empty folder (the next one in build/gpu-check), DRY=1: on a CPU with stand-ins
+gpu:                           ## with a GPU: builds in place, checks and measures in eight minutes, what says most first
+	$(PYTHON) -m tools.gpu_check
+
+gpu-full:                      ## with a GPU: the whole suite, compute-sanitizer, every benchmark: an hour
+	$(PYTHON) -m tools.gpu_check --full
 
 tune:                          ## with a GPU: launch configurations of the Triton kernels for its architecture
 	$(PYTHON) -m benchmarks.tune

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.machine import machine_line
+from benchmarks.machine import UNKNOWN, machine_line
 from dfq.checkpoint import load_tree, save_tree, write_atomic
 from dfq.cli import keep_freed_memory
 from dfq.config import RECIPES, GeneratorConfig, Recipe, quant_config, to_json
@@ -224,7 +224,8 @@ def assemble() -> None:
             )
     missing = [f"{row.table}: {row.method} {row.preset} seed {row.seed}" for row in wanted if not row.path.exists()]
     for row in found:
-        row["commit"] = row.pop("machine")["commit"]
+        where = row.pop("machine")
+        row |= {"commit": where["commit"], "date": where.get("date", UNKNOWN)}  # rows of before
     data = {"teacher": teacher, "test_images": 10_000, "steps": STEPS, "batch": DEFAULT.batch_size, "machine": machine,
             "recipes": to_json(RECIPES), "default": summary, "missing": missing, "rows": found}  # fmt: skip
     write_atomic(RESULT, (json.dumps(data, indent=1) + "\n").encode())

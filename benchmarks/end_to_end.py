@@ -25,19 +25,22 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import dfq_kernels
-from benchmarks.machine import results_file, write_results
+from benchmarks.machine import results_file
+from benchmarks.outcome import finish
 from benchmarks.predicted import predicted
 from benchmarks.timing import interleaved
 from benchmarks.torch_ao import HookStatistics, TorchAo
 from dfq.cli import keep_freed_memory
 from dfq.config import quant_config, recipe_named
 from dfq.embedded import INPUT_SHAPE, load_teacher
+from dfq.errors import first_line
 from dfq.execution import WARM_UP, Execution
 from dfq.models import ModelSpec, build_model
 from dfq.quant import prepare
 from dfq.seeds import seeded_initialisation
 from dfq.trainer import DataFreeTraining
 
+OURS = "dfq-kernels"
 PRECISIONS = ("bf16", "fp32", "tf32")  # tf32: fp32 in which a GPU multiplies with 10 bits of mantissa
 
 
@@ -168,25 +171,31 @@ def on_gpu(step: Callable[[], Any]) -> dict[str, Any]:
 
 def measure(work: Workload, device: torch.device, seconds: float, compiled: bool) -> Iterator[dict[str, Any]]:
     """One row for each variant."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = work.precision == "tf32"
     torch.compiler.reset()
-    steps, failed = {}, {}
-    for name, step in variants(work, device, compiled).items():
+    return measured(work, variants(work, device, compiled), device, seconds)
+
+
+def measured(
+    work: Workload, steps: dict[str, Callable[[], Any]], device: torch.device, seconds: float
+) -> Iterator[dict[str, Any]]:
+    """One row for each step; one that fails is a row that says why."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = work.precision == "tf32"
+    good, failed = {}, {}
+    for name, step in steps.items():
         try:
             for _ in range(WARM_UP + 2):
                 step()
-            steps[name] = step
+            good[name] = step
         except RuntimeError as error:  # a baseline that cannot be compiled is a result, too
-            failed[name] = str(error).splitlines()[0]
-    times = interleaved(steps, seconds=seconds, least=5)
-    ours = times["dfq-kernels"].median
-    for name, step in steps.items():
+            failed[name] = first_line(error)
+    times = interleaved(good, seconds=seconds, least=5) if good else {}
+    for name, step in good.items():
         extra = on_gpu(step) if device.type == "cuda" else {}
         rate = round(1 / times[name].median, 2)
-        yield {**asdict(work), "variant": name, "steps_per_second": rate,
-               "times_eager": round(ours / times[name].median, 2), **extra}  # fmt: skip
+        eager = {"times_eager": round(times[OURS].median / times[name].median, 2)} if OURS in times else {}
+        yield {**asdict(work), "variant": name, "steps_per_second": rate, **eager, **extra}
     for name, reason in failed.items():
-        yield {**asdict(work), "variant": name, "failed": reason}
+        yield {**asdict(work), "variant": name, "red" if name.startswith(OURS) else "failed": reason}
 
 
 def main() -> None:
@@ -210,7 +219,7 @@ def main() -> None:
         for row in measure(work, device, arguments.seconds, arguments.compiled):
             note(row)
         gc.collect()
-    write_results(arguments.out or results_file("steps"), results)
+    finish(arguments.out or results_file("steps"), results)
 
 
 if __name__ == "__main__":

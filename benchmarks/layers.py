@@ -4,7 +4,7 @@ Each layer of 8-bit activations, with its rounding to 8 bits, as an operator who
 oneDNN's int8 convolution through torch's private operator (where this torch has it), on a GPU in a CUDA graph against
 fp16 in channels-last; and on a CPU what a student's layer costs in training, fake-quantized to 4 bits, against torch's
 convolution of the same values. Ceiling, in the same rounds: torch's int8 product of 2048 x 2048 matrices, to int32.
-The integers must be oneDNN's, but for its own order of roundings at halves, or nothing is measured.
+The integers must be the reference's and, but for its own order of roundings at halves, oneDNN's: else the row is red.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 import dfq_kernels as k
-from benchmarks.machine import results_file, write_results
-from benchmarks.timing import PER_GRAPH, captured, interleaved
+from benchmarks.machine import results_file
+from benchmarks.outcome import Red, finish
+from benchmarks.timing import captured, interleaved, per_graph
 from dfq_kernels.dispatch import missing
 from dfq_kernels.int_conv2d.native import one_step
 from dfq_kernels.integers import Epilogue, flat
@@ -91,7 +92,8 @@ def on_cpu(layer: Layer, x: Tensor, weight: Tensor, mult: Tensor, bias: Tensor) 
 
 
 def on_gpu(layer: Layer, x: Tensor, weight: Tensor, mult: Tensor, bias: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """The Triton kernel at W8A8 and W4A4, and fp16."""
+    """The Triton kernel at W8A8 and W4A4, and fp16 by the fastest of cuDNN's algorithms."""
+    torch.backends.cudnn.benchmark = True
     geometry: Any = {"stride": layer.stride, "padding": layer.kernel // 2}
     half = x.half().contiguous(memory_format=torch.channels_last)
     factors = weight.half().contiguous(memory_format=torch.channels_last)
@@ -100,8 +102,9 @@ def on_gpu(layer: Layer, x: Tensor, weight: Tensor, mult: Tensor, bias: Tensor) 
     }
     for name, bits in (("triton", 8), ("triton W4A4", 4)):
         packs = bits < 8 and layer.given % 2 == 0
-        grid, out = (k.Grid(0.1, 3, 0, 2**bits - 1), k.Grid(0.05, 7, 0, 2**bits - 1))
-        values = k.quantize((x >> (8 - bits)).float() * grid.scale, grid, packed=packs, check_nan=False)
+        grid, out = (GRID, OUT) if bits == 8 else (k.Grid(0.1, 3, 0, 15), k.Grid(0.05, 7, 0, 15))
+        real = ((x >> (8 - bits)).float() - grid.zero_point) * grid.scale  # of the same integers
+        values = k.quantize(real, grid, packed=packs, check_nan=False)
         packed = k.pack_weight(weight >> (8 - bits), bits)
         calls[name] = lambda v=values, w=packed, out=out, packs=packs: (
             k.int_conv2d(  # type: ignore[misc]
@@ -115,32 +118,39 @@ def check(
     calls: dict[str, Callable[[], Tensor]], x: Tensor, weight: Tensor, mult: Tensor, bias: Tensor, layer: Layer
 ) -> None:
     """The integers of the reference, and nearly all of oneDNN's."""
-    name = "triton" if x.is_cuda else "native"
+    name = next(iter(set(calls) & {"native", "triton"}))
     found = calls[name]()
     (expected,) = k.int_conv2d(
         k.QuantizedTensor(x[:1], GRID), k.pack_weight(weight), mult, bias, OUT, stride=layer.stride,
         padding=layer.kernel // 2, backend="reference",
     )  # fmt: skip
     if not torch.equal(found[:1], expected.q):
-        raise SystemExit(f"benchmarks: {name} must equal the reference before it is measured, {layer} does not")
+        raise Red(f"{name} must equal the reference before it is measured, {layer} does not")
     if "onednn" in calls:
         off = (calls["onednn"]().int() - found.int()).abs()
         if int(off.max()) > 1 or float(off.float().mean()) > 1e-3:
-            raise SystemExit(f"benchmarks: oneDNN must compute the same layer, {layer} does not")
+            raise Red(f"oneDNN must compute the same layer, {layer} does not")
 
 
-def measure(layer: Layer, batch: int, device: torch.device, seconds: float) -> dict[str, Any]:
-    """One row: microseconds of each call, and rates in 1e9 operations (two a product) per second."""
+def measure(
+    layer: Layer, batch: int, device: torch.device, seconds: float, *, as_on_gpu: bool | None = None
+) -> dict[str, Any]:
+    """One row: microseconds of each call, and rates in 1e9 operations (two a product) per second.
+
+    as_on_gpu: the calls of a GPU, in graphs; None: where the device is one.
+    """
+    gpu = device.type == "cuda" if as_on_gpu is None else as_on_gpu
     arguments = tensors(layer, batch, device)
-    calls = (on_gpu if device.type == "cuda" else on_cpu)(layer, *arguments)
+    calls = (on_gpu if gpu else on_cpu)(layer, *arguments)
     check(calls, *arguments, layer)
     one, other = (torch.randint(-127, 128, (SIDE, SIDE), device=device, dtype=torch.int8) for _ in "ab")
     variants: dict[str, Callable[[], object]] = {**calls, "matmul": lambda: torch._int_mm(one, other.t())}
     repeated = 1
-    if device.type == "cuda":
-        variants, repeated = {name: captured(call) for name, call in variants.items()}, PER_GRAPH
+    if gpu:
+        repeated = per_graph(arguments[0].nbytes)
+        variants = {name: captured(call, repeated) for name, call in variants.items()}
     times = {name: value.median for name, value in interleaved(variants, seconds=seconds, calls=repeated).items()}
-    ours, ceiling = times["triton" if device.type == "cuda" else "native"], 2 * SIDE**3 / times.pop("matmul")
+    ours, ceiling = times["triton" if gpu else "native"], 2 * SIDE**3 / times.pop("matmul")
     rate = 2 * layer.products(batch) / ours
     row = {"layer": list(layer), "batch": batch, "gops": round(rate / 1e9, 1), "of_matmul": round(rate / ceiling, 3)}
     return row | {f"{name}_us": round(value * 1e6, 1) for name, value in times.items()}
@@ -161,7 +171,7 @@ def training(layer: Layer, batch: int, dtype: torch.dtype, seconds: float) -> di
 
     found, expected = call("native").float(), call("reference").float()
     if float((found - expected).norm() / expected.norm()) > NEAR[dtype]:
-        raise SystemExit(f"benchmarks: native must be near the reference before it is measured, {layer} is not")
+        raise Red(f"native must be near the reference before it is measured, {layer} is not")
     torch_s = partial(torch.conv2d, **settings)
     times = interleaved(
         {"native": lambda: call("native"), "torch": lambda: torch_s(x, weight.to(dtype))}, seconds=seconds
@@ -181,19 +191,25 @@ def main() -> None:
     backend = "triton" if device.type == "cuda" else "native"
     if (reason := missing("int_conv2d", backend, device.type)) is not None:
         raise SystemExit(f"benchmarks: {backend} must be there to be measured: {reason}")
-    rows = []
+    rows: list[dict[str, Any]] = []
+
+    def note(call: Callable[[], dict[str, Any]], **what: Any) -> None:
+        try:
+            rows.append(call())
+        except Red as red:
+            rows.append({**what, "red": str(red)})
+        print(json.dumps(rows[-1]), flush=True)
+
     for layer in LAYERS:
         for batch in BATCHES[device.type]:
             if batch * layer.given * layer.side**2 <= LARGEST[device.type]:
-                rows.append(measure(layer, batch, device, arguments.seconds))
-                print(json.dumps(rows[-1]), flush=True)
+                note(partial(measure, layer, batch, device, arguments.seconds), layer=list(layer), batch=batch)
     if device.type == "cpu":
         batch = BATCHES["cpu"][-1]
         fitting = [layer for layer in LAYERS if batch * layer.given * layer.side**2 <= LARGEST["cpu"]]
         for layer, dtype in product(fitting, (torch.bfloat16, torch.float32)):
-            rows.append(training(layer, batch, dtype, arguments.seconds))
-            print(json.dumps(rows[-1]), flush=True)
-    write_results(arguments.out or results_file("layers"), rows)
+            note(partial(training, layer, batch, dtype, arguments.seconds), layer=list(layer), batch=batch)
+    finish(arguments.out or results_file("layers"), rows)
 
 
 if __name__ == "__main__":

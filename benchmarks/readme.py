@@ -1,4 +1,7 @@
-"""Builds the README's tables from benchmarks/results: `python -m benchmarks.readme [--check]`."""
+"""Builds the README's tables from benchmarks/results: `python -m benchmarks.readme [--check]`.
+
+Every table says of which commits and dates its numbers are, and marks those that are older than what they measure.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from benchmarks import ages
 
 ROOT = Path(__file__).parent.parent
 ACCURACY = ROOT / "benchmarks" / "results" / "accuracy-fashion-mnist.json"
@@ -18,13 +23,24 @@ STEPS = ROOT / "benchmarks" / "results" / "steps-cpu-intel-xeon-processor.json"
 PRESETS = ("W8A8", "W4A8", "W4A4", "W3A3", "W2A4")
 
 
-def main_table(data: dict[str, Any]) -> str:
+Ages = dict[str, ages.Age]
+
+
+def commits_of(rows: list[dict[str, Any]]) -> set[str]:
+    return {row["commit"] for row in rows}
+
+
+def main_table(data: dict[str, Any], known: Ages) -> str:
     """The paper's columns as rows: accuracy in percent for each preset."""
     rows = [row for row in data["rows"] if row["table"] == "main"]
 
     def cell(method: str, preset: str, key: str = "accuracy") -> str:
         values = [row[key] for row in rows if row["method"] == method and row["preset"] == preset and key in row]
         return f"{values[0]:.2f}" if values else "—"
+
+    def marked(name: str, method: str) -> str:
+        mine = [row for row in rows if row["method"] == method]
+        return f"{name} {ages.mark(known, commits_of(mine))}".rstrip()
 
     default = {item["preset"]: item for item in data["default"]}
 
@@ -35,19 +51,22 @@ def main_table(data: dict[str, Any]) -> str:
         spread = f" ± {item['deviation']:.2f}" if item["deviation"] is not None else ""
         return f"**{item['mean']:.2f}**{spread}"
 
-    lines = {
-        "DF-Q (ranges calibrated on synthetic images)": [cell("DF-QAT-KD default", p, "calibrated") for p in PRESETS],
-        "DF-QAT-KD, recipe `paper`": [cell("DF-QAT-KD paper", p) for p in PRESETS],
-        "**DF-QAT-KD, recipe `default`**": [default_cell(p) for p in PRESETS],
-        "Q, real images": [cell("QAT-KD", p, "calibrated") for p in PRESETS],
-        "QAT, real images": [cell("QAT", p) for p in PRESETS],
-        "QAT-KD, real images": [cell("QAT-KD", p) for p in PRESETS],
-    }
+    default_method, paper = "DF-QAT-KD default", "DF-QAT-KD paper"
+    lines = [
+        ("DF-Q (ranges calibrated on synthetic images)", default_method,
+         [cell(default_method, p, "calibrated") for p in PRESETS]),
+        ("DF-QAT-KD, recipe `paper`", paper, [cell(paper, p) for p in PRESETS]),
+        ("**DF-QAT-KD, recipe `default`**", default_method, [default_cell(p) for p in PRESETS]),
+        ("Q, real images", "QAT-KD", [cell("QAT-KD", p, "calibrated") for p in PRESETS]),
+        ("QAT, real images", "QAT", [cell("QAT", p) for p in PRESETS]),
+        ("QAT-KD, real images", "QAT-KD", [cell("QAT-KD", p) for p in PRESETS]),
+    ]  # fmt: skip
     head = [f"| float teacher: {data['teacher']:.2f} | {' | '.join(PRESETS)} |", f"| --- {'| ---: ' * len(PRESETS)}|"]
-    return "\n".join([*head, *(f"| {name} | {' | '.join(cells)} |" for name, cells in lines.items())])
+    body = [f"| {marked(name, method)} | {' | '.join(cells)} |" for name, method, cells in lines]
+    return "\n".join([*head, *body, "", rows_sentence(data, rows, known)])
 
 
-def other_table(data: dict[str, Any], table: str, title: str) -> str:
+def other_table(data: dict[str, Any], table: str, title: str, known: Ages) -> str:
     """Method, preset, accuracy and distance from the teacher."""
     rows = [row for row in data["rows"] if row["table"] == table]
     if table == "ablation":  # what the changes are changes of
@@ -59,11 +78,21 @@ def other_table(data: dict[str, Any], table: str, title: str) -> str:
         if table == "gdfq":
             ranges = "min/max ranges" if "min/max" in name else "learned ranges"
             name = f"{row['preset']}, {ranges}, {row['steps'] * data['batch']:,} images"
+        name = f"{name} {ages.mark(known, commits_of([row]))}".rstrip()
         lines.append(f"| {name} | {row['accuracy']:.2f} | {data['teacher'] - row['accuracy']:.2f} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", rows_sentence(data, rows, known)])
 
 
-def kernel_table(data: dict[str, Any]) -> str:
+def rows_sentence(data: dict[str, Any], rows: list[dict[str, Any]], known: Ages) -> str:
+    """Where the rows were measured, and what their marks mean."""
+    dates = {row["commit"]: row["date"] for row in rows}
+    commits = ", ".join(f"commit {commit} ({date})" for commit, date in sorted(dates.items(), key=lambda item: item[1]))
+    machine = data["machine"]
+    sentence = f"{machine['cpu']}, torch {machine['torch']}, {commits}."
+    return f"{sentence} {ages.legend(known, set(dates))}".rstrip()
+
+
+def kernel_table(data: dict[str, Any], known: Ages) -> str:
     """Per operator and pass, in fp32: the least and the largest ratio over all shapes and layouts."""
     cases: dict[str, list[dict[str, Any]]] = {}
     for row in data["rows"]:
@@ -80,10 +109,10 @@ def kernel_table(data: dict[str, Any]) -> str:
     for name, rows in cases.items():
         cells = [spread(rows, key) for key in ("times_torch", "times_compiled", "of_copy")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", machine_sentence(data)])
+    return "\n".join([*lines, "", machine_sentence(data, known)])
 
 
-def step_table(data: dict[str, Any]) -> str:
+def step_table(data: dict[str, Any], known: Ages) -> str:
     """Training steps per second of each variant, and ours as they are against torch.ao's."""
     measured = [row for row in data["rows"] if "steps_per_second" in row]
     names = list(dict.fromkeys(row["variant"] for row in measured))
@@ -97,10 +126,10 @@ def step_table(data: dict[str, Any]) -> str:
         cells = [f"{rates[name]:.2f}" if name in rates else "—" for name in names]
         ratio = f"{rates['dfq-kernels'] / rates['torch.ao']:.2f}"
         lines.append(f"| {case[0]}, {ranges} | {' | '.join(cells)} | {ratio} |")
-    return "\n".join([*lines, "", machine_sentence(data)])
+    return "\n".join([*lines, "", machine_sentence(data, known)])
 
 
-def integer_table(data: dict[str, Any]) -> str:
+def integer_table(data: dict[str, Any], known: Ages) -> str:
     """Images per second of the integer engine, and of the strongest alternative."""
     lines = ["| network, batch | W8A8 | W4A4 | W2A2 | strongest alternative | ratio |",
              "| --- | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
@@ -109,25 +138,41 @@ def integer_table(data: dict[str, Any]) -> str:
         ours = " | ".join(f"{rates[f'dfq-kernels {preset}']:,.0f}" for preset in ("W8A8", "W4A4", "W2A2"))
         strongest = f"{rates[row['strongest']]:,.0f} ({row['strongest']})"
         lines.append(f"| {row['model']}, {row['batch']} | {ours} | {strongest} | {row['times_strongest']:.2f} |")
-    return "\n".join([*lines, "", machine_sentence(data)])
+    return "\n".join([*lines, "", machine_sentence(data, known)])
 
 
-def machine_sentence(data: dict[str, Any]) -> str:
-    """Where it was measured."""
+def machine_sentence(data: dict[str, Any], known: Ages) -> str:
+    """Where it was measured, when, and whether what was measured has changed since."""
     machine = data["machine"]
-    return f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}."
+    commit = machine["commit"]
+    place = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
+    mark, legend = ages.mark(known, {commit}), ages.legend(known, {commit})
+    return f"{place}commit {commit} ({machine['date']}){mark and f' {mark}'}. {legend}".rstrip()
 
 
-def build(text: str) -> str:
-    """`text` with every generated block made anew."""
-    data = json.loads(ACCURACY.read_text())
+def read(path: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(path.read_text())
+    return data
+
+
+def measured_commits() -> dict[str, set[str]]:
+    """Of every kind of table, the commits whose numbers it has."""
+    single = {"kernels": [KERNELS], "integer": INTEGER, "steps": [STEPS]}
+    found = {table: {read(path)["machine"]["commit"] for path in paths} for table, paths in single.items()}
+    return {"accuracy": commits_of(read(ACCURACY)["rows"]), **found}
+
+
+def build(text: str, known: dict[str, Ages] | None = None) -> str:
+    """`text` with every generated block made anew; known: the ages, by default as `make readme` left them."""
+    data, known = read(ACCURACY), ages.kept() if known is None else known
+    of = {table: known.get(table, {}) for table in ages.MEASURED}
     blocks = {
-        "kernels": kernel_table(json.loads(KERNELS.read_text())),
-        "integer": "\n\n".join(integer_table(json.loads(path.read_text())) for path in INTEGER),
-        "steps": step_table(json.loads(STEPS.read_text())),
-        "accuracy": main_table(data),
-        "gdfq": other_table(data, "gdfq", "convention of later work"),
-        "ablation": other_table(data, "ablation", "W3A3, one change each"),
+        "kernels": kernel_table(read(KERNELS), of["kernels"]),
+        "integer": "\n\n".join(integer_table(read(path), of["integer"]) for path in INTEGER),
+        "steps": step_table(read(STEPS), of["steps"]),
+        "accuracy": main_table(data, of["accuracy"]),
+        "gdfq": other_table(data, "gdfq", "convention of later work", of["accuracy"]),
+        "ablation": other_table(data, "ablation", "W3A3, one change each", of["accuracy"]),
     }
     for name, block in blocks.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -138,10 +183,11 @@ def build(text: str) -> str:
 def main() -> None:
     """Writes README.md, or with --check exits 1 if it is stale."""
     path = ROOT / "README.md"
-    built = build(path.read_text())
     if "--check" in sys.argv:
-        raise SystemExit(built != path.read_text())
-    path.write_text(built)
+        raise SystemExit(build(path.read_text()) != path.read_text())
+    for line in ages.update(measured_commits()):
+        print(line, file=sys.stderr)
+    path.write_text(build(path.read_text()))
 
 
 if __name__ == "__main__":

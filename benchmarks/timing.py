@@ -12,7 +12,9 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
-PER_GRAPH = 10  # calls in one captured graph
+# calls in one captured graph: a small kernel takes a few microseconds, no more than a replay's own beginning and end
+PER_GRAPH, PER_GRAPH_LARGE = 50, 10
+LARGE = 2**26  # bytes of a call's tensor
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,18 @@ def interleaved(
     return {name: Seconds(statistics.median(values), min(values)) for name, values in times.items()}
 
 
-def captured(call: Callable[[], object]) -> Callable[[], object]:
-    """The replay of a CUDA graph of `PER_GRAPH` calls.
+def per_graph(size: int) -> int:
+    """How many calls on a tensor of `size` bytes one graph captures."""
+    return PER_GRAPH_LARGE if size >= LARGE else PER_GRAPH
+
+
+def captured(call: Callable[[], object], count: int = PER_GRAPH) -> Callable[[], object]:
+    """The replay of a CUDA graph of `count` calls.
 
     Raises:
         RuntimeError: the call cannot be captured.
     """
-    graph, _ = record(call, PER_GRAPH)
+    graph, _ = record(call, count)
     return graph.replay
 
 

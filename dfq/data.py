@@ -71,7 +71,8 @@ class Images:
         """uint8 pixels to the network's input: `(pixels / 255 - mean) / std`, fp32."""
         mean = torch.tensor(self.mean, device=pixels.device).view(-1, 1, 1)
         std = torch.tensor(self.std, device=pixels.device).view(-1, 1, 1)
-        return (pixels.float() / 255 - mean) / std
+        full = torch.full((), 255.0, device=pixels.device)  # a GPU multiplies by the reciprocal of a number
+        return (pixels.float() / full - mean) / std
 
     def digest(self) -> str:
         """SHA-256 of pixels and labels: which images these are."""

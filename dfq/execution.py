@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from dfq.errors import check, first_line
 
@@ -37,12 +38,17 @@ class Recorder(Protocol):
         """Runs the step where it will be recorded."""
 
     def record(self, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
-        """Records the step without running it: what runs it, and its results, which every run writes anew."""
+        """Records the step without running it: what runs it, and its results, which every run writes anew.
+
+        Any other step's run may write over them: they lie in memory that all steps share.
+        """
 
 
 class CudaGraphs:
-    """Records into CUDA graphs that share one pool of memory: they run one after the other, never two at once, and the
-    results of each stay allocated."""
+    """Records into CUDA graphs that share one pool of memory: they run one after the other, never two at once.
+
+    A graph that was recorded earlier may have had its own intermediate values where a later one's results lie.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -67,7 +73,7 @@ class CudaGraphs:
 
 
 class _Recorded:
-    """A recorded step and its own inputs."""
+    """A recorded step and its own inputs; results are copies, made before another step can run."""
 
     def __init__(self, function: Callable[..., Any], inputs: tuple[Tensor | None, ...], recorder: Recorder) -> None:
         self.inputs = [None if value is None else value.clone() for value in inputs]
@@ -78,7 +84,7 @@ class _Recorded:
             if own is not None and value is not None:
                 own.copy_(value)
         self.replay()
-        return self.result
+        return tree_map_only(Tensor, Tensor.clone, self.result)
 
 
 class Execution:
@@ -135,7 +141,7 @@ class Execution:
             raise ExecutionError(reason) from error
 
     def step(self, name: Hashable, function: Callable[..., T], *inputs: Tensor | None) -> T:
-        """`function(*inputs)`; a replayed step's results are overwritten by its next call.
+        """`function(*inputs)`; the results are the caller's, whatever runs next.
 
         Args:
             name: of the step; always with the same function and inputs of the same shapes.

@@ -53,7 +53,7 @@ class ImagePool:
 
     @torch.no_grad()
     def draw(self, generator: Generator, purpose: str, member: int, step: int) -> tuple[Tensor, Tensor | None]:
-        """One batch of one generator, and the labels that it was asked for; overwritten by the generator's next one."""
+        """One batch of one generator, and the labels that it was asked for."""
         z, labels = self.noise(generator, purpose, member, step)
         return self.execution.step(("images", id(generator)), partial(self.images, generator), z, labels), labels
 

@@ -17,6 +17,7 @@ from torch import nn
 import dfq
 from dfq.config import GeneratorConfig, Recipe
 from dfq.engine.run import missing
+from tests.gpu_settings import exact_gpu  # noqa: F401  for every test
 from tests.skips import pytest_runtest_logreport, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
 
 SEED = int(os.environ.get("DFQ_TEST_SEED", "20260101"))

@@ -41,6 +41,7 @@ def _capability(name: str) -> bool:
 # (pattern of the whole reason, when it is justified)
 ALLOWED: tuple[tuple[str, Callable[[], bool]], ...] = (
     (r"torch sees no CUDA device", lambda: not torch.cuda.is_available()),
+    (r"tests on a GPU need TRITON_INTERPRET=0", lambda: os.environ.get("TRITON_INTERPRET") == "1"),
     (r"no native kernels|the native module was not built: .*", _no_module),
     (r"no native module, or torch is older than 2\.10",
      lambda: _no_module() or not hasattr(torch.Tensor, "__dlpack_c_exchange_api__")),

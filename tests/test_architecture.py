@@ -30,7 +30,7 @@ FLOORS = [
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 SOURCES = sorted(
-    path for folder in ("dfq", "dfq_kernels", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+    path for folder in ("dfq", "dfq_kernels", "tests", "benchmarks", "tools") for path in (ROOT / folder).rglob("*.py")
 )
 
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from dfq_kernels.dispatch import BACKENDS, missing
 from dfq_kernels.specs import Case, OpSpec, all_specs
 from tests.conftest import SEED
+from tests.views import moved
 
 pytestmark = pytest.mark.usefixtures("poison")
 DEVICES = ("cpu", "cuda")
@@ -56,7 +57,7 @@ def run(
     tensors, keywords = case.make(torch.Generator().manual_seed(SEED))
     for name, value in tensors.items():
         if isinstance(value, Tensor):
-            value = value.to(device)
+            value = moved(value, device)
             value = value.contiguous() if contiguous else value
             learned = name != "scale" or keywords.get("observe") is False or spec.op == "fake_quant"
             tensors[name] = value.requires_grad_(name in spec.differentiable and case.gradients and learned)

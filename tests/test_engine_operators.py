@@ -87,8 +87,13 @@ def test_a_captured_network_is_replayed(backend: str, wide_tiles: None) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 5, 128])
 @pytest.mark.parametrize("name", ["wrn-16-1", "mobilenet-v2"])
-def test_a_gpu_gives_the_same_bits(name: str) -> None:
+def test_a_gpu_gives_the_same_bits(name: str, batch: int) -> None:
+    """As they are, when they are captured, and in every replay."""
     _, graph = exported(name, "W4A4")
-    images = torch.randn(5, *input_shape(name))
-    assert torch.equal(engine.Engine(graph, "cuda")(images).cpu(), engine.Engine(graph, backend="reference")(images))
+    on_gpu, reference = engine.Engine(graph, "cuda", "triton", "on"), engine.Engine(graph, backend="reference")
+    for _ in range(WARM_UP + 2):
+        images = torch.randn(batch, *input_shape(name))
+        assert torch.equal(on_gpu(images).cpu(), reference(images))
+    assert on_gpu._network.execution.recorded == [batch]

@@ -100,7 +100,8 @@ class Engine:
               self.graph.normalization is not None)  # fmt: skip
         assert self.graph.normalization is not None
         mean, std = (torch.tensor(part, device=pixels.device).view(-1, 1, 1) for part in self.graph.normalization)
-        return (pixels.float() / 255 - mean) / std
+        full = torch.full((), 255.0, device=pixels.device)  # a GPU multiplies by the reciprocal of a number
+        return (pixels.float() / full - mean) / std
 
 
 def load(path: str | Path, device: torch.device | str = "cpu", backend: str | None = None) -> Engine:

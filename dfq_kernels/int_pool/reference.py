@@ -24,9 +24,9 @@ def forward(
         return [result.copy_(pack_channels(largest.to(q.dtype), bits))]
     whole, scale = q.double() - grid.zero_point, torch.tensor(grid.scale, device=x.device)
     if not output_size:
-        count = float(kernel[0] * kernel[1])
+        count = float(kernel[0] * kernel[1])  # a tensor below: a GPU multiplies by the reciprocal of a number
         total = F.avg_pool2d(whole, kernel, stride, padding) * count  # a padded place counts and adds nothing
-        return quantize.finish(total.round().float() * (scale / count), end)
+        return quantize.finish(total.round().float() * (scale / torch.full_like(scale, count)), end)
     rows, columns = (windows(size, parts) for size, parts in zip(x.shape[2:], output_size, strict=True))
     sums = [torch.stack([whole[:, :, top:bottom, left:right].sum((2, 3)) for left, right in columns], 2)
             for top, bottom in rows]  # fmt: skip
