@@ -85,6 +85,9 @@ def export(
 class _Exporter:
     def __init__(self, model: fx.GraphModule, input_shape: tuple[int, int, int], num_classes: int) -> None:
         self.model, self.input_shape, self.num_classes = model, input_shape, num_classes
+        for name, module in model.named_modules():
+            if isinstance(module, ActivationQuantizer) and not module.seen:
+                raise ExportError(f"export: the model must have fixed ranges (freeze_ranges), got {name} without one")
         self.weights = {name: (quantizer, weight) for name, quantizer, weight in weight_layers(model)}
         self.bounds = self._check_bounds()
         self.items: dict[fx.Node, _Item] = {}

@@ -33,7 +33,7 @@ from dfq.engine.memory import fuse, plan_memory
 from dfq.engine.native import NativeNetwork
 from dfq.engine.run import BACKENDS, missing
 from dfq.export import ExportError, export
-from dfq.quant import freeze_ranges, prepare
+from dfq.quant import freeze_ranges, prepare, set_adapting
 from dfq_kernels import BackendError, extension
 from tests.conftest import small_net
 from tests.integer_networks import (
@@ -278,6 +278,8 @@ def test_what_is_no_integer_network_is_not_exported(preset: str, text: str | Non
 def test_affine_weights_are_not_exported() -> None:
     config = replace(quant_config("W4A4"), weight_scheme="affine")
     model = prepare(small_net(), config)
+    set_adapting(model, True)
+    model(torch.randn(2, 1, 12, 12))
     freeze_ranges(model)
     with pytest.raises(ExportError, match="weights of conv1 must be symmetric"):
         export(model.eval(), (1, 12, 12), 4)

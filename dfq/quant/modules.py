@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dfq_kernels
-from dfq.quant.quantizers import ActivationQuantizer
+from dfq.quant.quantizers import ActivationQuantizer, synchronizes
 
 EXACT_LIMIT = 2.0**24  # sums of integers up to here are exact in fp32, in any order
 
@@ -133,13 +133,30 @@ class Tail(nn.Module):
         if self.bn is None:
             return self.finish(x)
         training = self.training and self.adapting and self.train_batch_norm
-        if self.quantizer is None:
-            return self._activate(self._batch_norm(x, training))
+        averaged = training and self.bn.momentum is None  # over all batches, as torch does then
+        stored = self._stored()
+        mean, var = (value.clone() for value in stored) if averaged else stored
+        momentum = 1.0 if averaged or self.bn.momentum is None else self.bn.momentum
+        result = self._normalized(x, mean, var, momentum, training)
+        if training and self.bn.num_batches_tracked is not None:
+            self.bn.num_batches_tracked.add_(1)
+        if averaged:
+            weight = 1 / self.bn.num_batches_tracked.to(mean)  # type: ignore[union-attr]
+            for value, batch in zip(stored, (mean, var), strict=True):
+                value.lerp_(batch, weight)
+        return result
+
+    def _normalized(self, x: Tensor, mean: Tensor, var: Tensor, momentum: float, training: bool) -> Activated:
+        """Batch norm, activation and quantizer; in training `mean` and `var` move by `momentum`."""
+        assert self.bn is not None
         quantizer = self.quantizer
+        if quantizer is None or (quantizer.observing and synchronizes()):
+            out = F.batch_norm(x, mean, var, self.bn.weight, self.bn.bias, training, momentum, self.bn.eps)
+            return self.finish(out)
         scale = quantizer.current_scale()
         out = dfq_kernels.bn_act_fake_quant(
-            x, self.bn.weight, self.bn.bias, *self._stored(), quantizer.running_min, quantizer.running_max,
-            scale, quantizer.zero_point, training=training, momentum=_momentum(self.bn), eps=self.bn.eps,
+            x, self.bn.weight, self.bn.bias, mean, var, quantizer.running_min, quantizer.running_max,
+            scale, quantizer.zero_point, training=training, momentum=momentum, eps=self.bn.eps,
             activation=self.activation, observe=quantizer.observing, averaging_constant=quantizer.averaging_constant,
             quant_min=quantizer.quant_min, quant_max=quantizer.quant_max,
         )  # fmt: skip
@@ -166,12 +183,6 @@ class Tail(nn.Module):
         if self.bn is None or self.bn.running_mean is None or self.bn.running_var is None:
             raise RuntimeError("a batch norm without stored statistics passed prepare()")
         return self.bn.running_mean, self.bn.running_var
-
-    def _batch_norm(self, x: Tensor, training: bool) -> Tensor:
-        if self.bn is None:
-            return x
-        mean, var = self._stored()
-        return F.batch_norm(x, mean, var, self.bn.weight, self.bn.bias, training, _momentum(self.bn), self.bn.eps)
 
     def _activate(self, x: Tensor) -> Tensor:
         if self.activation == "relu":
@@ -202,7 +213,3 @@ class QuantBatchNorm(Tail):
 def per_channel(values: Tensor, like: Tensor, axis: int) -> Tensor:
     """`values` shaped to broadcast along `axis`."""
     return values.reshape([-1 if dim == axis else 1 for dim in range(like.dim())])
-
-
-def _momentum(batch_norm: BatchNorm) -> float:
-    return 0.1 if batch_norm.momentum is None else batch_norm.momentum

@@ -7,13 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 import dfq_kernels
 from dfq.config import QuantConfig
-from dfq_kernels.observe_fake_quant.reference import SCALE_FLOOR, divided
+from dfq_kernels.observe_fake_quant.reference import SCALE_FLOOR, divided, update_parameters, update_range
 
 MOVING, LEARNED, FIXED = "moving", "learned", "fixed"
 PHASES = (MOVING, LEARNED, FIXED)
+
+
+def synchronizes() -> bool:
+    """Whether ranges are those of several processes (`torch.distributed`)."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class Quantizer(nn.Module):
@@ -89,20 +95,31 @@ class ActivationQuantizer(Quantizer):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`(fake-quantized x, scale)`."""
-        bounds = {"quant_min": self.quant_min, "quant_max": self.quant_max}
-        if self.observing:
+        low, high = self.quant_min, self.quant_max
+        if self.observing and synchronizes():
+            self._observe_all_ranks(x.detach())
+        elif self.observing:
             out = dfq_kernels.observe_fake_quant(
-                x,
-                self.running_min,
-                self.running_max,
-                self.scale,
-                self.zero_point,
-                averaging_constant=self.averaging_constant,
-                **bounds,
-            )
+                x, self.running_min, self.running_max, self.scale, self.zero_point,
+                averaging_constant=self.averaging_constant, quant_min=low, quant_max=high,
+            )  # fmt: skip
             return out, self.scale
         scale = self.current_scale()
-        return dfq_kernels.fake_quant(x, scale, self.zero_point, **bounds), scale
+        return dfq_kernels.fake_quant(x, scale, self.zero_point, low, high), scale
+
+    @torch.no_grad()
+    def _observe_all_ranks(self, x: Tensor) -> None:
+        """The range moves towards that of all processes' batches together: the same in each of them.
+
+        A batch with NaN or infinity in any process leaves all ranges as they are.
+        """
+        low, high = torch.aminmax(x.float())
+        ends = torch.stack([-low, high])
+        ends = torch.where(ends.isfinite().all(), ends, torch.full_like(ends, float("inf")))
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+        update_range(-ends[0], ends[1], self.running_min, self.running_max, self.averaging_constant)
+        update_parameters(self.running_min, self.running_max, self.scale, self.zero_point, self.quant_min,
+                          self.quant_max, False)  # fmt: skip
 
     def learn(self) -> None:
         self._enter(LEARNED)
