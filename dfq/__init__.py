@@ -1,10 +1,6 @@
 """Data-free network quantization by adversarial knowledge distillation (arXiv 2005.04136)."""
 
-from dfq.api import Result, distill, load_run, quantize, teach
-from dfq.config import LayerBits, QuantConfig, Recipe, quant_config
-from dfq.evaluate import accuracy
-from dfq.models import ModelSpec, build_model
-from dfq.quant import prepare
+from dfq.names import __getattr__  # noqa: F401
 
 __all__ = [
     "LayerBits",
@@ -15,6 +11,7 @@ __all__ = [
     "accuracy",
     "build_model",
     "distill",
+    "engine",
     "load_run",
     "prepare",
     "quant_config",

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dfq.checkpoint import CheckpointError, load_weights, save_weights, weights_digest
+from dfq.checkpoint import CheckpointError, load_weights, weights_digest
 from dfq.classifier import check_weights
 from dfq.config import (
     LayerBits,
@@ -24,46 +24,21 @@ from dfq.config import (
     recipe_named,
     to_json,
 )  # fmt: skip
-from dfq.data import Images
-from dfq.deploy import integer_graph, milliseconds
+from dfq.data import Images, Normalization, check_normalization
+from dfq.deploy import check_integers
 from dfq.device import resolve_device, resolve_precision
-from dfq.engine import Engine, save_graph
 from dfq.errors import check, first_line, integer
-from dfq.evaluate import accuracy, check_test_images
+from dfq.evaluate import check_test_images
 from dfq.execution import Execution
 from dfq.loop import Observer, run_loop
 from dfq.models import ModelSpec, build_model
 from dfq.profiling import Profiled
-from dfq.quant import freeze_ranges, layer_bounds, prepare
-from dfq.report import model_bytes, save_curves, save_image_grid
+from dfq.quant import freeze_ranges, prepare
+from dfq.result import Result, finish
 from dfq.run_folder import RunFolder, read_config
 from dfq.seeds import seeded_initialisation
-from dfq.teach import TeacherTraining
+from dfq.teaching import TeacherTraining
 from dfq.trainer import DataFreeTraining
-
-SHOWN = 10  # images of each member of the pool in a run's picture
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run made.
-
-    model: the trained network in evaluation mode (fake-quantized: exact forward); folder: where everything is;
-    calibrated: DF-Q, the same network before training (None for float students);
-    accuracies: percent by name (`teacher`, `DF-Q`, `DF-QAT-KD`, `student`, `integers`), empty without test images;
-    sizes: bytes by the same names; milliseconds: of one image on the CPU, by name;
-    integers: the network as integers, also in the folder; None where it cannot be one, and why not in `no_integers`.
-    """
-
-    model: nn.Module
-    folder: Path
-    calibrated: nn.Module | None
-    accuracies: dict[str, float]
-    sizes: dict[str, int]
-    milliseconds: dict[str, float]
-    integers: Engine | None
-    no_integers: str | None
-    seconds: float
 
 
 def quantize(
@@ -79,6 +54,8 @@ def quantize(
     overrides: Mapping[str, LayerBits] | None = None,
     config: QuantConfig | None = None,
     test_images: Images | None = None,
+    normalization: Normalization | None = None,
+    integers: bool = True,
     resume: bool = False,
     device: str = "auto",
     precision: str = "auto",
@@ -103,6 +80,10 @@ def quantize(
         overrides: bits by layer name.
         config: a whole `QuantConfig` instead of `preset` and `overrides`; its `ranges` count, not the recipe's.
         test_images: real images to judge by; never trained on.
+        normalization: `(mean, std)` per channel of pixels / 255 that the network was trained with, for whoever gives
+            the integer network pixels; None: that of `test_images`, or unknown.
+        integers: also make the integer network, and refuse a model that has none before the first step. A config that
+            no integer network has (`gdfq`) is trained without one.
         resume: continue the run in `out`.
         device: `auto`, `cpu`, `cuda`, `cuda:N`.
         precision: `auto`, `fp32`, `bf16` (autocast in training; judged by the exact forward always).
@@ -133,6 +114,7 @@ def quantize(
         config = quant_config(preset, ranges=recipe.ranges, overrides=overrides)
     elif preset is not None or overrides is not None:
         raise ValueError("quantize: config must be given without preset and overrides, got both")
+    normalization = check_normalization("quantize", normalization, input_shape[0], test_images)
     where = resolve_device(device)
     students = [prepare(_copy("quantize", model), config) for _ in range(recipe.students)]
     task = DataFreeTraining(
@@ -140,11 +122,13 @@ def quantize(
         num_classes=num_classes, steps=steps, seed=seed, device=where, precision=resolve_precision(precision, where),
         execution=Execution(capture, where, compiled=compile),
     )  # fmt: skip
+    if integers and config.integers:
+        check_integers(_copy("quantize", model), config, input_shape, num_classes)
     settings = {
         "command": "quantize", "weights": weights_digest(model), "model": to_json(spec),
         "input_shape": list(input_shape), "num_classes": num_classes,
         "preset": preset, "quant": to_json(config), "recipe": to_json(recipe), "steps": steps, "seed": seed,
-        "device": where.type, "precision": task.precision, "compile": compile,
+        "device": where.type, "precision": task.precision, "compile": compile, "normalization": normalization,
     }  # fmt: skip
     started = time.monotonic()
     with RunFolder(Path(out), settings, resume=resume) as folder:
@@ -156,7 +140,9 @@ def quantize(
         calibrated.load_state_dict(task.calibrated)
         freeze_ranges(calibrated)
         models = {"teacher": task.teacher, "DF-Q": calibrated.eval(), "DF-QAT-KD": student.eval()}
-        return _finish(folder, models, student, calibrated, task, test_images, where, started)
+        return finish(
+            folder, models, student, calibrated, task, test_images, where, started, normalization, integers=integers
+        )
 
 
 def distill(
@@ -213,12 +199,13 @@ def distill(
         "specs": to_json(specs or []),
         "quant": None, "input_shape": list(input_shape), "num_classes": num_classes, "recipe": to_json(recipe),
         "steps": steps, "seed": seed, "device": where.type, "precision": task.precision, "compile": compile,
+        "normalization": check_normalization("distill", None, input_shape[0], test_images),
     }  # fmt: skip
     started = time.monotonic()
     with RunFolder(Path(out), settings, resume=resume) as folder:
         run_loop(task, folder, resume=resume, observer=observer)
         models = {"teacher": task.teacher, "student": students[0].eval()}
-        return _finish(folder, models, students[0], None, task, test_images, where, started)
+        return finish(folder, models, students[0], None, task, test_images, where, started)
 
 
 def teach(
@@ -263,11 +250,12 @@ def teach(
         "command": "teach", "model": to_json(spec), "quant": None, "input_shape": list(images.input_shape),
         "num_classes": images.num_classes, "teach": to_json(config), "seed": seed, "images": images.digest(),
         "device": where.type, "precision": task.precision,
+        "normalization": check_normalization("teach", None, images.input_shape[0], images),
     }  # fmt: skip
     started = time.monotonic()
     with RunFolder(Path(out), settings, resume=resume) as folder:
         run_loop(task, folder, resume=resume, observer=observer)
-        return _finish(folder, {"teacher": model.eval()}, model, None, None, test_images, where, started)
+        return finish(folder, {"teacher": model.eval()}, model, None, None, test_images, where, started)
 
 
 def seeded_model(spec: ModelSpec, seed: int, index: int) -> nn.Module:
@@ -328,58 +316,3 @@ def _copy(owner: str, model: Any) -> nn.Module:
     except Exception as error:  # weights that a hook computes (old weight_norm, pruning) cannot be copied
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"{owner}: model must be copyable (remove weight_norm and pruning), got {reason}") from error
-
-
-def _finish(
-    folder: RunFolder,
-    models: dict[str, nn.Module],
-    product: nn.Module,
-    calibrated: nn.Module | None,
-    task: DataFreeTraining | None,
-    test_images: Images | None,
-    device: torch.device,
-    started: float,
-) -> Result:
-    """Writes weights, pictures and result.json, and judges every model by its exact forward."""
-    save_weights(product, folder.model)
-    save_curves(folder.metrics(), folder.path / "curves.png")
-    if task is not None:
-        drawn = zip(task.pool_names(), task.pool.sample(), strict=True)
-        pictures = [
-            (name, images[:SHOWN], None if labels is None else labels[:SHOWN]) for name, (images, labels) in drawn
-        ]
-        save_image_grid(pictures, folder.path / "images.png")
-    sizes = {name: model_bytes(model) for name, model in models.items()}
-    engine, why_not = (None, None) if task is None or calibrated is None else _integers(product, task, folder)
-    judged: dict[str, Any] = dict(models)
-    if engine is not None:
-        judged["integers"], sizes["integers"] = engine, folder.integers.stat().st_size
-    accuracies = {}
-    if test_images is not None:
-        where = {"integers": torch.device("cpu")}
-        accuracies = {
-            name: accuracy(item, test_images, device=where.get(name, device)) for name, item in judged.items()
-        }
-    times = {}
-    if engine is not None and device.type == "cpu":
-        shape = engine.graph.input_shape
-        times = {"teacher": milliseconds(models["teacher"], shape), "integers": milliseconds(engine, shape)}
-    seconds = time.monotonic() - started
-    facts = {"accuracies": accuracies, "bytes": sizes, "milliseconds": times, "seconds": round(seconds, 1)}
-    if why_not is not None:
-        facts["no_integers"] = why_not
-    if calibrated is not None:
-        facts["layers"] = to_json(layer_bounds(product))  # type: ignore[arg-type, assignment]
-    folder.write_json("result.json", facts)
-    return Result(product, folder.path, calibrated, accuracies, sizes, times, engine, why_not, seconds)
-
-
-def _integers(product: nn.Module, task: DataFreeTraining, folder: RunFolder) -> tuple[Engine | None, str | None]:
-    """The product in integers, written into the folder; or why its config is not one of an integer network."""
-    try:
-        graph = integer_graph(copy.deepcopy(product).cpu(), task.input_shape, task.num_classes)
-        engine = Engine(graph)
-    except ValueError as error:  # an ExportError, or a network that is too large
-        return None, str(error)
-    save_graph(graph, folder.integers)
-    return engine, None

@@ -16,22 +16,17 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from dfq import api, commands, embedded, engine
+from dfq import api, commands, embedded
 from dfq.checkpoint import load_weights
-from dfq.config import PRESETS, RECIPES, LayerBits, TeachConfig, to_json
+from dfq.config import PRESETS, RECIPES, LayerBits, TeachConfig
 from dfq.data import DATASETS, Images, load_images
-from dfq.device import resolve_device, resolve_precision
-from dfq.evaluate import accuracy, check_test_images
 from dfq.execution import MODES, ExecutionError
 from dfq.loop import Interrupted, NonFiniteError
 from dfq.models import MODEL_NAMES, ModelSpec, build_model
-from dfq.options import Backend, Data, DataRoot, Device, Json
+from dfq.options import Data, DataRoot, Device, Json, Mean, Std, normalization
 from dfq.progress import ProgressBar, Silent
-from dfq.quant import layer_bounds
-from dfq.report import accuracy_table, bounds_table, model_bytes
-from dfq.run_folder import versions
-from dfq_kernels import BackendError, __version__, extension
-from dfq_kernels.dispatch import TABLE, chosen
+from dfq.report import accuracy_table
+from dfq_kernels import BackendError, __version__
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
@@ -140,6 +135,12 @@ def quantize(
     steps: Annotated[int, typer.Option(help="Student steps.")] = 200,
     data: Data = None,
     data_root: DataRoot = None,
+    mean: Mean = None,
+    std: Std = None,
+    integers: Annotated[
+        bool,
+        typer.Option(help="Also make the integer network; a model that has none is refused before the first step."),
+    ] = True,
     seed: Seed = 0,
     out: Out = Path("run"),
     resume: Resume = False,
@@ -159,6 +160,7 @@ def quantize(
         result = api.quantize(
             network, input_shape=shape, num_classes=spec.num_classes, preset=preset, recipe=recipe, steps=steps,
             seed=seed, out=out, overrides=_layer_bits(layer_bits or []), test_images=test, resume=resume,
+            normalization=normalization(mean, std), integers=integers,
             device=device, precision=precision, capture=capture, compile=compile_networks, profile=profile, spec=spec,
             observer=observer,
         )  # fmt: skip
@@ -205,67 +207,11 @@ def distill(
     _show(result, json_output)
 
 
-@app.command()
-def evaluate(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run, or a file that dfq export wrote.")],
-    data: Annotated[
-        str | None, typer.Option(help=f"Test images: {', '.join(DATASETS)}. Default: fashion-mnist where it fits.")
-    ] = None,
-    data_root: DataRoot = None,
-    device: Device = "auto",
-    backend: Backend = None,
-    json_output: Json = False,
-) -> None:
-    """Judge a run's network, or an exported one, on real test images: in integers, or by the exact forward."""
-    where = resolve_device(device)
-    images = load_images(data or embedded.DATASET, "test", data_root)
-    if run.is_file():
-        network = engine.load(run, where, backend)
-        check_test_images(images, network.graph.input_shape, network.graph.num_classes, "evaluate")
-        value, size, bounds = accuracy(network, images, device=where), run.stat().st_size, []
-    else:
-        model, config = api.load_run(run)
-        check_test_images(images, config["input_shape"], config["num_classes"], "evaluate")
-        value, size = accuracy(model.to(where), images, device=where), model_bytes(model)
-        bounds = layer_bounds(model) if config["quant"] is not None else []  # type: ignore[arg-type]
-    facts = {"run": str(run), "accuracy": value, "images": len(images), "bytes": size, "layers": to_json(bounds)}
-    if json_output:
-        print(json.dumps(facts))
-        return
-    how = "integers" if run.is_file() else "exact forward"
-    Console().print(accuracy_table([(str(run), value, size)], f"{len(images)} test images, {how}"))
-    if bounds:
-        Console().print(bounds_table(bounds))
-
-
+app.command()(commands.evaluate)
 app.command()(commands.export)
 app.command()(commands.inspect)
 app.command()(commands.run)
-
-
-@app.command()
-def info(json_output: Json = False) -> None:
-    """What this installation has: models, presets, recipes, data sets, operators, machine."""
-    device = resolve_device("auto")
-    facts: dict[str, Any] = {
-        "native module": extension.built(), "versions": versions(), "device": str(device), "precision": resolve_precision("auto", device),
-        "models": MODEL_NAMES, "presets": PRESETS, "recipes": to_json(RECIPES), "data": list(DATASETS),
-        "embedded teacher": embedded.teacher_facts(),
-        "operators": {op: chosen(op, device.type) for op in TABLE},
-    }  # fmt: skip
-    if json_output:
-        print(json.dumps(facts))
-        return
-    for name, value in facts.items():
-        text = (
-            json.dumps(value)
-            if isinstance(value, dict)
-            else ", ".join(value)
-            if isinstance(value, (list, tuple))
-            else value
-        )
-        Console(soft_wrap=True, highlight=False).print(f"[bold]{name}[/bold]: ", end="")
-        print(text)
+app.command()(commands.info)
 
 
 def _network(

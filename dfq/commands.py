@@ -1,31 +1,86 @@
-"""The commands of `dfq` around integer networks: export, inspect, run."""
+"""The commands of `dfq` that train nothing: evaluate, export, inspect, run, info."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from dfq import engine
+from dfq import embedded, engine
 from dfq.api import load_run
-from dfq.deploy import classify, integer_graph
+from dfq.config import PRESETS, RECIPES, to_json
+from dfq.data import DATASETS, Images, load_images
+from dfq.deploy import classify, integer_graph, normalization_of
+from dfq.device import resolve_device, resolve_precision
 from dfq.engine.inspect import facts
+from dfq.errors import check
+from dfq.evaluate import accuracy, check_test_images
+from dfq.models import MODEL_NAMES
 from dfq.onnx_export import save_onnx
-from dfq.options import Backend, Json
-from dfq.report import engine_table
+from dfq.options import Backend, DataRoot, Device, Json, Mean, Std, normalization
+from dfq.quant import layer_bounds
+from dfq.report import accuracy_table, bounds_table, engine_tables, model_bytes
+from dfq.run_folder import versions
+from dfq_kernels import extension
+from dfq_kernels.dispatch import TABLE, chosen
 
 Network = Annotated[Path, typer.Argument(help="A file that dfq export wrote.")]
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run, or a file that dfq export wrote.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help=f"Test images: {', '.join(DATASETS)}. Default: fashion-mnist, for a network of its pixels."),
+    ] = None,
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    backend: Backend = None,
+    json_output: Json = False,
+) -> None:
+    """Judge a run's network, or an exported one, on real test images: in integers, or by the exact forward."""
+    where = resolve_device(device)
+    if run.is_file():
+        network = engine.load(run, where, backend)
+        images = _test_images(data, data_root, network.graph.normalization)
+        check_test_images(images, network.graph.input_shape, network.graph.num_classes, "evaluate")
+        value, size, bounds = accuracy(network, images, device=where), run.stat().st_size, []
+    else:
+        model, config = load_run(run)
+        images = _test_images(data, data_root, config.get("normalization"))
+        check_test_images(images, config["input_shape"], config["num_classes"], "evaluate")
+        value, size = accuracy(model.to(where), images, device=where), model_bytes(model)
+        bounds = layer_bounds(model) if config["quant"] is not None else []  # type: ignore[arg-type]
+    facts = {"run": str(run), "accuracy": value, "images": len(images), "bytes": size, "layers": to_json(bounds)}
+    if json_output:
+        print(json.dumps(facts))
+        return
+    how = "integers" if run.is_file() else "exact forward"
+    Console().print(accuracy_table([(str(run), value, size)], f"{len(images)} test images, {how}"))
+    if bounds:
+        Console().print(bounds_table(bounds))
+
+
+def _test_images(data: str | None, root: Path | None, normalization: Any) -> Images:
+    """The images that were asked for; without a word those of Fashion-MNIST, for a network that takes its pixels."""
+    if data is None:
+        fashion = json.loads(json.dumps(normalization_of(embedded.DATASET)))
+        same = json.loads(json.dumps(normalization)) == fashion
+        check("evaluate", "data", data, f"given (--data) for a network that does not take {embedded.DATASET}", same)
+    return load_images(data or embedded.DATASET, "test", root)
 
 
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The file to write.")] = Path("model.safetensors"),
+    mean: Mean = None,
+    std: Std = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Data set whose mean and deviation pixels get. Default: fashion-mnist where it fits."),
+        typer.Option(help="Data set whose mean and deviation pixels get. Default: what the run was given."),
     ] = None,
     onnx: Annotated[
         Path | None, typer.Option(help="Also write it as ONNX (QDQ) to this file; needs the package onnx.")
@@ -33,8 +88,11 @@ def export(
     json_output: Json = False,
 ) -> None:
     """Write a run's network as integers: packed weights, exact constants."""
+    said = normalization(mean, std)
+    check("export", "data", data, "given without --mean and --std", data is None or said is None)
     model, config = load_run(run)
-    graph = integer_graph(model, tuple(config["input_shape"]), config["num_classes"], data)
+    said = said or (normalization_of(data) if data is not None else config.get("normalization"))
+    graph = integer_graph(model, tuple(config["input_shape"]), config["num_classes"], said)
     if onnx is not None:
         save_onnx(graph, onnx)
     engine.save_graph(graph, out)
@@ -42,7 +100,7 @@ def export(
     if json_output:
         print(json.dumps(found))
         return
-    Console().print(engine_table(found))
+    _show(found)
 
 
 def inspect(network: Network, json_output: Json = False) -> None:
@@ -51,7 +109,19 @@ def inspect(network: Network, json_output: Json = False) -> None:
     if json_output:
         print(json.dumps(found))
         return
-    Console().print(engine_table(found))
+    _show(found)
+
+
+def _show(found: dict[str, Any]) -> None:
+    for table in engine_tables(found):
+        Console().print(table)
+    mean_and_std = found["normalization"]
+    takes = (
+        f"(pixels / 255 - {mean_and_std[0]}) / {mean_and_std[1]}"
+        if mean_and_std
+        else ("normalised numbers only: nobody said their --mean and --std, so it takes no pixels")
+    )
+    Console(soft_wrap=True, highlight=False).print(f"input: {takes}", markup=False)
 
 
 def run(
@@ -70,3 +140,28 @@ def run(
             else:
                 text = ", ".join(f"{label} ({100 * value:.1f} %)" for label, value in classes)
                 print(f"{path}[{index}]: class {text}")
+
+
+def info(json_output: Json = False) -> None:
+    """What this installation has: models, presets, recipes, data sets, operators, machine."""
+    device = resolve_device("auto")
+    facts: dict[str, Any] = {
+        "native module": extension.built(),
+        "versions": versions(), "device": str(device), "precision": resolve_precision("auto", device),
+        "models": MODEL_NAMES, "presets": PRESETS, "recipes": to_json(RECIPES), "data": list(DATASETS),
+        "embedded teacher": embedded.teacher_facts(),
+        "operators": {op: chosen(op, device.type) for op in TABLE},
+    }  # fmt: skip
+    if json_output:
+        print(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        text = (
+            json.dumps(value)
+            if isinstance(value, dict)
+            else ", ".join(value)
+            if isinstance(value, (list, tuple))
+            else value
+        )
+        Console(soft_wrap=True, highlight=False).print(f"[bold]{name}[/bold]: ", end="")
+        print(text)

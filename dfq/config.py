@@ -72,6 +72,20 @@ class QuantConfig:
             "QuantConfig", "averaging_constant", self.averaging_constant, "in (0, 1]", 0 < self.averaging_constant <= 1
         )
 
+    @property
+    def why_no_integers(self) -> str | None:
+        """The setting that no integer network has; None: there is none."""
+        if self.activations != "all":
+            return f"activations={self.activations!r} leaves values that are not quantized"
+        if self.weight_scheme != "symmetric":
+            return f"weight_scheme={self.weight_scheme!r} gives weights zero points"
+        return None
+
+    @property
+    def integers(self) -> bool:
+        """Whether a network of this config can be one of integers."""
+        return self.why_no_integers is None
+
 
 def quant_config(
     preset: str, *, ranges: str = "minmax", overrides: Mapping[str, LayerBits] | None = None

@@ -8,18 +8,21 @@ the expected place and the page to download from.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dfq import readers
+from dfq.errors import check
 from dfq.seeds import random_source
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -27,6 +30,10 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 class DataError(ValueError):
     """A data set's files are missing, truncated or of another kind."""
+
+
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and deviation per channel of pixels / 255."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,23 @@ def load_images(name: str, split: str, root: Path | None = None) -> Images:
     if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
         raise DataError(f"load_images: labels in {folder} must be in [0, {num_classes}), got {int(labels.max())}")
     return Images(pixels, labels, info.mean, info.std, num_classes)
+
+
+def check_normalization(owner: str, value: Any, channels: int, images: Images | None = None) -> Normalization | None:
+    """`value` as tuples of floats; that of `images` where it is None; None where nobody says it.
+
+    Raises:
+        ValueError: not a mean and a deviation > 0 for each of `channels`.
+    """
+    if value is None:
+        return None if images is None else (tuple(images.mean), tuple(images.std))
+    try:
+        mean, std = (tuple(float(number) for number in part) for part in value)
+    except (TypeError, ValueError):
+        mean = std = ()
+    fits = len(mean) == len(std) == channels and all(map(math.isfinite, (*mean, *std))) and min(std) > 0
+    check(owner, "normalization", value, f"(mean, std) of {channels} channels of pixels / 255, std > 0", fits)
+    return mean, std
 
 
 def augment(pixels: Tensor, generator: torch.Generator, *, shift: int = 2, flip: bool = True) -> Tensor:

@@ -12,44 +12,61 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from dfq import embedded
 from dfq.checkpoint import CheckpointError
-from dfq.data import DATASETS
+from dfq.config import QuantConfig
+from dfq.data import DATASETS, Normalization, check_normalization
 from dfq.engine import Engine, IntegerGraph
 from dfq.errors import check, first_line
 from dfq.export import ExportError, export
+from dfq.quant import freeze_ranges, prepare, set_adapting
 from dfq.readers import read_image
 
-Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 TOP = 3  # classes that are named
 
 
 def integer_graph(
-    model: nn.Module, input_shape: tuple[int, int, int], num_classes: int, data: str | None = None
+    model: nn.Module, input_shape: tuple[int, int, int], num_classes: int, normalization: Normalization | None = None
 ) -> IntegerGraph:
     """The integer network of a run's product.
 
     Args:
         model: of `load_run`, on the CPU.
         input_shape, num_classes: of the run's config.
-        data: a data set whose mean and deviation the network is given; None: Fashion-MNIST's where its images fit.
+        normalization: what makes the network's input of pixels; None: nobody says it, and it takes no pixels.
 
     Raises:
         ExportError: a float network, or one that is no integer network.
-        ValueError: an unknown data set.
+        ValueError: a normalization of other channels.
     """
     if not isinstance(model, fx.GraphModule):
         raise ExportError("export: the run must be of a quantized network, got a float one")
-    shape = tuple(input_shape)
-    if data is None and shape == embedded.INPUT_SHAPE:
-        data = embedded.DATASET
-    check("export", "data", data, f"one of {', '.join(DATASETS)}", data is None or data in DATASETS)
-    normalization: Normalization | None = None
-    if data is not None:
-        normalization = DATASETS[data].mean, DATASETS[data].std
-        fits = len(normalization[0]) == shape[0]
-        check("export", "data", data, f"of images with {shape[0]} channels", fits)
-    return export(model, shape, num_classes, normalization=normalization)  # type: ignore[arg-type]
+    channels, height, width = input_shape
+    normalization = check_normalization("export", normalization, channels)
+    return export(model, (channels, height, width), num_classes, normalization=normalization)
+
+
+def normalization_of(data: str) -> Normalization:
+    """That of a data set by name."""
+    check("export", "data", data, f"one of {', '.join(DATASETS)}", data in DATASETS)
+    return DATASETS[data].mean, DATASETS[data].std
+
+
+@torch.no_grad()
+def check_integers(model: nn.Module, config: QuantConfig, input_shape: tuple[int, int, int], num_classes: int) -> None:
+    """Exports the untrained student: what no integer network has is known before the first step, not after the last.
+
+    Args:
+        model: the float network; it is taken apart.
+
+    Raises:
+        ExportError: it has no integer network; names the part.
+    """
+    student = prepare(model.cpu(), config).train()
+    set_adapting(student, True, batch_norms=False)
+    student(torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0)))
+    set_adapting(student, False)
+    freeze_ranges(student)
+    Engine(integer_graph(student.eval(), input_shape, num_classes), backend="reference")
 
 
 def milliseconds(model: Callable[[Tensor], Tensor], input_shape: tuple[int, int, int], seconds: float = 0.1) -> float:

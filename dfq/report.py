@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
@@ -19,6 +18,9 @@ from dfq.checkpoint import write_atomic
 from dfq.quant.exactness import LayerBound
 from dfq.quant.modules import QuantBatchNorm
 from dfq.quant.quantizers import ActivationQuantizer, WeightQuantizers, weight_layers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -84,7 +86,7 @@ def save_image_grid(rows: Sequence[tuple[str, Tensor, Tensor | None]], path: Pat
     Each image is stretched to its own range: these are not pictures of anything, but their structure shows.
     """
     count = max(len(images) for _, images, _ in rows)
-    figure = Figure(figsize=(count * 0.8, len(rows) * 1.1))
+    figure = _figure((count * 0.8, len(rows) * 1.1))
     axes = figure.subplots(len(rows), count, squeeze=False)
     for (title, images, labels), line in zip(rows, axes, strict=True):
         for index, axis in enumerate(line):
@@ -111,7 +113,7 @@ def save_curves(rows: list[dict[str, Any]], path: Path) -> None:
                 series[owner][term].append((row["step"], value))
     if not series:
         return
-    figure = Figure(figsize=(4 * len(series), 3))
+    figure = _figure((4 * len(series), 3))
     axes = figure.subplots(1, len(series), squeeze=False)
     for axis, (owner, terms) in zip(axes[0], series.items(), strict=True):
         for term, points in terms.items():
@@ -124,16 +126,24 @@ def save_curves(rows: list[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
+def _figure(inches: tuple[float, float]) -> Figure:
+    from matplotlib.figure import Figure  # half a second, which only a run needs
+
+    return Figure(figsize=inches)
+
+
 def _save(figure: Figure, path: Path) -> None:
     """Drawn by Agg in memory: the caller's matplotlib keeps its backend, and no half picture stays on a full disk."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     FigureCanvasAgg(figure)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=110, bbox_inches="tight")
     write_atomic(path, data.getvalue())
 
 
-def engine_table(found: dict[str, Any]) -> Table:
-    """The layers of an integer network, of `dfq.engine.inspect.facts`."""
+def engine_tables(found: dict[str, Any]) -> list[Table]:
+    """The layers of an integer network, and the values between them, of `dfq.engine.inspect.facts`."""
     title = (
         f"{found['file']}: {found['bytes'] / 1000:.1f} kB, {found['multiplications_per_image'] / 1e6:.1f} M "
         f"multiplications and {found['memory_bytes_per_image'] / 1000:.1f} kB of memory per image"
@@ -147,4 +157,19 @@ def engine_table(found: dict[str, Any]) -> Table:
         bound = "" if layer["bound"] is None else f"{layer['bound']:,.0f}"
         bits = str(layer["weight_bits"]), str(layer["activation_bits"])
         table.add_row(escape(layer["layer"]), shape, *bits, f"{layer['weight_bytes'] / 1000:.1f}", bound)
+    return [table, _values_table(found["values"])]
+
+
+def _values_table(values: list[dict[str, Any]]) -> Table:
+    """How many values have how many bits: inputs of layers alone, and streams."""
+    table = Table(title="values between the layers, of one image")
+    for heading in ("read by", "bits", "values", "largest"):
+        table.add_column(heading, justify="left" if heading == "read by" else "right")
+    groups: dict[tuple[bool, int], list[dict[str, Any]]] = defaultdict(list)
+    for value in values:
+        groups[value["stream"], value["bits"]].append(value)
+    for (stream, bits), members in sorted(groups.items()):
+        largest = max(members, key=lambda value: math.prod(value["shape"]))["shape"]
+        readers = "additions, batch norms, pools (streams)" if stream else "layers"
+        table.add_row(readers, str(bits), str(len(members)), "x".join(map(str, largest)))
     return table

@@ -10,14 +10,16 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from dfq.checkpoint import CheckpointError, write_atomic
 from dfq_kernels import __version__
 from dfq_kernels.dispatch import chosen
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 COMMON_KEYS = {"command", "model", "quant", "input_shape", "num_classes", "seed"}
 """What the config of every command has."""
@@ -92,6 +94,8 @@ class RunFolder:
             write_atomic(self._metrics, "".join(line + "\n" for line in kept).encode())
         if step == 0:
             shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+        from torch.utils.tensorboard import SummaryWriter  # half a second, which only a run needs
+
         self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
 
     def log(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:

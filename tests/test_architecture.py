@@ -21,12 +21,13 @@ FLOORS = [
     {"data", "checkpoint", "models"},
     {"run_folder"},
     {"bn_stats", "teacher", "losses", "generator", "pool", "quant", "loop", "embedded", "engine"},
-    {"teach", "trainer", "evaluate", "report", "export", "options"},
+    {"teaching", "trainer", "evaluate", "report", "export", "options"},
     {"profiling", "deploy", "onnx_export"},
+    {"result"},
     {"api", "progress"},
     {"commands"},
     {"cli"},
-    {"__main__", "__init__"},
+    {"__main__", "__init__", "names"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 SOURCES = sorted(

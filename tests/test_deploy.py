@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from typer.testing import CliRunner
 
 from dfq import engine
 from dfq.checkpoint import CheckpointError
 from dfq.cli import app
 from dfq.data import Images, load_images
-from dfq.deploy import classify, integer_graph, milliseconds, read_images
+from dfq.deploy import classify, integer_graph, milliseconds, normalization_of, read_images
 from dfq.export import ExportError
 from dfq.models import ModelSpec
 from tests.conftest import small_net
@@ -69,6 +70,7 @@ def test_a_run_is_exported_inspected_and_judged(run_small, tmp_path: Path) -> No
 def test_a_network_that_has_no_integers_is_still_trained(run_small) -> None:
     result = run_small(preset="gdfq-W4A4")
     assert result.integers is None and "integers" not in result.sizes
+    assert result.no_integers == "activations='after_relu' leaves values that are not quantized"
     with pytest.raises(ExportError, match="must be quantized, got a float one"):
         integer_graph(result.model, (1, 12, 12), 4)
     with pytest.raises(ExportError, match="the run must be of a quantized network, got a float one"):
@@ -77,12 +79,33 @@ def test_a_network_that_has_no_integers_is_still_trained(run_small) -> None:
 
 def test_data_must_fit_the_network(run_small) -> None:
     model = run_small().model
-    with pytest.raises(ValueError, match="export: data must be of images with 1 channels, got 'cifar10'"):
-        integer_graph(model, (1, 12, 12), 4, "cifar10")
+    with pytest.raises(ValueError, match=r"export: normalization must be \(mean, std\) of 1 channels"):
+        integer_graph(model, (1, 12, 12), 4, normalization_of("cifar10"))
     with pytest.raises(ValueError, match="export: data must be one of .*, got 'mnist'"):
-        integer_graph(model, (1, 12, 12), 4, "mnist")
+        normalization_of("mnist")
     assert integer_graph(model, (1, 12, 12), 4).normalization is None
-    assert integer_graph(model, (1, 12, 12), 4, "fashion-mnist").normalization == (MNIST.mean, MNIST.std)
+    fashion = normalization_of("fashion-mnist")
+    assert integer_graph(model, (1, 12, 12), 4, fashion).normalization == (MNIST.mean, MNIST.std)
+
+
+def test_nobody_s_pixels_get_fashion_mnist_s_mean(tmp_path: Path, run_small) -> None:
+    """A network of other images of the same shape: its file takes pixels only where somebody said how."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                        nn.Linear(4, 10)).eval()  # fmt: skip
+    settings = {"input_shape": (1, 32, 32), "num_classes": 10, "steps": 1, "spec": SPEC}
+    said = run_small(model=net, out=tmp_path / "said", normalization=((0.5,), (0.25,)), **settings)
+    assert said.integers is not None and said.integers.graph.normalization == ((0.5,), (0.25,))
+    silent = run_small(model=net, out=tmp_path / "silent", **settings)
+    assert silent.integers is not None and silent.integers.graph.normalization is None
+    with pytest.raises(ValueError, match="engine: images must be normalised: .* --mean and --std"):
+        silent.integers.normalize(torch.zeros(1, 1, 32, 32, dtype=torch.uint8))
+    done = CliRunner().invoke(app, ["evaluate", str(silent.folder / "integers.safetensors")])
+    assert done.exit_code == 1 and "evaluate: data must be given (--data)" in str(done.exception)
+    text = command("inspect", silent.folder / "integers.safetensors")
+    assert "normalised numbers only" in text
+    with pytest.raises(ValueError, match="quantize: normalization must be .* std > 0"):
+        run_small(model=net, out=tmp_path / "wrong", normalization=((0.5,), (0.0,)), **settings)
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_pictures_and_arrays_give_the_same_classes(network: Path, tmp_path: Path) -> None:
@@ -133,7 +156,7 @@ def test_wrong_files_are_refused(network: Path, tmp_path: Path) -> None:
         with pytest.raises((ValueError, CheckpointError), match=text):
             read_images(loaded, tmp_path / name)
     _, graph = exported("resnet20", "W8A8")
-    with pytest.raises(ValueError, match="the network was exported without a data set"):
+    with pytest.raises(ValueError, match="exported without --mean and --std"):
         Image.new("RGB", (32, 32)).save(tmp_path / "black.png")
         read_images(engine.Engine(graph), tmp_path / "black.png")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dfq.engine.check import check_graph
-from dfq.engine.graph import IntegerGraph, Layer
+from dfq.engine.graph import Add, AveragePool, IntegerGraph, Layer, Rescale
 from dfq.engine.memory import fuse, plan_memory
 from dfq_kernels.packing import stored_bits
 
@@ -25,7 +25,26 @@ def facts(graph: IntegerGraph, path: Path) -> dict[str, Any]:
         "bytes": path.stat().st_size, "input_shape": list(graph.input_shape), "num_classes": graph.num_classes,
         "steps": len(graph.steps), "memory_bytes_per_image": arena,
         "multiplications_per_image": sum(layer["multiplications"] for layer in layers), "layers": layers,
+        "values": _values(graph, shapes), "normalization": graph.normalization,
     }  # fmt: skip
+
+
+def _values(graph: IntegerGraph, shapes: dict[str, tuple[int, ...]]) -> list[dict[str, Any]]:
+    """Every integer value between the steps. A stream is one that an addition, a batch norm of its own or a pool reads,
+    not only layers: it has bits of its own (`QuantConfig.residual_bits`)."""
+    streams = {step.x for step in graph.steps if isinstance(step, (Rescale, Add, AveragePool))}
+    streams |= {step.other for step in graph.steps if isinstance(step, Add)}
+    streams |= {step.residual for step in graph.steps if isinstance(step, Layer) and step.residual is not None}
+    return [
+        {
+            "value": name,
+            "bits": grid.bits,
+            "signed": grid.signed,
+            "shape": list(shapes[name]),
+            "stream": name in streams,
+        }
+        for name, grid in graph.grids.items()
+    ]
 
 
 def _layer(step: Layer, graph: IntegerGraph, shape: tuple[int, ...]) -> dict[str, Any]:

@@ -94,9 +94,9 @@ class Engine:
         """uint8 pixels `[N, C, H, W]` to the network's input: `(pixels / 255 - mean) / std`, fp32.
 
         Raises:
-            ValueError: a network that was exported without mean and deviation.
+            ValueError: a network whose file holds no mean and deviation, because nobody said them.
         """
-        check("engine", "images", "pixels", "normalised: the network was exported without a data set",
+        check("engine", "images", "pixels", "normalised: the network was exported without --mean and --std",
               self.graph.normalization is not None)  # fmt: skip
         assert self.graph.normalization is not None
         mean, std = (torch.tensor(part, device=pixels.device).view(-1, 1, 1) for part in self.graph.normalization)

@@ -1,0 +1,112 @@
+"""What a run made: judged, pictured, written."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dfq.checkpoint import save_weights
+from dfq.config import to_json
+from dfq.data import Images, Normalization
+from dfq.deploy import integer_graph, milliseconds
+from dfq.engine import Engine, save_graph
+from dfq.evaluate import accuracy
+from dfq.quant import layer_bounds
+from dfq.report import model_bytes, save_curves, save_image_grid
+from dfq.run_folder import RunFolder
+from dfq.trainer import DataFreeTraining
+
+SHOWN = 10  # images of each member of the pool in a run's picture
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run made.
+
+    model: the trained network in evaluation mode (fake-quantized: exact forward); folder: where everything is;
+    calibrated: DF-Q, the same network before training (None for float students);
+    accuracies: percent by name (`teacher`, `DF-Q`, `DF-QAT-KD`, `student`, `integers`), empty without test images;
+    sizes: bytes by the same names; milliseconds: of one image on the CPU, by name;
+    integers: the network as integers, also in the folder; None where it cannot be one, and why not in `no_integers`.
+    """
+
+    model: nn.Module
+    folder: Path
+    calibrated: nn.Module | None
+    accuracies: dict[str, float]
+    sizes: dict[str, int]
+    milliseconds: dict[str, float]
+    integers: Engine | None
+    no_integers: str | None
+    seconds: float
+
+
+def finish(
+    folder: RunFolder,
+    models: dict[str, nn.Module],
+    product: nn.Module,
+    calibrated: nn.Module | None,
+    task: DataFreeTraining | None,
+    test_images: Images | None,
+    device: torch.device,
+    started: float,
+    normalization: Normalization | None = None,
+    *,
+    integers: bool = True,
+) -> Result:
+    """Writes weights, pictures and result.json, and judges every model by its exact forward."""
+    save_weights(product, folder.model)
+    save_curves(folder.metrics(), folder.path / "curves.png")
+    if task is not None:
+        drawn = zip(task.pool_names(), task.pool.sample(), strict=True)
+        pictures = [
+            (name, images[:SHOWN], None if labels is None else labels[:SHOWN]) for name, (images, labels) in drawn
+        ]
+        save_image_grid(pictures, folder.path / "images.png")
+    sizes = {name: model_bytes(model) for name, model in models.items()}
+    engine, why_not = (None, None)
+    if integers and task is not None and task.quant is not None:
+        engine, why_not = _integers(product, task, folder, normalization)
+    judged: dict[str, Any] = dict(models)
+    if engine is not None:
+        judged["integers"], sizes["integers"] = engine, folder.integers.stat().st_size
+    accuracies = {}
+    if test_images is not None:
+        where = {"integers": torch.device("cpu")}
+        accuracies = {
+            name: accuracy(item, test_images, device=where.get(name, device)) for name, item in judged.items()
+        }
+    times = {}
+    if engine is not None and device.type == "cpu":
+        shape = engine.graph.input_shape
+        times = {"teacher": milliseconds(models["teacher"], shape), "integers": milliseconds(engine, shape)}
+    seconds = time.monotonic() - started
+    facts = {"accuracies": accuracies, "bytes": sizes, "milliseconds": times, "seconds": round(seconds, 1)}
+    if why_not is not None:
+        facts["no_integers"] = why_not
+    if calibrated is not None:
+        facts["layers"] = to_json(layer_bounds(product))  # type: ignore[arg-type, assignment]
+    folder.write_json("result.json", facts)
+    return Result(product, folder.path, calibrated, accuracies, sizes, times, engine, why_not, seconds)
+
+
+def _integers(
+    product: nn.Module, task: DataFreeTraining, folder: RunFolder, normalization: Normalization | None
+) -> tuple[Engine | None, str | None]:
+    """The product in integers, written into the folder; or why its config is not one of an integer network."""
+    assert task.quant is not None
+    if not task.quant.integers:
+        return None, task.quant.why_no_integers
+    try:
+        graph = integer_graph(copy.deepcopy(product).cpu(), task.input_shape, task.num_classes, normalization)
+        engine = Engine(graph)
+    except ValueError as error:  # an ExportError: training took a sum past int32
+        return None, str(error)
+    save_graph(graph, folder.integers)
+    return engine, None
