@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -133,18 +133,36 @@ def _image_files(folder: Path) -> list[Path]:
 def read_image(path: Path, shape: tuple[int, int, int]) -> Tensor:
     """One image as uint8 `[C, H, W]`: grey or RGB as the channels say, scaled to the size where it has another one.
 
+    It is upright as its EXIF orientation says; 16 bits become 8.
+
     Raises:
-        ValueError: no image, or channels other than 1 or 3.
+        ValueError: no image, one of 32-bit or floating-point pixels, or channels other than 1 or 3.
     """
     channels, height, width = shape
     if channels not in (1, 3):
         raise ValueError(f"read_image: channels must be 1 or 3 for an image file, got {channels}")
     with _opened(path) as image:
-        converted = image.convert("L" if channels == 1 else "RGB")
+        converted = _eight_bits(image, "L" if channels == 1 else "RGB")
         if converted.size != (width, height):
             converted = converted.resize((width, height), Image.Resampling.BILINEAR)
         array = np.asarray(converted)
     return torch.from_numpy(array.reshape(height, width, channels).transpose(2, 0, 1).copy())
+
+
+def _eight_bits(image: Image.Image, mode: str) -> Image.Image:
+    """The picture upright, of 8 bits a channel. Pillow's own conversion clips deeper pixels at 255.
+
+    Raises:
+        ValueError: pixels whose white nobody knows: 32-bit integers, floating point.
+    """
+    image = ImageOps.exif_transpose(image)
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")  # as older Pillow reads it
+    if sixteen:
+        pixels = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((pixels + 128) // 257).astype(np.uint8))  # to nearest: 65535 is 255
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"pixels must have 8 or 16 bits, got Pillow's mode {image.mode} (32-bit or floating point)")
+    return image.convert(mode)
 
 
 @contextmanager
@@ -167,7 +185,7 @@ def _decode(rows: list[tuple[Path, int]]) -> tuple[Tensor, Tensor]:
     pixels: np.ndarray = np.empty(0, np.uint8)
     for index, (path, _) in enumerate(rows):
         with _opened(path) as image:
-            array = np.asarray(image.convert("RGB"))
+            array = np.asarray(_eight_bits(image, "RGB"))
         if index == 0:
             pixels = np.empty((len(rows), *array.shape), np.uint8)
         if pixels.shape[1:] != array.shape:

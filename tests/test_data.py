@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from dfq.data import DATASETS, Batches, DataError, augment, load_images
+from dfq.readers import image_folder, read_image
 
 COUNT = 6
 
@@ -201,6 +202,38 @@ def test_damaged_images_are_named(tmp_path: Path, pixels: np.ndarray) -> None:
 def test_unknown_names(name: str, split: str, text: str) -> None:
     with pytest.raises(DataError, match=text):
         load_images(name, split)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_become_eight_and_deeper_pixels_are_refused(tmp_path: Path, channels: int) -> None:
+    """Whatever the depth, white is white; of 32 bits nobody knows which number is white."""
+    deep = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
+    deep[0, :3] = 0, 65535, 257 * 100 + 128
+    expected = np.rint(deep / 257).astype(np.uint8)
+    for suffix in ("png", "tiff"):
+        Image.fromarray(deep).save(tmp_path / f"a.{suffix}")
+        found = read_image(tmp_path / f"a.{suffix}", (channels, 16, 16))
+        assert all(np.array_equal(plane, expected) for plane in found.numpy())
+    for name, array in (("int.tiff", deep.astype(np.int32)), ("float.tiff", (deep / 65535).astype(np.float32))):
+        Image.fromarray(array).save(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} must be an image: pixels must have 8 or 16 bits, got"):
+            read_image(tmp_path / name, (channels, 16, 16))
+    folder = tmp_path / "data" / "train" / "a"
+    folder.mkdir(parents=True)
+    Image.fromarray(deep).save(folder / "x.png")
+    pixels, _ = image_folder(tmp_path / "data", "train")
+    assert np.array_equal(pixels[0, 0].numpy(), expected)
+
+
+def test_a_picture_is_upright_as_its_orientation_says(tmp_path: Path) -> None:
+    upright = np.zeros((8, 12, 3), np.uint8)
+    upright[:4, :6] = 255
+    for orientation, turned in ((3, np.rot90(upright, 2)), (6, np.rot90(upright, 1)), (8, np.rot90(upright, -1))):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(np.ascontiguousarray(turned)).save(tmp_path / "a.png", exif=exif)
+        found = read_image(tmp_path / "a.png", (3, 8, 12)).numpy().transpose(1, 2, 0)
+        assert np.array_equal(found, upright), orientation
 
 
 def test_the_embedded_test_images() -> None:

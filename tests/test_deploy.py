@@ -88,6 +88,43 @@ def test_data_must_fit_the_network(run_small) -> None:
     assert integer_graph(model, (1, 12, 12), 4, fashion).normalization == (MNIST.mean, MNIST.std)
 
 
+class NoSteps:
+    """An observer that must not see one."""
+
+    def on_step(self, *_: object) -> None:
+        raise AssertionError("a step was taken")
+
+
+WITHOUT_INTEGERS = {
+    "a batch norm's logits": [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(8)],
+    "an adaptive pool larger than its map": [nn.AdaptiveAvgPool2d(15), nn.Flatten(), nn.Linear(1800, 4)],
+    "relu6 behind relu": [nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)],
+    "a linear layer on [N, C, L]": [nn.Flatten(2), nn.Linear(100, 2), nn.Flatten(), nn.Linear(16, 4)],
+}
+
+
+@pytest.mark.parametrize("tail", WITHOUT_INTEGERS.values(), ids=WITHOUT_INTEGERS)
+def test_what_has_no_integer_network_is_refused_before_the_first_step(run_small, tmp_path: Path, tail: list) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), *tail).eval()
+    classes = net(torch.zeros(1, 1, 12, 12)).shape[1]
+    settings = {"model": net, "num_classes": classes, "preset": "W8A8"}
+    with pytest.raises(ExportError, match="export: "):
+        run_small(observer=NoSteps(), out=tmp_path / "refused", **settings)
+    assert not (tmp_path / "refused").exists()
+    result = run_small(integers=False, **settings)  # who wants the fake-quantized network alone says so
+    assert result.integers is None and result.calibrated is not None
+
+
+def test_inspect_shows_streams_of_other_bits_than_layers_inputs(network: Path) -> None:
+    _, graph = exported("resnet20", "W4A4")
+    path = network.parent / "streams.safetensors"
+    engine.save_graph(graph, path)
+    values = json.loads(command("inspect", path, "--json"))["values"]
+    assert {(value["bits"], value["stream"]) for value in values} == {(8, True), (4, False), (8, False)}
+    assert sum(value["stream"] for value in values) > 9
+    assert "additions, batch norms, pools (streams)" in command("inspect", path)
+
+
 def test_nobody_s_pixels_get_fashion_mnist_s_mean(tmp_path: Path, run_small) -> None:
     """A network of other images of the same shape: its file takes pixels only where somebody said how."""
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),

@@ -1,0 +1,78 @@
+"""The engine in other processes: forked, pickled, and what importing it brings along."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dfq import engine
+from dfq.engine.run import missing
+from tests.integer_networks import exported
+
+# with two threads in the parent, whose team is there before the fork
+FORKS = """
+import multiprocessing, os, sys, torch
+from dfq import engine
+torch.set_num_threads(2)
+network = engine.load(sys.argv[1])
+images = torch.randn(4, *network.graph.input_shape, generator=torch.Generator().manual_seed(0))
+wanted = network(images)
+def work():
+    os._exit(0 if torch.equal(network(images), wanted) and torch.equal(network(images[:1]), wanted[:1]) else 3)
+workers = [multiprocessing.get_context("fork").Process(target=work) for _ in range(3)]
+for worker in workers: worker.start()
+for worker in workers: worker.join(30)
+codes = [worker.exitcode for worker in workers]
+for worker in workers: worker.kill()
+again = torch.equal(network(images), wanted)
+print(codes, again)
+sys.exit(codes != [0, 0, 0] or not again)
+"""
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    _, graph = exported("wrn-16-1", "W8A8")
+    path = tmp_path_factory.mktemp("network") / "net.safetensors"
+    engine.save_graph(graph, path)
+    return path
+
+
+def test_forked_workers_run_the_network_that_their_parent_loaded(network: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FORKS, str(network)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _logits(loaded: engine.Engine, images: torch.Tensor) -> torch.Tensor:
+    return loaded(images)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_an_engine_is_pickled(network: Path, backend: str) -> None:
+    """Into another process, which is how a pool gets it."""
+    if (reason := missing(backend, torch.device("cpu"))) is not None:
+        pytest.skip(reason)
+    loaded = engine.load(network, backend=backend)
+    images = torch.randn(2, *loaded.graph.input_shape)
+    again = pickle.loads(pickle.dumps(loaded))
+    assert again.backend == backend and torch.equal(again(images), loaded(images))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert torch.equal(pool.apply(_logits, (loaded, images)), loaded(images))
+
+
+@pytest.mark.parametrize("module", ["dfq.engine", "dfq"])
+def test_who_runs_integers_loads_neither_trainer_nor_pictures(module: str) -> None:
+    program = (
+        f"import sys, {module}; print(sorted({{name.partition('.')[0] for name in sys.modules}}), list(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)})  # fmt: skip
+    for unwanted in ("matplotlib", "tensorboard", "torch.utils.tensorboard", "PIL", "typer", "dfq.trainer", "dfq.api"):
+        assert f"'{unwanted}'" not in done.stdout, unwanted
