@@ -1,7 +1,8 @@
 """Compiles every Triton kernel without a GPU: `python -m tests.triton_compile sm_80 sm_90 sm_100`.
 
 Operators are called on CPU tensors while `launch` records instead of running; what it was given is compiled to cubin.
-One JSON line per kernel: how it loads, whether products and sums are fused, and what the assembler says it uses.
+One JSON line per kernel: how it loads, whether products and sums are fused, what the assembler says it uses, and how
+many instructions the kernel and a turn of its longest loop have.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 import dfq_kernels as k
 from dfq_kernels import dispatch, tiles
 from dfq_kernels.dispatch import TABLE, written
+from tests.sass import TOOLS, counted
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8",
             torch.int32: "*i32"}  # fmt: skip
@@ -120,11 +121,10 @@ def call_integers() -> None:
 
 def resources(cubin: bytes) -> dict[str, int]:
     """Registers, stack and local memory of the compiled kernel."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
+        command = [str(TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     numbers = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)[0]
     return dict(zip(("registers", "stack", "local"), map(int, numbers), strict=True))
@@ -143,7 +143,7 @@ def main() -> None:
                 "async_loads": len(re.findall(r"cp\.async\.c[ag]\.\S+ .*0x10", ptx)),
                 "products": len(re.findall(r"mma\S*\.s32\.s8\.s8|mma\S*\.s8\.s8\.s32|kind::i8", ptx)),
                 "four_at_once": ptx.count(".reg .b32 t;"),
-                **resources(compiled.asm["cubin"]),
+                **counted(compiled.asm["cubin"]), **resources(compiled.asm["cubin"]),
             }), flush=True)  # fmt: skip
 
 

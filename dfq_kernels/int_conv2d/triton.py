@@ -54,7 +54,8 @@ def dense_kernel(
     INNER: tl.constexpr, OUTER: tl.constexpr, GROUPS: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
     SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr,
     X_BITS: tl.constexpr, X_SIGNED: tl.constexpr, W_BITS: tl.constexpr, R_BITS: tl.constexpr, R_SIGNED: tl.constexpr,
-    SWAR: tl.constexpr, R: tl.constexpr, B: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
+    SWAR: tl.constexpr, ZERO_PAD: tl.constexpr,
+    R: tl.constexpr, B: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
     ACTIVATION: tl.constexpr, NEXT_ACTIVATION: tl.constexpr, BITS: tl.constexpr, NEXT_BITS: tl.constexpr,
 ):  # fmt: skip
     # math     acc = sum over taps and channels of (x - zero_point) * w; t = float(acc) * mult + bias + residual
@@ -72,6 +73,8 @@ def dense_kernel(
     W_RUNS: tl.constexpr = PLANES * W_BITS // 8
     DEPTH: tl.constexpr = KY * KX * RUN
     PADDED: tl.constexpr = PY > 0 or PX > 0
+    if ZERO_PAD:
+        pad = 0  # an asynchronous copy fills with zeros by itself; any other byte is patched in, byte by byte
     program = tl.program_id(0)
     block, group = program % COUNT, program // COUNT % GROUPS
     pixel = (program // COUNT // GROUPS).to(tl.int64) * R + tl.arange(0, R)
@@ -197,7 +200,8 @@ def forward(
         x, as_bytes(x), as_bytes(channels_last(weight)), sums, fp32(mult), fp32(bias),
         None if residual is None else as_bytes(channels_last(residual)), pixels,
     )  # fmt: skip
-    numbers = (pad_byte(grid, bits), float(other.zero_point), other.scale)
+    pad = pad_byte(grid, bits)
+    numbers = (pad, float(other.zero_point), other.scale)
     geometry: dict[str, Any] = {
         **dict(zip(("HEIGHT", "WIDTH", "OUT_HEIGHT", "OUT_WIDTH"), (*x.shape[2:], *shape[2:]), strict=True)),
         **dict(zip(("KY", "KX"), weight.shape[2:], strict=True)), **dict(zip(("SY", "SX"), stride, strict=True)),
@@ -217,7 +221,7 @@ def forward(
         launch(
             dense_kernel, "convolution", programs, *values, grid.zero_point + origin(bits, grid.signed), *numbers,
             *ending.arguments, INNER=inner, OUTER=outer, GROUPS=groups, W_BITS=weight_bits, SWAR=SWAR,
-            **geometry, **tile, **ending.constants,
+            ZERO_PAD=pad == 0 or not any(padding), **geometry, **tile, **ending.constants,
         )  # fmt: skip
     for result, out, (_, width) in zip(results, written, epilogue.results, strict=False):
         if result is not out:
