@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dfq_kernels.integers import Epilogue, Grid
 from dfq_kernels.memory import ACTIVATIONS, fp32
-from dfq_kernels.tiles import INTERPRETED, activate, clamp, rne, tuning
+from dfq_kernels.tiles import INTERPRETED, activate, tuning
 
 FLOAT = 32  # "bits" of a result that is no integer
 MULTIPROCESSORS = 128  # about; a grid that leaves some idle is cut finer
@@ -182,8 +182,12 @@ def weight_field(w, k: tl.constexpr, BITS: tl.constexpr, SWAR: tl.constexpr):
 
 @triton.jit
 def rounded(t, numbers, k: tl.constexpr):
-    """To the k-th grid; a float."""
-    return clamp(rne(t * numbers[4 * k] + numbers[4 * k + 1]), numbers[4 * k + 2], numbers[4 * k + 3])
+    """To the k-th grid, plus 1.5 * 2^23: adding that rounds, and leaves the integer in the lowest bits of the float.
+
+    The clamp comes first, so nothing is too large for it. (No NaN comes here, and one would be quant_min.)
+    """
+    scaled = t * numbers[4 * k] + numbers[4 * k + 1]
+    return tl.minimum(tl.maximum(scaled, numbers[4 * k + 2]), numbers[4 * k + 3]) + 12582912.0
 
 
 @triton.jit
@@ -191,12 +195,12 @@ def keep(
     out, q, pixel, c, rows, known, block,
     CHANNELS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """Writes a tile of integers; its planes are fields of the same bytes."""
+    """Writes the lowest bits of a tile of int32; its planes are fields of the same bytes."""
     if BITS == 8:
-        tl.store(out + pixel * CHANNELS + c, q.to(tl.int32).to(tl.uint8), mask=rows & known)
+        tl.store(out + pixel * CHANNELS + c, q.to(tl.uint8), mask=rows & known)
     else:
         N: tl.constexpr = 8 // BITS
-        fields = tl.reshape(q.to(tl.int32) & ((1 << BITS) - 1), (R, N, B // N))
+        fields = tl.reshape(q & ((1 << BITS) - 1), (R, N, B // N))
         byte = tl.sum(fields << (tl.arange(0, N) * BITS)[None, :, None], 1)
         c, known = columns(block, CHANNELS // N, B // N, P // N)
         tl.store(out + pixel * (CHANNELS // N) + c[None, :], byte.to(tl.uint8), mask=rows & known[None, :])
@@ -214,13 +218,14 @@ def finish(
         tl.store(outs[0] + pixel * CHANNELS + c, t, mask=rows & known)
     else:
         for k in tl.static_range(len(BITS)):
-            keep(outs[k], rounded(t, numbers, k), pixel, c, rows, known, block, CHANNELS, R, B, P, BITS[k])
+            q = rounded(t, numbers, k).to(tl.int32, bitcast=True)
+            keep(outs[k], q, pixel, c, rows, known, block, CHANNELS, R, B, P, BITS[k])
         if len(NEXT_BITS) > 0:
-            t = (rounded(t, numbers, 0) - zero) * scale
+            t = ((rounded(t, numbers, 0) - 12582912.0) - zero) * scale
             if mean is not None:
                 t = t - tl.load(mean + c, mask=known, other=0.0)
                 t = t * tl.load(factor + c, mask=known, other=0.0) + tl.load(shift + c, mask=known, other=0.0)
             t = activate(t, NEXT_ACTIVATION)
             for k in tl.static_range(len(NEXT_BITS)):
-                q = rounded(t, next_numbers, k)
+                q = rounded(t, next_numbers, k).to(tl.int32, bitcast=True)
                 keep(nexts[k], q, pixel, c, rows, known, block, CHANNELS, R, B, P, NEXT_BITS[k])

@@ -158,6 +158,24 @@ def rne(x):
 
 
 @triton.jit
+def round_to(x, low, high, WIDE: tl.constexpr):
+    """`(r, clamp(r, low, high))`: r is x's nearest integer where that lies within the bounds, else beyond them, too.
+
+    1.5 * 2^23 has no fraction left for any x below 2^22 in size, of either sign; what is larger stays so.
+    """
+    if WIDE:
+        rounded = rne(x)
+    else:
+        rounded = (x + 12582912.0) - 12582912.0
+    return rounded, clamp(rounded, low, high)
+
+
+def wide(quant_min: int, quant_max: int) -> bool:
+    """Whether bounds leave what one addition rounds."""
+    return max(-quant_min, quant_max) >= 2**22
+
+
+@triton.jit
 def narrow(x, dtype: tl.constexpr):
     """To nearest even, as every GPU does; Triton's interpreter cuts bf16 off, so there it is done by hand."""
     if INTERPRETED and dtype == tl.bfloat16:
@@ -172,8 +190,7 @@ def narrow(x, dtype: tl.constexpr):
 @triton.jit
 def clamp(x, low, high):
     """NaN stays NaN."""
-    x = tl.where(x < low, low, x)
-    return tl.where(x > high, high, x)
+    return least(most(x, low), high)
 
 
 @triton.jit
@@ -194,10 +211,11 @@ def inverse_deviation(var, eps):
 
 @triton.jit
 def activate(y, ACTIVATION: tl.constexpr):
+    """NaN stays NaN."""
     if ACTIVATION >= 1:
-        y = tl.where(y < 0, 0.0, y)
+        y = most(y, 0.0)
     if ACTIVATION == 2:
-        y = tl.where(y > 6, 6.0, y)
+        y = least(y, 6.0)
     return y
 
 
@@ -212,11 +230,10 @@ def behind_activation(grad, y, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def learned_gradient(x, grad, inv, zero_point, low, high):
+def learned_gradient(x, grad, inv, zero_point, low, high, WIDE: tl.constexpr):
     """Of x, of scale, and the gradient where the clamp changed something."""
     scaled = x * inv
-    rounded = rne(scaled + zero_point)
-    q = clamp(rounded, low, high)
+    rounded, q = round_to(scaled + zero_point, low, high, WIDE)
     inside = q == rounded
     grad_inside = tl.where(inside, grad, 0.0)
     error = (q - zero_point) - tl.where(inside, scaled, 0.0)
@@ -351,12 +368,12 @@ def pivot_of(x, c, channels, inner):
 
 @triton.jit
 def least(a, b):
-    return tl.where((b < a) | (b != b), b, a)
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def most(a, b):
-    return tl.where((b > a) | (b != b), b, a)
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -16,7 +16,6 @@ from dfq_kernels.tiles import (
     activate,
     behind_activation,
     channels_of,
-    clamp,
     elements,
     finish,
     first_step,
@@ -39,10 +38,11 @@ from dfq_kernels.tiles import (
     pivot_of,
     quotient,
     reciprocal,
-    rne,
+    round_to,
     take,
     tile,
     total_of,
+    wide,
 )
 
 
@@ -115,7 +115,7 @@ def look_finish_kernel(
 @triton.jit
 def quantize_kernel(
     x, weight, bias, mean, var, scale, zero_point, out, outer, channels, inner, steps, eps, quant_min, quant_max,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     # math     out = fake_quant(act((x - mean) * (weight / sqrt(var + eps)) + bias))
@@ -130,7 +130,7 @@ def quantize_kernel(
     centred = tl.load(x + offsets, mask=there, other=0.0).to(tl.float32) - of_channels(mean, c, channels, 0.0, True)
     y = activate(centred * factor + of_channels(bias, c, channels, 0.0, BIAS), ACTIVATION)
     size, zero = tl.load(scale), tl.load(zero_point)
-    q = clamp(rne(y * reciprocal(size) + zero), quant_min, quant_max)
+    _, q = round_to(y * reciprocal(size) + zero, quant_min, quant_max, WIDE)
     tl.store(out + offsets, narrow((q - zero) * size, out.dtype.element_ty), mask=there)
 
 
@@ -138,7 +138,8 @@ def quantize_kernel(
 def sums_kernel(
     grad_out, x, weight, bias, mean, var, scale, zero_point, grad_x, parts, outer, channels, inner, steps, slices, eps,
     quant_min, quant_max, TRAINING: tl.constexpr, LEARNED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr, INDEX: tl.constexpr,
+    ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     # math     inner = act'(y) grad behind the clamp; sums of inner, of inner and centred x, and of LSQ's two terms;
     #          where statistics are frozen grad_x = inner * factor
@@ -159,7 +160,7 @@ def sums_kernel(
         centred = tl.load(x + offsets, mask=there, other=0.0).to(tl.float32) - average
         y = activate(centred * factor + shift, ACTIVATION)
         grad = tl.load(grad_out + offsets, mask=there, other=0.0).to(tl.float32)
-        inside, error, clipped = learned_gradient(y, grad, inv, zero, quant_min, quant_max)
+        inside, error, clipped = learned_gradient(y, grad, inv, zero, quant_min, quant_max, WIDE)
         passed = tl.where(there, behind_activation(inside, y, ACTIVATION), 0.0)
         total += passed
         product += tl.where(there, passed * centred, 0.0)
@@ -197,7 +198,8 @@ def sums_finish_kernel(
 @triton.jit
 def training_kernel(
     grad_out, x, weight, bias, mean, var, scale, zero_point, grad_weight, grad_bias, grad_x, outer, channels, inner,
-    steps, eps, quant_min, quant_max, count, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    steps, eps, quant_min, quant_max, count,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     # math     grad_x = (inner - mean(inner) - normalized mean(inner normalized)) * factor
@@ -212,7 +214,8 @@ def training_kernel(
     centred = tl.load(x + offsets, mask=there, other=0.0).to(tl.float32) - of_channels(mean, c, channels, 0.0, True)
     y = activate(centred * factor + of_channels(bias, c, channels, 0.0, BIAS), ACTIVATION)
     grad = tl.load(grad_out + offsets, mask=there, other=0.0).to(tl.float32)
-    inside, _, _ = learned_gradient(y, grad, reciprocal(tl.load(scale)), tl.load(zero_point), quant_min, quant_max)
+    inv, zero = reciprocal(tl.load(scale)), tl.load(zero_point)
+    inside, _, _ = learned_gradient(y, grad, inv, zero, quant_min, quant_max, WIDE)
     passed = behind_activation(inside, y, ACTIVATION)
     mean_grad = quotient(of_channels(grad_bias, c, channels, 0.0, True), count)
     slope = quotient(of_channels(grad_weight, c, channels, 0.0, True), count) * inv_std
@@ -267,7 +270,7 @@ def forward(
     tiles = Tiles.of(view(x, 1), elements("elementwise"))
     launch(
         quantize_kernel, "elementwise", tiles.units * tiles.steps, x, x, weight, bias, mean, var, *moving.values[2:],
-        out, *tiles, eps, float(quant_min), float(quant_max), **layer, **tiles.shape,
+        out, *tiles, eps, float(quant_min), float(quant_max), WIDE=wide(quant_min, quant_max), **layer, **tiles.shape,
     )  # fmt: skip
     stored.done()
     moving.done()
@@ -296,6 +299,7 @@ def backward(
     scale, zero_point, grad_out = fp32(scale), fp32(zero_point), in_order_of(x, grad_out)
     grad_x, grad_weight, grad_bias, grad_scale, grad_zero_point = schema.allocate_grads(grad_out, x)
     layer = {"WEIGHT": weight is not None, "BIAS": bias is not None, "ACTIVATION": ACTIVATIONS[activation]}
+    layer["WIDE"] = wide(quant_min, quant_max)
     tensors, bounds = (weight, bias, mean, var, scale, zero_point), (eps, float(quant_min), float(quant_max))
     tiles = Tiles.of(view(x, 1), elements("reduction"))
     parts = torch.empty(4, tiles.slices, tiles.channels, dtype=torch.float32, device=x.device)

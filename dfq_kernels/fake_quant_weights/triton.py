@@ -12,7 +12,7 @@ from torch import Tensor
 from dfq_kernels.fake_quant_weights import schema
 from dfq_kernels.layers import chunks, find_layer, of_layer
 from dfq_kernels.registration import register
-from dfq_kernels.tiles import clamp, elements, launch, most, most_of, narrow, reciprocal, rne
+from dfq_kernels.tiles import elements, launch, most, most_of, narrow, reciprocal, round_to
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def rows_kernel(weights, outs, scales, sizes, quant_maxs, ends, BLOCK: tl.conste
     for start in range(0, size, BLOCK):
         at = start + tl.arange(0, BLOCK)
         values = tl.load(weight + row + at, mask=at < size, other=0.0).to(tl.float32)
-        q = clamp(rne(values * inv), -quant_max, quant_max)
+        _, q = round_to(values * inv, -quant_max, quant_max, False)
         tl.store(out + row + at, narrow(q * scale, out.dtype.element_ty), mask=at < size)
 
 
