@@ -60,14 +60,23 @@ def as_bytes(q: Tensor) -> Tensor:
     return q if q.dtype == torch.float32 else q.view(torch.uint8)
 
 
-def blocks(pixels: int, channels: int, ending: Ending) -> tuple[int, dict[str, int]]:
-    """How many programs cover a map, and their compile-time R pixels and B columns."""
+def blocks(pixels: int, channels: int, ending: Ending, taps: int = 1) -> tuple[int, dict[str, int]]:
+    """How many programs cover a map, and their compile-time R pixels and B columns; with `taps`, T of them at once.
+
+    A small map is cut into fewer pixels a program, down to a warp's worth of each warp, before processors stay idle.
+    """
     chosen = tuning()["pixels"]
     columns = min(chosen["channels"], triton.next_power_of_2(channels))
     columns = max(columns, ending.planes)
-    rows = min(max(1, chosen["elements"] // columns), triton.next_power_of_2(pixels))
     count = triton.cdiv(channels // ending.planes, columns // ending.planes)
-    return triton.cdiv(pixels, rows) * count, {"R": rows, "B": columns}
+    rows = min(max(1, chosen["elements"] // columns), triton.next_power_of_2(pixels))
+    least = 1 if taps > 1 else max(1, 32 * chosen["warps"] // columns)
+    while rows > least and triton.cdiv(pixels, rows) * count < MULTIPROCESSORS:
+        rows //= 2
+    shape = {"R": rows, "B": columns}
+    if taps > 1:
+        shape["T"] = min(triton.next_power_of_2(taps), max(1, chosen["elements"] // (rows * columns)))
+    return triton.cdiv(pixels, rows) * count, shape
 
 
 # --- channels and fields ------------------------------------------------------------------------------------------
@@ -82,11 +91,16 @@ def columns(block, CHANNELS: tl.constexpr, B: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def place_of(program, pixels, CHANNELS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr):
-    """A program's pixels `[R, 1]` (int64) and channels `[1, B]`, and which of them there are; its block of channels."""
+def place_of(
+    program, pixels, CHANNELS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr, T: tl.constexpr = 1
+):
+    """A program's pixels `[R, 1]` (int64) and channels `[1, B]`, and which of them there are; its block of channels.
+
+    The pixels T times over, where T places of each are looked at together: `[T * R, 1]`.
+    """
     COUNT: tl.constexpr = (CHANNELS // P + B // P - 1) // (B // P)
     block = program % COUNT
-    pixel = (program // COUNT).to(tl.int64) * R + tl.arange(0, R)[:, None]
+    pixel = (program // COUNT).to(tl.int64) * R + (tl.arange(0, T * R) % R)[:, None]
     c, known = columns(block, CHANNELS, B, P)
     return pixel, c[None, :], pixel < pixels, known[None, :], block
 

@@ -113,17 +113,9 @@ struct Moments {
   float count = 0, mean = 0, squares = 0;
 
   struct Wide {
-    double count = 0, mean = 0, squares = 0;
-    __device__ void join(double n, double m, double s) {
-      const double total = count + n, delta = m - mean;
-      if (n == 0) return;
-      mean += delta * (n / total);
-      squares += s + delta * delta * (count * n / total);
-      count = total;
-    }
-    __device__ void absorb(const Moments& part) { join(part.count, part.mean, part.squares); }
-    __device__ void merge(const Wide& other) { join(other.count, other.mean, other.squares); }
+    double count, mean, squares;
   };
+  __device__ const Moments& moments() const { return *this; }
   __device__ void join(float n, float m, float s) {
     const float total = count + n, delta = m - mean, share = __fdividef(n, total);
     mean += delta * share;
@@ -165,28 +157,17 @@ struct Extremes {
 };
 
 struct MomentsAndExtremes {
-  Moments moments;
+  Moments of_all;
   Extremes extremes;
 
-  struct Wide {
-    Moments::Wide moments;
-    Extremes extremes;
-    __device__ void absorb(const MomentsAndExtremes& part) {
-      moments.absorb(part.moments);
-      extremes.absorb(part.extremes);
-    }
-    __device__ void merge(const Wide& other) {
-      moments.merge(other.moments);
-      extremes.merge(other.extremes);
-    }
-  };
+  __device__ const Moments& moments() const { return of_all; }
   __device__ void merge(const MomentsAndExtremes& other) {
-    moments.merge(other.moments);
+    of_all.merge(other.of_all);
     extremes.merge(other.extremes);
   }
   template <int N>
   __device__ void add(const float (&x)[N], int n, float pivot) {
-    moments.add(x, n, pivot);
+    of_all.add(x, n, pivot);
     extremes.add(x, n);
   }
 };

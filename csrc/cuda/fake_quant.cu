@@ -145,7 +145,9 @@ void fake_quant_backward(const FakeQuantBackward& a, const Queue& queue) {
     op.out = static_cast<T*>(a.grad_x);
     op.scale = a.scale, op.zero_point = a.zero_point, op.integers = {a.quant_min, a.quant_max};
     const Layout l = sweep(op, a.view, launch);
-    run(finish, static_cast<unsigned>(ceil_div(l.channels, 4)), 128, 0, launch, static_cast<const Sums<2>*>(launch.workspace), l.slices, l.channels, a.scale, a.grad_scale, a.grad_zero_point);
+    const Sums<2>* parts = parts_in<Sums<2>>(launch.workspace);
+    run(finish, static_cast<unsigned>(ceil_div(l.channels, 4)), 128, 0, launch, parts, l.slices, l.channels, a.scale,
+        a.grad_scale, a.grad_zero_point);
   });
 }
 

@@ -149,17 +149,30 @@ def dense_blocks(
 ) -> tuple[int, dict[str, int]]:
     """How many programs there are, and their compile-time R pixels, B columns and K bytes.
 
+    A small map is cut finer before processors stay idle: rows to 32, columns and then rows to the 16 that a product of
+    tiles has at least. x is then read once for every block of columns, from cache. Smaller tiles are deeper: a step
+    waits for its copies whatever it multiplies.
+
     depth: bytes of K, each of `fields` integers of an operand.
     """
     chosen = tuning()["convolution"]
-    columns = min(chosen["channels"], max(16, triton.next_power_of_2(outer)))
     most = chosen["pixels"] // 2 if fields == 4 else chosen["pixels"]  # four products of tiles fill the registers
-    rows = min(most, max(16, triton.next_power_of_2(pixels)))
-    per_row = triton.cdiv(outer // planes, columns // planes) * groups
-    while rows > 32 and triton.cdiv(pixels, rows) * per_row < MULTIPROCESSORS:
-        rows //= 2
-    depth = min(chosen["depth"], max(LEAST_DEPTH, triton.next_power_of_2(depth)))
-    return triton.cdiv(pixels, rows) * per_row, {"R": rows, "B": columns, "K": depth}
+    tile = {
+        "R": min(most, max(16, triton.next_power_of_2(pixels))),
+        "B": min(chosen["channels"], max(16, triton.next_power_of_2(outer))),
+    }
+
+    def programs() -> int:
+        return triton.cdiv(pixels, tile["R"]) * triton.cdiv(outer // planes, tile["B"] // planes) * groups
+
+    for side, least in (("R", 32), ("B", 16), ("R", 16)):
+        while tile[side] > least and programs() < MULTIPROCESSORS:
+            tile[side] //= 2
+    tile["K"] = min(chosen["depth"], max(LEAST_DEPTH, triton.next_power_of_2(depth)))
+    memory = (chosen["pixels"] + chosen["channels"]) * chosen["depth"]
+    while (tile["R"] + tile["B"]) * tile["K"] * 2 <= memory and tile["K"] * 2 <= depth:
+        tile["K"] *= 2
+    return programs(), tile
 
 
 def pad_byte(grid: Grid, bits: int) -> int:
