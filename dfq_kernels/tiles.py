@@ -163,10 +163,7 @@ def round_to(x, low, high, WIDE: tl.constexpr):
 
     1.5 * 2^23 has no fraction left for any x below 2^22 in size, of either sign; what is larger stays so.
     """
-    if WIDE:
-        rounded = rne(x)
-    else:
-        rounded = (x + 12582912.0) - 12582912.0
+    rounded = rne(x) if WIDE else (x + 12582912.0) - 12582912.0
     return rounded, clamp(rounded, low, high)
 
 
@@ -211,7 +208,6 @@ def inverse_deviation(var, eps):
 
 @triton.jit
 def activate(y, ACTIVATION: tl.constexpr):
-    """NaN stays NaN."""
     if ACTIVATION >= 1:
         y = most(y, 0.0)
     if ACTIVATION == 2:
@@ -394,15 +390,11 @@ def most_of(values, KEEP: tl.constexpr = False):
 def fold_least(values, BY_CHANNEL: tl.constexpr):
     """The least of a tile's values for every channel of the unit."""
     found = least_of(values)
-    if BY_CHANNEL:
-        found = least_of(found, True)
-    return found
+    return least_of(found, True) if BY_CHANNEL else found
 
 
 @triton.jit
 def fold_most(values, BY_CHANNEL: tl.constexpr):
     """The largest of a tile's values for every channel of the unit."""
     found = most_of(values)
-    if BY_CHANNEL:
-        found = most_of(found, True)
-    return found
+    return most_of(found, True) if BY_CHANNEL else found

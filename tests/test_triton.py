@@ -123,7 +123,7 @@ def test_all_layers_are_one_launch(monkeypatch: pytest.MonkeyPatch, layers: int,
     for module in (loss, weights):
         monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: seen.append(kernel.fn.__name__))
     vectors, scalar = [torch.ones(8)] * layers, torch.ones(())
-    weights.forward([torch.ones(4, 9)] * layers, [4] * layers)
+    weights.forward([torch.ones(4, 9)] * layers, [4] * layers, None)
     loss.forward(*[vectors] * 4, [1e-5] * layers)
     loss.backward(scalar, *[vectors] * 4, [1e-5] * layers)
     assert seen == [name for name in ("rows_kernel", "forward_kernel", "backward_kernel") for _ in range(launches)]

@@ -82,7 +82,7 @@ def call_training(x: torch.Tensor) -> None:
         b["fake_quant"].backward_learned(out, x, scale, scale, 0, 15, axis)
     b["fake_quant"].backward(x, mask, x.stride())
     b["observe_fake_quant"].forward(x, *[s.clone() for _ in range(4)], 0.01, 0, 15, False)
-    b["fake_quant_weights"].forward([x, x[:1]], [4, 8])
+    b["fake_quant_weights"].forward([x, x[:1]], [4, 8], torch.bfloat16)
     b["bn_stats"].forward(x)
     b["bn_stats"].backward(c, c, x, c)
     b["bn_act_stats"].forward(x, c, c, c, c, 1e-5, "relu")

@@ -27,17 +27,26 @@ struct LookAt : Operator<T, 1, false, MomentsAndExtremes> {
   }
 };
 
+__host__ __device__ inline Normalization normalization(const BnActFakeQuantForward& a) {
+  const float* const mean = a.training ? a.mean : a.running_mean;
+  return {mean, a.training ? a.var : a.running_var, a.weight, a.bias, a.eps, a.activation};
+}
+
 template <class T>
 struct Quantize : Operator<T, 1, true, Nothing> {
   Normalization norm;
   const float *scale, *zero_point;  // one number each
   float low, high;
+  float *mean, *var;  // copies of what normalises; null: it is not what is stored
+  float* used;
 
   struct Constants {
     Normalization::Constants norm;
     float scale, inv, zero_point;
   };
   __device__ Constants constants(int64_t c, const Layout&) const {
+    if (mean) mean[c] = norm.mean[c], var[c] = norm.var[c];  // every thread of the channel writes the same
+    if (c == 0) used[0] = *scale, used[1] = *zero_point;
     return {norm.constants(c), *scale, 1.0f / *scale, *zero_point};
   }
   template <int N>
@@ -72,7 +81,7 @@ __global__ void __launch_bounds__(kJoinThreads) join(void* workspace, const Layo
         a.running_mean[c] += a.momentum * (mean - a.running_mean[c]);
         a.running_var[c] += a.momentum * (unbiased - a.running_var[c]);
       }
-      const Normalization norm{a.mean, a.var, a.weight, a.bias, a.eps, a.activation};
+      const Normalization norm = normalization(a);
       const Normalization::Constants k = norm.constants(c);
       const float one = activate(k.affine(extremes.low), a.activation);
       const float other = activate(k.affine(extremes.high), a.activation);
@@ -219,7 +228,8 @@ void bn_act_fake_quant_forward(const BnActFakeQuantForward& a, const Queue& queu
     Quantize<T> op;
     op.in[0] = static_cast<const T*>(a.x);
     op.out = static_cast<T*>(a.out);
-    op.norm = {a.mean, a.var, a.weight, a.bias, a.eps, a.activation};
+    op.norm = normalization(a);
+    op.mean = a.training ? nullptr : a.mean, op.var = a.var, op.used = a.used;
     op.scale = a.range.scale, op.zero_point = a.range.zero_point;
     op.low = a.range.quant_min, op.high = a.range.quant_max;
     sweep(op, a.view, launch);

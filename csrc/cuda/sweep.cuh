@@ -5,8 +5,8 @@
 // columns  channels-last: a thread keeps a few neighbouring channels and walks down the elements
 // flat     eight neighbours in memory whatever their channels; for bits that neighbours share
 //
-// The partition depends on the tensor alone, every part has a place of its own and they are joined in order: the same
-// bits at every call. Nothing is allocated and nothing waits: all of it can be captured in a CUDA graph.
+// The partition depends on the tensor and its alignment alone, every part has a place of its own and they are joined in
+// order: the same bits at every call. Nothing is allocated and nothing waits: all of it can be captured in a CUDA graph.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -265,8 +265,9 @@ constexpr int lanes_of() { return kGathers<Op> ? 16 / sizeof(typename Op::Type) 
 template <class Op>
 Layout sweep(const Op& op, const View& view, const Launch& launch) {
   using Part = typename Op::Part;
-  constexpr int kLanes = lanes_of<Op>();
-  const Layout l = layout_of(view, kLanes);
+  constexpr int kLanes = lanes_of<Op>(), kOther = kGathers<Op> ? 4 : kLanes;  // what is not whole needs registers
+  const bool fits = view.channels % kLanes == 0 && aligned_operands(op);
+  const Layout l = layout_of(view, fits ? kLanes : kOther);
   void* const room = launch.workspace;
   if (!l.columns) {
     const unsigned grid = static_cast<unsigned>(l.slices * l.channels);
@@ -275,10 +276,9 @@ Layout sweep(const Op& op, const View& view, const Launch& launch) {
     else run(rows<Op, false>, grid, kThreads, 0, launch, op, l, room);
   } else {
     const dim3 grid(l.slices, l.tiles), block(l.across, kThreads / l.across);
-    const size_t shared = kGathers<Op> ? sizeof(Part) * kThreads * kLanes : 0;
-    const bool whole = l.channels % kLanes == 0 && aligned_operands(op);
-    if (whole) run(columns<Op, kLanes, true>, grid, block, shared, launch, op, l, room);
-    else run(columns<Op, kLanes, false>, grid, block, shared, launch, op, l, room);
+    const size_t shared = kGathers<Op> ? sizeof(Part) * kThreads * (fits ? kLanes : kOther) : 0;
+    if (fits) run(columns<Op, kLanes, true>, grid, block, shared, launch, op, l, room);
+    else run(columns<Op, kOther, false>, grid, block, shared, launch, op, l, room);
   }
   return l;
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -43,13 +44,15 @@ def rows_kernel(weights, outs, scales, sizes, quant_maxs, ends, BLOCK: tl.conste
 
 
 @register(schema.FORWARD, "triton")
-def forward(weights: Sequence[Tensor], bits: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+def forward(
+    weights: Sequence[Tensor], bits: Sequence[int], dtype: torch.dtype | None
+) -> tuple[list[Tensor], list[Tensor]]:
     """`(outs, scales)`, one of each per weight."""
     weights = [schema.rows(weight) for weight in weights]
-    outs, scales = schema.allocate(weights, bits)
+    outs, scales = schema.allocate(weights, bits, dtype)
     layers = list(zip(weights, outs, scales, bits, strict=True))
-    for dtype in dict.fromkeys(weight.dtype for weight in weights):
-        for chunk in chunks([layer for layer in layers if layer[0].dtype == dtype]):
+    for kind in dict.fromkeys(weight.dtype for weight in weights):
+        for chunk in chunks([layer for layer in layers if layer[0].dtype == kind]):
             chosen, results, factors, counts = zip(*chunk, strict=True)
             sizes = tuple(weight.numel() // weight.shape[0] for weight in chosen)
             ends = tuple(accumulate(weight.shape[0] for weight in chosen))
