@@ -63,20 +63,27 @@ def as_bytes(q: Tensor) -> Tensor:
 def blocks(pixels: int, channels: int, ending: Ending, taps: int = 1) -> tuple[int, dict[str, int]]:
     """How many programs cover a map, and their compile-time R pixels and B columns; with `taps`, T of them at once.
 
-    A small map is cut into fewer pixels a program, down to a warp's worth of each warp, before processors stay idle.
+    A small map is cut finer before processors stay idle: down to an element a thread, with taps to a pixel and 16
+    channels. A program has about eight loads of taps in flight, and shares more of them among idle threads.
     """
-    chosen = tuning()["pixels"]
-    columns = min(chosen["channels"], triton.next_power_of_2(channels))
-    columns = max(columns, ending.planes)
-    count = triton.cdiv(channels // ending.planes, columns // ending.planes)
-    rows = min(max(1, chosen["elements"] // columns), triton.next_power_of_2(pixels))
-    least = 1 if taps > 1 else max(1, 32 * chosen["warps"] // columns)
-    while rows > least and triton.cdiv(pixels, rows) * count < MULTIPROCESSORS:
-        rows //= 2
-    shape = {"R": rows, "B": columns}
+    chosen, planes = tuning()["pixels"], ending.planes
+    threads = 32 * chosen["warps"]
+    columns = max(min(chosen["channels"], triton.next_power_of_2(channels)), planes)
+    tile = {"R": min(max(1, chosen["elements"] // columns), triton.next_power_of_2(pixels)), "B": columns}
+
+    def programs() -> int:
+        return triton.cdiv(pixels, tile["R"]) * triton.cdiv(channels // planes, tile["B"] // planes)
+
+    for side, least in (
+        ("R", 1 if taps > 1 else max(1, threads // columns)),
+        ("B", 16 * planes if taps > 1 else columns),
+    ):
+        while tile[side] > least and programs() < MULTIPROCESSORS:
+            tile[side] //= 2
     if taps > 1:
-        shape["T"] = min(triton.next_power_of_2(taps), max(1, chosen["elements"] // (rows * columns)))
-    return triton.cdiv(pixels, rows) * count, shape
+        room, whole = tile["R"] * tile["B"], triton.next_power_of_2(taps)
+        tile["T"] = min(whole, max(1, chosen["elements"] // room), max(1, threads // room, whole // 8))
+    return programs(), tile
 
 
 # --- channels and fields ------------------------------------------------------------------------------------------
