@@ -130,6 +130,25 @@ def test_all_layers_are_one_launch(monkeypatch: pytest.MonkeyPatch, layers: int,
 
 
 @triton_only
+@pytest.mark.parametrize(("pixels", "channels"), [(1, 64), (49, 512), (64, 64), (1024, 16), (8192, 64), (10**6, 40)])
+def test_small_maps_are_cut_until_the_chip_is_full(pixels: int, channels: int) -> None:
+    """As finely as a product of tiles allows, or 16 channels of a pooled pixel; no pixel and no channel is left out."""
+    from dfq_kernels.int_conv2d.triton import dense_blocks
+    from dfq_kernels.integer_tiles import MULTIPROCESSORS, Ending, blocks
+    from dfq_kernels.integers import Epilogue, Grid
+
+    end = Ending(Epilogue(None, (Grid(1.0, 0, 0, 255),), (8,)), [torch.empty(1, dtype=torch.uint8)])
+    convolution = dense_blocks(pixels, channels, 1, 1, 9 * channels, 1)
+    pool, other = blocks(pixels, channels, end, 64), blocks(pixels, channels, end)
+    for (programs, tile), finest in ((convolution, (16, 16)), (pool, (1, 16)), (other, None)):
+        rows, columns = -(-pixels // tile["R"]), -(-channels // tile["B"])
+        assert programs == rows * columns
+        assert programs >= MULTIPROCESSORS or finest in (None, (tile["R"], tile["B"]))
+        assert tile["R"] * tile["B"] * tile.get("T", 1) <= 8192
+    assert convolution[1]["K"] % 32 == 0 and (16 + 16) * convolution[1]["K"] <= 12288
+
+
+@triton_only
 @pytest.mark.parametrize("elements", [32, 2048])
 @pytest.mark.parametrize("shape", [(2, 3, 5), (70, 2, 41), (3, 70, 1), (9, 5, 130)])
 def test_tiles_cover_every_element_once(shape: tuple[int, int, int], elements: int) -> None:
