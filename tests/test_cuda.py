@@ -72,6 +72,13 @@ def test_streaming_kernels_load_16_bytes() -> None:
 
 
 @compiled
+def test_minima_and_maxima_keep_nan() -> None:
+    """In one instruction each; the emulator has another code for them."""
+    found = re.findall(r"FMNMX[.\w]*", inspect("-sass", "-arch", "sm_90a"))
+    assert len(found) > 1000 and set(found) == {"FMNMX.NAN"}
+
+
+@compiled
 def test_nothing_is_contracted_and_later_processors_have_ptx() -> None:
     text = inspect("-ptx")
     assert ".target sm_80" in text and text.count(".entry") > 50

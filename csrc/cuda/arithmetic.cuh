@@ -27,21 +27,33 @@ __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2
 template <>
 __device__ inline __half narrow<__half>(float x) { return __float2half_rn(x); }
 
-// NaN stays NaN, as fmaxf and fminf would not have it.
-__device__ inline float clamp(float x, float low, float high) {
-  x = x < low ? low : x;
-  return x > high ? high : x;
+// One instruction each; a NaN in either is the result, as fmaxf and fminf would not have it.
+#ifdef __CUDA_ARCH__
+__device__ inline float larger(float a, float b) {
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(a) : "f"(a), "f"(b));
+  return a;
 }
+__device__ inline float smaller(float a, float b) {
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(a) : "f"(a), "f"(b));
+  return a;
+}
+#else
+__device__ inline float larger(float a, float b) { return a > b || a != a ? a : b; }
+__device__ inline float smaller(float a, float b) { return a < b || a != a ? a : b; }
+#endif
 
+__device__ inline float clamp(float x, float low, float high) { return smaller(larger(x, low), high); }
+
+// Bounds that no loop has to choose again; what is not clipped has none.
 __device__ inline float activate(float y, int activation) {
-  if (activation == kIdentity) return y;
-  return activation == kReLU6 ? clamp(y, 0.0f, 6.0f) : (y < 0.0f ? 0.0f : y);
+  return clamp(y, activation == kIdentity ? -kInfinity : 0.0f, activation == kReLU6 ? 6.0f : kInfinity);
 }
 
-// The gradient behind the activation, whose output is y: 0 where it clipped.
+// The gradient behind the activation, whose output is y: 0 where it clipped. Nothing compares with NaN.
 __device__ inline float activation_gradient(float grad, float y, int activation) {
-  const bool clipped = activation != kIdentity && (y <= 0.0f || (activation == kReLU6 && y >= 6.0f));
-  return clipped ? 0.0f : grad;
+  const float none = __builtin_nanf("");
+  const float low = activation == kIdentity ? none : 0.0f, high = activation == kReLU6 ? 6.0f : none;
+  return y <= low || y >= high ? 0.0f : grad;
 }
 
 __device__ inline float inverse_deviation(float var, float eps) { return 1.0f / sqrtf(var + eps); }
@@ -144,8 +156,8 @@ struct Extremes {
 
   using Wide = Extremes;
   __device__ void take(float least, float most) {
-    low = least < low || least != least ? least : low;
-    high = most > high || most != most ? most : high;
+    low = smaller(low, least);
+    high = larger(high, most);
   }
   __device__ void absorb(const Extremes& part) { take(part.low, part.high); }
   __device__ void merge(const Extremes& other) { take(other.low, other.high); }

@@ -31,6 +31,13 @@ def _non_finite(_: torch.Generator) -> Arguments:
     return {"x": torch.tensor([1.0, float("nan"), float("inf")]), **fresh_range(-1.0, 1.0)}, {}
 
 
+def _nan_among_numbers(generator: torch.Generator) -> Arguments:
+    """Whoever loses it on the way finds a finite range in the others."""
+    x = randn(generator, 4, 3, 17, 13)
+    x[1, 2, 3, 4] = float("nan")
+    return {"x": x, **fresh_range(-1.0, 1.0)}, {}
+
+
 def _layout(x: torch.Tensor) -> Arguments:
     return {"x": x, **fresh_range()}, {"quant_min": -8, "quant_max": 7}
 
@@ -57,6 +64,7 @@ SPEC = OpSpec(
         Case("zeros", _constant(0.0)),
         Case("constant", _constant(3.0)),
         Case("non_finite", _non_finite, gradients=False),
+        Case("nan_among_numbers", _nan_among_numbers, gradients=False),
         *layout_cases(_layout),
     ),
     bytes_moved=_bytes_moved,
