@@ -26,6 +26,7 @@ namespace cuda {
 constexpr int kThreads = 256;
 constexpr int kGroup = 8;           // neighbours of a thread
 constexpr int64_t kBlocks = 1056;   // wanted: 8 on each of 132 multiprocessors
+constexpr int kRows = 4;            // columns: elements of a channel that are looked at together
 constexpr int64_t kFew = 264;       // of fewer blocks each has less to do, so that no multiprocessor waits
 constexpr int64_t kPartsAt = 16;    // bytes of the workspace before the parts: how many blocks of a join are done
 
@@ -96,6 +97,9 @@ struct Operator {
 
 template <class Op>
 constexpr bool kGathers = sizeof(typename Op::Part) >= 4;
+
+template <class Op>
+constexpr bool kOnlyLooks = kGathers<Op> && !Op::kWrites && Op::kInputs == 1;
 
 // Where the element of position p of a channel lies.
 __device__ inline int64_t place(const Layout& l, uint32_t c, int64_t p) {
@@ -181,7 +185,19 @@ __global__ void __launch_bounds__(kThreads) columns(const Op op, const Layout l,
   Part part[kLanes];
   for (int lane = 0; lane < kLanes; ++lane)
     if (lane < lanes) k[lane] = op.constants(c + lane, l);
-  for (uint32_t row = from + threadIdx.y; row < to && here; row += blockDim.y) {
+  uint32_t row = from + threadIdx.y;
+  if constexpr (kWhole && kOnlyLooks<Op>) {  // several rows at once: loads in flight, and one division for all of them
+    for (; row + (kRows - 1) * blockDim.y < to && here; row += kRows * blockDim.y) {
+      float in[kRows][kLanes];
+      for (int r = 0; r < kRows; ++r) load(op.in[0] + static_cast<int64_t>(row + r * blockDim.y) * l.channels + c, in[r]);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        float some[1][kRows], nothing[kRows];
+        for (int r = 0; r < kRows; ++r) some[0][r] = in[r][lane];
+        op.each(k[lane], part[lane], some, kRows, nothing);
+      }
+    }
+  }
+  for (; row < to && here; row += blockDim.y) {
     const int64_t at = static_cast<int64_t>(row) * l.channels + c;
     float in[Op::kInputs][kLanes], out[kLanes];
     for (int i = 0; i < Op::kInputs; ++i) {
