@@ -135,10 +135,18 @@ def _steps(name: str, work: Workload, execution: Execution) -> Callable[[], Any]
 
 @contextmanager
 def as_a_gpu_runs_it() -> Iterator[None]:
-    """Inside, a CPU's student convolves the values, too, and in their type."""
+    """Inside, a CPU's student convolves the values, too, and in their type, which its weights come in."""
     values = import_module("dfq_kernels.fake_quant_conv2d.values")
     convolve = partial(dfq_kernels.fake_quant_conv2d, backend="reference")
-    with mock.patch("dfq_kernels.fake_quant_conv2d", convolve), mock.patch.object(values, "FAST_AT_BF16", True):
+    quantizers = import_module("dfq.quant.quantizers")
+
+    def multiplied_type(device: str) -> torch.dtype | None:
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+    with (
+        mock.patch("dfq_kernels.fake_quant_conv2d", convolve), mock.patch.object(values, "FAST_AT_BF16", True),
+        mock.patch.object(quantizers, "multiplied_type", multiplied_type),
+    ):  # fmt: skip
         yield
 
 

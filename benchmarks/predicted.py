@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from dfq_kernels.specs import nbytes
 
-FREE = ("empty", "new_empty", "_unsafe_view", "lift_fresh", "_local_scalar_dense")
+FREE = ("empty", "new_empty", "_unsafe_view", "as_strided_", "lift_fresh", "_local_scalar_dense")
 LAYERS = {"fake_quant_weights": 64, "bn_stat_loss": 48}  # of one launch
 
 
@@ -52,7 +52,7 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.partition("::")
-        if func.is_view or name[2].startswith(FREE):
+        if func.is_view or name[0] == "profiler" or name[2].startswith(FREE):
             return result
         moved = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
         self.bytes_moved += sum(nbytes(_stored(tensor)) for tensor in moved)

@@ -108,7 +108,10 @@ class TorchAo:
         """Autocast sees to the type."""
         return F.conv2d(x, weight, bias, **geometry)
 
-    def fake_quant_weights(self, weights: Sequence[Tensor], bits: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+    def fake_quant_weights(
+        self, weights: Sequence[Tensor], bits: Sequence[int], *, dtype: torch.dtype | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Autocast sees to the type."""
         outs, scales = [], []
         for weight, width in zip(weights, bits, strict=True):
             if id(weight) not in self.modules:

@@ -82,10 +82,10 @@ PYBIND11_MODULE(_native, m) {
          output(out), bytes(mask));
   }, Unlocked());
 
-  m.def("fake_quant_weights", [](int dtype, const Where& where, const Addresses& weights, const Addresses& channels,
+  m.def("fake_quant_weights", [](int dtype, int out_dtype, const Where& where, const Addresses& weights, const Addresses& channels,
                                  const Addresses& sizes, const Addresses& bits, const Addresses& outs,
                                  const Addresses& scales) {
-    DFQ_RUN(fake_quant_weights, FakeQuantWeights, dtype, threads_of(where), static_cast<int64_t>(weights.size()), weights.data(),
+    DFQ_RUN(fake_quant_weights, FakeQuantWeights, dtype, out_dtype, threads_of(where), static_cast<int64_t>(weights.size()), weights.data(),
                                       channels.data(), sizes.data(), bits.data(), outs.data(), scales.data());
   }, Unlocked());
 
@@ -122,12 +122,12 @@ PYBIND11_MODULE(_native, m) {
                                         bool training, bool observe, float momentum, float eps, int activation,
                                         Address running_min, Address running_max, Address scale, Address zero_point,
                                         float averaging, float low, float high, bool symmetric, Address out,
-                                        Address mean, Address var) {
+                                        Address mean, Address var, Address used) {
     DFQ_RUN(bn_act_fake_quant_forward, BnActFakeQuantForward, dtype, threads_of(where), {size, channels, inner}, input(x), floats(weight), floats(bias), floats_out(running_mean),
          floats_out(running_var), training, observe, momentum, eps, activation,
          {floats_out(running_min), floats_out(running_max), floats_out(scale), floats_out(zero_point), averaging, low,
           high, symmetric},
-         output(out), floats_out(mean), floats_out(var));
+         output(out), floats_out(mean), floats_out(var), floats_out(used));
   }, Unlocked());
 
   m.def("bn_act_fake_quant_backward", [](int dtype, const Where& where, int64_t size, int64_t channels, int64_t inner,

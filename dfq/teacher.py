@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import dfq_kernels
 from dfq.quant.graph import Kind, PrepareError, activation_of, kind_or_none, traced
@@ -61,6 +63,29 @@ def fused(teacher: nn.Module, images: Tensor) -> nn.Module:
         graph.set_submodule(str(node.target), BatchNormAct(norm, activation))  # type: ignore[arg-type]
     graph.recompile()
     return graph if _same_function(graph, teacher, images) else teacher
+
+
+def with_weights_in(graph: nn.Module, teacher: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`graph`, which `fused` made, with the weights that autocast would cast to `dtype` at every call.
+
+    They are frozen, so once is enough, and the results are the same bits. The teacher keeps its own weights; what is no
+    graph stays as it is.
+    """
+    nodes = list(graph.graph.nodes) if isinstance(graph, fx.GraphModule) and graph is not teacher else []
+    read = {str(node.target).rpartition(".")[0] for node in nodes if node.op == "get_attr"}
+    for name in {str(node.target) for node in nodes if node.op == "call_module"} - read:
+        layer, owner = graph.get_submodule(name), name.rpartition(".")[0]
+        watched = layer._forward_hooks or layer._forward_pre_hooks
+        shared = owner and graph.get_submodule(owner) is teacher.get_submodule(owner)
+        if type(layer) not in (nn.Conv2d, nn.Linear) or watched or shared or layer.weight.dtype != torch.float32:
+            continue
+        own = copy(layer)
+        own._parameters = {
+            key: value if value is None else nn.Parameter(value.to(dtype), requires_grad=False)
+            for key, value in layer._parameters.items()
+        }
+        graph.set_submodule(name, own)
+    return graph
 
 
 def _called_norms(teacher: nn.Module, images: Tensor) -> set[nn.Module]:

@@ -29,7 +29,7 @@ from dfq.optimizers import adam, cosine, load_optimizer, set_learning_rate, sgd
 from dfq.pool import ImagePool
 from dfq.quant import check_traced, learn_ranges, range_parameters, set_adapting
 from dfq.seeds import seeded_initialisation
-from dfq.teacher import freeze, fused
+from dfq.teacher import freeze, fused, with_weights_in
 
 
 @dataclass
@@ -248,8 +248,10 @@ class DataFreeTraining:
         if self.quant:
             check_traced(self.teacher, images)
         self.fused_teacher = fused(self.teacher, images)
+        if self.precision == "bf16":
+            self.fused_teacher = with_weights_in(self.fused_teacher, self.teacher, torch.bfloat16)
         self.bn_statistics = BnStatistics(self.fused_teacher)
-        with torch.no_grad(), self.bn_statistics as statistics:
+        with torch.no_grad(), self.bn_statistics as statistics, autocast(self.device, self.precision):
             self.fused_teacher(images)
             statistics.loss()  # its kernels are there
         for index, student in enumerate(self.students):

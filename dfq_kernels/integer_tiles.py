@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dfq_kernels.integers import Epilogue, Grid
 from dfq_kernels.memory import ACTIVATIONS, fp32
-from dfq_kernels.tiles import INTERPRETED, activate, clamp, rne, tuning
+from dfq_kernels.tiles import INTERPRETED, activate, tuning
 
 FLOAT = 32  # "bits" of a result that is no integer
 MULTIPROCESSORS = 128  # about; a grid that leaves some idle is cut finer
@@ -60,14 +60,30 @@ def as_bytes(q: Tensor) -> Tensor:
     return q if q.dtype == torch.float32 else q.view(torch.uint8)
 
 
-def blocks(pixels: int, channels: int, ending: Ending) -> tuple[int, dict[str, int]]:
-    """How many programs cover a map, and their compile-time R pixels and B columns."""
-    chosen = tuning()["pixels"]
-    columns = min(chosen["channels"], triton.next_power_of_2(channels))
-    columns = max(columns, ending.planes)
-    rows = min(max(1, chosen["elements"] // columns), triton.next_power_of_2(pixels))
-    count = triton.cdiv(channels // ending.planes, columns // ending.planes)
-    return triton.cdiv(pixels, rows) * count, {"R": rows, "B": columns}
+def blocks(pixels: int, channels: int, ending: Ending, taps: int = 1) -> tuple[int, dict[str, int]]:
+    """How many programs cover a map, and their compile-time R pixels and B columns; with `taps`, T of them at once.
+
+    A small map is cut finer before processors stay idle: down to an element a thread, with taps to a pixel and 16
+    channels. A program has about eight loads of taps in flight, and shares more of them among idle threads.
+    """
+    chosen, planes = tuning()["pixels"], ending.planes
+    threads = 32 * chosen["warps"]
+    columns = max(min(chosen["channels"], triton.next_power_of_2(channels)), planes)
+    tile = {"R": min(max(1, chosen["elements"] // columns), triton.next_power_of_2(pixels)), "B": columns}
+
+    def programs() -> int:
+        return triton.cdiv(pixels, tile["R"]) * triton.cdiv(channels // planes, tile["B"] // planes)
+
+    for side, least in (
+        ("R", 1 if taps > 1 else max(1, threads // columns)),
+        ("B", 16 * planes if taps > 1 else columns),
+    ):
+        while tile[side] > least and programs() < MULTIPROCESSORS:
+            tile[side] //= 2
+    if taps > 1:
+        room, whole = tile["R"] * tile["B"], triton.next_power_of_2(taps)
+        tile["T"] = min(whole, max(1, chosen["elements"] // room), max(1, threads // room, whole // 8))
+    return programs(), tile
 
 
 # --- channels and fields ------------------------------------------------------------------------------------------
@@ -82,11 +98,16 @@ def columns(block, CHANNELS: tl.constexpr, B: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def place_of(program, pixels, CHANNELS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr):
-    """A program's pixels `[R, 1]` (int64) and channels `[1, B]`, and which of them there are; its block of channels."""
+def place_of(
+    program, pixels, CHANNELS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr, T: tl.constexpr = 1
+):
+    """A program's pixels `[R, 1]` (int64) and channels `[1, B]`, and which of them there are; its block of channels.
+
+    The pixels T times over, where T places of each are looked at together: `[T * R, 1]`.
+    """
     COUNT: tl.constexpr = (CHANNELS // P + B // P - 1) // (B // P)
     block = program % COUNT
-    pixel = (program // COUNT).to(tl.int64) * R + tl.arange(0, R)[:, None]
+    pixel = (program // COUNT).to(tl.int64) * R + (tl.arange(0, T * R) % R)[:, None]
     c, known = columns(block, CHANNELS, B, P)
     return pixel, c[None, :], pixel < pixels, known[None, :], block
 
@@ -182,8 +203,12 @@ def weight_field(w, k: tl.constexpr, BITS: tl.constexpr, SWAR: tl.constexpr):
 
 @triton.jit
 def rounded(t, numbers, k: tl.constexpr):
-    """To the k-th grid; a float."""
-    return clamp(rne(t * numbers[4 * k] + numbers[4 * k + 1]), numbers[4 * k + 2], numbers[4 * k + 3])
+    """To the k-th grid, plus 1.5 * 2^23: adding that rounds, and leaves the integer in the lowest bits of the float.
+
+    The clamp comes first, so nothing is too large for it. (No NaN comes here, and one would be quant_min.)
+    """
+    scaled = t * numbers[4 * k] + numbers[4 * k + 1]
+    return tl.minimum(tl.maximum(scaled, numbers[4 * k + 2]), numbers[4 * k + 3]) + 12582912.0
 
 
 @triton.jit
@@ -191,12 +216,12 @@ def keep(
     out, q, pixel, c, rows, known, block,
     CHANNELS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """Writes a tile of integers; its planes are fields of the same bytes."""
+    """Writes the lowest bits of a tile of int32; its planes are fields of the same bytes."""
     if BITS == 8:
-        tl.store(out + pixel * CHANNELS + c, q.to(tl.int32).to(tl.uint8), mask=rows & known)
+        tl.store(out + pixel * CHANNELS + c, q.to(tl.uint8), mask=rows & known)
     else:
         N: tl.constexpr = 8 // BITS
-        fields = tl.reshape(q.to(tl.int32) & ((1 << BITS) - 1), (R, N, B // N))
+        fields = tl.reshape(q & ((1 << BITS) - 1), (R, N, B // N))
         byte = tl.sum(fields << (tl.arange(0, N) * BITS)[None, :, None], 1)
         c, known = columns(block, CHANNELS // N, B // N, P // N)
         tl.store(out + pixel * (CHANNELS // N) + c[None, :], byte.to(tl.uint8), mask=rows & known[None, :])
@@ -214,13 +239,14 @@ def finish(
         tl.store(outs[0] + pixel * CHANNELS + c, t, mask=rows & known)
     else:
         for k in tl.static_range(len(BITS)):
-            keep(outs[k], rounded(t, numbers, k), pixel, c, rows, known, block, CHANNELS, R, B, P, BITS[k])
+            q = rounded(t, numbers, k).to(tl.int32, bitcast=True)
+            keep(outs[k], q, pixel, c, rows, known, block, CHANNELS, R, B, P, BITS[k])
         if len(NEXT_BITS) > 0:
-            t = (rounded(t, numbers, 0) - zero) * scale
+            t = ((rounded(t, numbers, 0) - 12582912.0) - zero) * scale
             if mean is not None:
                 t = t - tl.load(mean + c, mask=known, other=0.0)
                 t = t * tl.load(factor + c, mask=known, other=0.0) + tl.load(shift + c, mask=known, other=0.0)
             t = activate(t, NEXT_ACTIVATION)
             for k in tl.static_range(len(NEXT_BITS)):
-                q = rounded(t, next_numbers, k)
+                q = rounded(t, next_numbers, k).to(tl.int32, bitcast=True)
                 keep(nexts[k], q, pixel, c, rows, known, block, CHANNELS, R, B, P, NEXT_BITS[k])

@@ -6,8 +6,7 @@ elements are tiles of `R` images by `W` neighbours, counted by steps; a reductio
 program, and a second kernel joins the slices in order: the same bits whatever runs first.
 
 Nothing here is of one vendor: rounding is arithmetic, not a library's. Division and square root round to nearest, but
-for the divisions inside of a slice's statistics and of the loss, which have a bound anyway.
-Launches switch off the fusion of products and sums, because every operation is rounded on its own.
+for the divisions inside of a slice's statistics and of the loss, which have a bound anyway. Nothing is fused: every operation rounds.
 """
 
 from __future__ import annotations
@@ -158,6 +157,21 @@ def rne(x):
 
 
 @triton.jit
+def round_to(x, low, high, WIDE: tl.constexpr):
+    """`(r, clamp(r, low, high))`: r is x's nearest integer where that lies within the bounds, else beyond them, too.
+
+    1.5 * 2^23 has no fraction left for any x below 2^22 in size, of either sign; what is larger stays so.
+    """
+    rounded = rne(x) if WIDE else (x + 12582912.0) - 12582912.0
+    return rounded, clamp(rounded, low, high)
+
+
+def wide(quant_min: int, quant_max: int) -> bool:
+    """Whether bounds leave what one addition rounds."""
+    return max(-quant_min, quant_max) >= 2**22
+
+
+@triton.jit
 def narrow(x, dtype: tl.constexpr):
     """To nearest even, as every GPU does; Triton's interpreter cuts bf16 off, so there it is done by hand."""
     if INTERPRETED and dtype == tl.bfloat16:
@@ -172,8 +186,7 @@ def narrow(x, dtype: tl.constexpr):
 @triton.jit
 def clamp(x, low, high):
     """NaN stays NaN."""
-    x = tl.where(x < low, low, x)
-    return tl.where(x > high, high, x)
+    return least(most(x, low), high)
 
 
 @triton.jit
@@ -184,8 +197,7 @@ def quotient(a, b):
 
 @triton.jit
 def reciprocal(x):
-    """NaN, which no result hides, of what is not above 0: an optimizer may push a learned scale there."""
-    return tl.div_rn(tl.where(x > 0, 1.0, float("nan")), x)
+    return tl.div_rn(tl.where(x > 0, 1.0, float("nan")), x)  # no result hides a learned scale that is not above 0
 
 
 @triton.jit
@@ -197,9 +209,9 @@ def inverse_deviation(var, eps):
 def activate(y, ACTIVATION: tl.constexpr):
     tl.static_assert(ACTIVATION <= 2, "an activation that no kernel knows")
     if ACTIVATION >= 1:
-        y = tl.where(y < 0, 0.0, y)
+        y = most(y, 0.0)
     if ACTIVATION == 2:
-        y = tl.where(y > 6, 6.0, y)
+        y = least(y, 6.0)
     return y
 
 
@@ -214,11 +226,10 @@ def behind_activation(grad, y, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def learned_gradient(x, grad, inv, zero_point, low, high):
+def learned_gradient(x, grad, inv, zero_point, low, high, WIDE: tl.constexpr):
     """Of x, of scale, and the gradient where the clamp changed something."""
     scaled = x * inv
-    rounded = rne(scaled + zero_point)
-    q = clamp(rounded, low, high)
+    rounded, q = round_to(scaled + zero_point, low, high, WIDE)
     inside = q == rounded
     grad_inside = tl.where(inside, grad, 0.0)
     error = (q - zero_point) - tl.where(inside, scaled, 0.0)
@@ -353,12 +364,12 @@ def pivot_of(x, c, channels, inner):
 
 @triton.jit
 def least(a, b):
-    return tl.where((b < a) | (b != b), b, a)
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def most(a, b):
-    return tl.where((b > a) | (b != b), b, a)
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -379,15 +390,11 @@ def most_of(values, KEEP: tl.constexpr = False):
 def fold_least(values, BY_CHANNEL: tl.constexpr):
     """The least of a tile's values for every channel of the unit."""
     found = least_of(values)
-    if BY_CHANNEL:
-        found = least_of(found, True)
-    return found
+    return least_of(found, True) if BY_CHANNEL else found
 
 
 @triton.jit
 def fold_most(values, BY_CHANNEL: tl.constexpr):
     """The largest of a tile's values for every channel of the unit."""
     found = most_of(values)
-    if BY_CHANNEL:
-        found = most_of(found, True)
-    return found
+    return most_of(found, True) if BY_CHANNEL else found

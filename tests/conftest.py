@@ -130,10 +130,11 @@ def widen_tiles(patch: pytest.MonkeyPatch, pixels: int = 1024, channels: int = 5
     """Triton's interpreter is fastest with few programs of large tiles; a GPU takes its own."""
     if torch.cuda.is_available() or missing("triton", torch.device("cpu")) is not None:
         return
-    from dfq_kernels import tiles
+    from dfq_kernels import integer_tiles, tiles
     from dfq_kernels.int_conv2d import triton as convolution
 
-    patch.setattr(convolution, "MULTIPROCESSORS", 1)
+    for module in (convolution, integer_tiles):
+        patch.setattr(module, "MULTIPROCESSORS", 1)
     convolve = {"pixels": pixels, "channels": channels, "depth": channels}
     wide = {"convolution": convolve, "pixels": {"elements": elements}}
     for kind, sides in wide.items():

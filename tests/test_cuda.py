@@ -80,15 +80,22 @@ def test_no_kernel_spills(arch: str) -> None:
 
 @compiled
 def test_streaming_kernels_load_16_bytes() -> None:
-    """Those for whole groups (the last template argument is true), and fp32."""
+    """Those for whole groups (the last template argument is true), in every type."""
     seen = set()
     for block in inspect("-sass", "-arch", "sm_90a").split("Function : ")[1:]:
         name = block.split(maxsplit=1)[0]
         found = re.search(rf"\d({'|'.join(STREAMING)})I.*Lb1EEE?v", name)
-        if found and re.search(r"IfE|IfLb|If,", name):
-            seen.add(found[1])
+        if found:
+            seen.add((found[1], *re.findall(r"bfloat16|half", name)[:1]))
             assert "LDG.E.128" in block, name
-    assert seen == set(STREAMING)
+    assert seen == {(kernel, *kind) for kernel in STREAMING for kind in ((), ("bfloat16",), ("half",))}
+
+
+@compiled
+def test_minima_and_maxima_keep_nan() -> None:
+    """In one instruction each; the emulator has another code for them."""
+    found = re.findall(r"FMNMX[.\w]*", inspect("-sass", "-arch", "sm_90a"))
+    assert len(found) > 1000 and set(found) == {"FMNMX.NAN"}
 
 
 @compiled

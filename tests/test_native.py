@@ -261,7 +261,7 @@ def test_registered_operators_pass_opcheck(backend: str) -> None:
     # whose backward is torch's, native alone
     assert len(recorder.calls) == 13 + 4 + (backend == "native")
     weights = getattr(torch.ops.dfq_kernels, f"fake_quant_weights_{backend}").default
-    calls = [*recorder.calls.items(), (weights, ([torch.randn(5, 7).t(), torch.randn(2, 3, 4)], [4, 4]))]
+    calls = [*recorder.calls.items(), (weights, ([torch.randn(5, 7).t(), torch.randn(2, 3, 4)], [4, 4], torch.float16))]
     for func, args in calls:
         torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import dfq_kernels
 from dfq.config import LayerBits, quant_config
 from dfq.data import Images
 from dfq.evaluate import accuracy
-from dfq.quant import freeze_ranges, prepare
-from dfq.quant.quantizers import WeightQuantizer, weight_layers
+from dfq.quant import freeze_ranges, prepare, quantizers
+from dfq.quant.quantizers import WeightQuantizer, WeightQuantizers, weight_layers
 from tests.conftest import small_net
 from tests.test_quant import calibrated
 
@@ -30,6 +32,30 @@ def test_two_bit_scales_start_where_the_error_is_least(random: torch.Generator) 
         measured.measure(weight)
         learned.learn(weight)
         assert bool((error(learned) < 0.8 * error(measured)).all()) == better
+
+
+def test_weights_in_autocast_s_type_change_no_bit(random: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where every layer multiplies the values: written in bf16, or cast by whoever multiplies them."""
+    monkeypatch.setattr(dfq_kernels, "fake_quant_conv2d", partial(dfq_kernels.fake_quant_conv2d, backend="reference"))
+    x = torch.randn(4, 1, 8, 8, generator=random)
+    student = calibrated(small_net(), quant_config("W4A4", ranges="minmax"), x)
+    results, types = [], []
+    for dtype in (None, torch.bfloat16):
+        monkeypatch.setattr(quantizers, "multiplied_type", lambda _, dtype=dtype: dtype)
+        student.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = student.train()(x)
+            (together,) = [module for module in student.modules() if isinstance(module, WeightQuantizers)]
+            types.append(together(*[weight for _, _, weight in weight_layers(student)])[0][0].dtype)
+        logits.float().square().sum().backward()
+        grads = {name: value.grad for name, value in student.named_parameters()}
+        assert all(grad is None or grad.dtype == torch.float32 for grad in grads.values())
+        results.append(
+            {"logits": logits.detach()} | {name: grad.clone() for name, grad in grads.items() if grad is not None}
+        )
+    assert types == [torch.float32, torch.bfloat16] and len(results[0]) > 4
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
 def test_affine_weights_reach_both_ends_of_their_range(random: torch.Generator) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dfq_kernels
 from dfq.bn_stats import BnStatistics
 from dfq.models import ModelSpec, build_model
-from dfq.teacher import BatchNormAct, freeze, fused
+from dfq.teacher import BatchNormAct, freeze, fused, with_weights_in
 from tests.conftest import small_net
 
 
@@ -76,6 +79,31 @@ def test_its_statistics_are_the_teacher_s(random: torch.Generator) -> None:
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
     grads = [torch.autograd.grad(loss, x)[0] for loss in losses]
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-6)
+
+
+def test_weights_cast_once_change_no_bit(random: torch.Generator) -> None:
+    """Under autocast, in logits and in the gradient of the images; the teacher keeps its own weights."""
+    net, x = forms(random), images_of(random)
+    results, casts = [], []
+    for graph in (fused(net, x), with_weights_in(fused(net, x), net, torch.bfloat16)):
+        with torch.autocast("cpu", dtype=torch.bfloat16), Casts() as seen:
+            logits = graph(x)
+        results.append((logits, torch.autograd.grad(logits.float().square().sum(), x)[0]))
+        casts.append(seen.count)
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in net.modules())
+    assert casts[0] - casts[1] >= layers > 0
+    assert all(value.dtype == torch.float32 for value in net.parameters())
+
+
+class Casts(TorchDispatchMode):
+    """Counts conversions of type."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Compiles every Triton kernel without a GPU: `python -m tests.triton_compile sm_80 sm_90 sm_100`.
 
 Operators are called on CPU tensors while `launch` records instead of running; what it was given is compiled to cubin.
-One JSON line per kernel: how it loads, whether products and sums are fused, and what the assembler says it uses.
+One JSON line per kernel: how it loads, whether products and sums are fused, what the assembler says it uses, and how
+many instructions the kernel and a turn of its longest loop have.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 import dfq_kernels as k
 from dfq_kernels import dispatch, tiles
 from dfq_kernels.dispatch import TABLE, written
+from tests.sass import TOOLS, counted
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8",
             torch.int32: "*i32"}  # fmt: skip
@@ -81,7 +82,7 @@ def call_training(x: torch.Tensor) -> None:
         b["fake_quant"].backward_learned(out, x, scale, scale, 0, 15, axis)
     b["fake_quant"].backward(x, mask, x.stride())
     b["observe_fake_quant"].forward(x, *[s.clone() for _ in range(4)], 0.01, 0, 15, False)
-    b["fake_quant_weights"].forward([x, x[:1]], [4, 8])
+    b["fake_quant_weights"].forward([x, x[:1]], [4, 8], torch.bfloat16)
     b["bn_stats"].forward(x)
     b["bn_stats"].backward(c, c, x, c)
     b["bn_act_stats"].forward(x, c, c, c, c, 1e-5, "relu")
@@ -112,6 +113,9 @@ def call_integers() -> None:
         k.quantize(torch.zeros(64, 64, 16, 16), grid, **kept)
         k.requantize(x, other=x, **vectors, **ends)
         k.int_pool(x, grid, output_size=1, **kept)
+        one = k.QuantizedTensor(x.q[:1, :, :8, :8], grid, bits)
+        weight = k.pack_weight(torch.ones(64, 64, 3, 3, dtype=torch.int8), weight_bits)
+        k.int_conv2d(one, weight, vectors["mult"], vectors["bias"], padding=1, **kept)
         k.int_pool(x, mode="max", kernel_size=2, backend="triton")
     images = k.quantize(torch.zeros(64, 3, 32, 32), k.Grid(0.5, 128, 0, 255), backend="triton")
     stem = k.pack_weight(torch.ones(64, 3, 3, 3, dtype=torch.int8))
@@ -120,11 +124,10 @@ def call_integers() -> None:
 
 def resources(cubin: bytes) -> dict[str, int]:
     """Registers, stack and local memory of the compiled kernel."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
+        command = [str(TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     numbers = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)[0]
     return dict(zip(("registers", "stack", "local"), map(int, numbers), strict=True))
@@ -143,7 +146,7 @@ def main() -> None:
                 "async_loads": len(re.findall(r"cp\.async\.c[ag]\.\S+ .*0x10", ptx)),
                 "products": len(re.findall(r"mma\S*\.s32\.s8\.s8|mma\S*\.s8\.s8\.s32|kind::i8", ptx)),
                 "four_at_once": ptx.count(".reg .b32 t;"),
-                **resources(compiled.asm["cubin"]),
+                **counted(compiled.asm["cubin"]), **resources(compiled.asm["cubin"]),
             }), flush=True)  # fmt: skip
 
 

@@ -55,7 +55,7 @@ struct ObserveFakeQuantForward {
 };
 
 struct FakeQuantWeights {
-  int dtype, threads;
+  int dtype, out_dtype, threads;
   int64_t layers;
   const int64_t* weights;   // addresses
   const int64_t* channels;  // output channels of each layer
@@ -118,7 +118,8 @@ struct BnActFakeQuantForward {
   int activation;
   MovingRange range;
   void* out;
-  float *mean, *var;  // what normalised; written if training
+  float *mean, *var;  // what normalised: copies where it is what is stored
+  float* used;        // the scale and the zero point that values were rounded with
 };
 
 struct BnActFakeQuantBackward {

@@ -97,6 +97,10 @@ void forward(const BnActFakeQuantForward& a) {
   const int64_t channels = a.view.channels;
   std::vector<float> least(static_cast<size_t>(channels), kInfinity);
   std::vector<float> most(static_cast<size_t>(channels), -kInfinity);
+  if (!a.training) {
+    std::copy(a.running_mean, a.running_mean + channels, a.mean);
+    std::copy(a.running_var, a.running_var + channels, a.var);
+  }
   if (a.training && a.observe) look_at<T, true, true>(a, least, most);
   else if (a.training) look_at<T, true, false>(a, least, most);
   else if (a.observe) look_at<T, false, true>(a, least, most);
@@ -115,6 +119,7 @@ void forward(const BnActFakeQuantForward& a) {
     range_of_outputs(a, factor, bias, least, most, low, high);
     move_range(a.range, low, high);
   }
+  a.used[0] = *a.range.scale, a.used[1] = *a.range.zero_point;
   quantize<T>(a, factor, bias);
 }
 

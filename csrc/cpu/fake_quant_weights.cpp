@@ -10,10 +10,10 @@ namespace DFQ_ISA {
 
 namespace {
 
-template <class T>
-void quantize_row(const T* from, T* to, int64_t n, float quant_max, bool past, float* scale_out) {
+template <class T, class Out>
+void quantize_row(const T* from, Out* to, int64_t n, float quant_max, bool past, float* scale_out) {
   Reader<T> reader;
-  Writer<T> writer(past);
+  Writer<Out> writer(past);
   float least, most;  // a NaN in the row makes its scale and every value NaN, as the reference's maximum does
   extremes_of(from, n, least, most);
   float scale = (-least > most ? -least : most) / quant_max;
@@ -24,7 +24,7 @@ void quantize_row(const T* from, T* to, int64_t n, float quant_max, bool past, f
   for (int64_t start = 0; start < n; start += step) {
     const int64_t count = n - start < step ? n - start : step;
     const T* x = reader.at(from + start, count);
-    T* out = writer.at(to + start, count);
+    Out* out = writer.at(to + start, count);
     for (int64_t j = 0; j < count; j += kWidth) {
       store_vec(out + j, clamp(rne(load_vec(x + j) * inv), low, high) * factor);
     }
@@ -32,11 +32,11 @@ void quantize_row(const T* from, T* to, int64_t n, float quant_max, bool past, f
   }
 }
 
-template <class T>
+template <class T, class Out>
 void quantize(const FakeQuantWeights& a) {
   int64_t elements = 0;
   for (int64_t layer = 0; layer < a.layers; ++layer) elements += a.channels[layer] * a.sizes[layer];
-  const bool past = results_past_caches<T>(elements, a.threads);
+  const bool past = results_past_caches<Out>(elements, a.threads);
   // rows differ in length, so threads share the elements: a row is the part's in which it begins
   parallel_for(elements, kGrain, a.threads, [&](int64_t begin, int64_t end) {
     int64_t first = 0;  // the layer's first element among all
@@ -46,7 +46,7 @@ void quantize(const FakeQuantWeights& a) {
       int64_t channel = begin > first ? (begin - first + n - 1) / n : 0;
       for (; channel < a.channels[layer] && first + channel * n < end; ++channel) {
         const T* from = reinterpret_cast<const T*>(a.weights[layer]) + channel * n;
-        T* to = reinterpret_cast<T*>(a.outs[layer]) + channel * n;
+        Out* to = reinterpret_cast<Out*>(a.outs[layer]) + channel * n;
         quantize_row(from, to, n, quant_max, past, reinterpret_cast<float*>(a.scales[layer]) + channel);
       }
     }
@@ -57,7 +57,9 @@ void quantize(const FakeQuantWeights& a) {
 }  // namespace
 
 void fake_quant_weights(const FakeQuantWeights& a) {
-  with_type(a.dtype, [&](auto type) { quantize<decltype(type)>(a); });
+  with_type(a.dtype, [&](auto type) {
+    with_type(a.out_dtype, [&](auto out) { quantize<decltype(type), decltype(out)>(a); });
+  });
 }
 
 }  // namespace DFQ_ISA

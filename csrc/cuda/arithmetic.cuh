@@ -28,21 +28,33 @@ __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2
 template <>
 __device__ inline __half narrow<__half>(float x) { return __float2half_rn(x); }
 
-// NaN stays NaN, as fmaxf and fminf would not have it.
-__device__ inline float clamp(float x, float low, float high) {
-  x = x < low ? low : x;
-  return x > high ? high : x;
+// One instruction each; a NaN in either is the result, as fmaxf and fminf would not have it.
+#ifdef __CUDA_ARCH__
+__device__ inline float larger(float a, float b) {
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(a) : "f"(a), "f"(b));
+  return a;
 }
+__device__ inline float smaller(float a, float b) {
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(a) : "f"(a), "f"(b));
+  return a;
+}
+#else
+__device__ inline float larger(float a, float b) { return a > b || a != a ? a : b; }
+__device__ inline float smaller(float a, float b) { return a < b || a != a ? a : b; }
+#endif
 
+__device__ inline float clamp(float x, float low, float high) { return smaller(larger(x, low), high); }
+
+// Bounds that no loop has to choose again; what is not clipped has none.
 __device__ inline float activate(float y, int activation) {
-  if (activation == kIdentity) return y;
-  return activation == kReLU6 ? clamp(y, 0.0f, 6.0f) : (y < 0.0f ? 0.0f : y);
+  return clamp(y, activation == kIdentity ? -kInfinity : 0.0f, activation == kReLU6 ? 6.0f : kInfinity);
 }
 
-// The gradient behind the activation, whose output is y: 0 where it clipped.
+// The gradient behind the activation, whose output is y: 0 where it clipped. Nothing compares with NaN.
 __device__ inline float activation_gradient(float grad, float y, int activation) {
-  const bool clipped = activation != kIdentity && (y <= 0.0f || (activation == kReLU6 && y >= 6.0f));
-  return clipped ? 0.0f : grad;
+  const float none = __builtin_nanf("");
+  const float low = activation == kIdentity ? none : 0.0f, high = activation == kReLU6 ? 6.0f : none;
+  return y <= low || y >= high ? 0.0f : grad;
 }
 
 // Of a scale; NaN, which no result hides, of one that is not above 0.
@@ -119,17 +131,9 @@ struct Moments {
   float count = 0, mean = 0, squares = 0;
 
   struct Wide {
-    double count = 0, mean = 0, squares = 0;
-    __device__ void join(double n, double m, double s) {
-      const double total = count + n, delta = m - mean;
-      if (n == 0) return;
-      mean += delta * (n / total);
-      squares += s + delta * delta * (count * n / total);
-      count = total;
-    }
-    __device__ void absorb(const Moments& part) { join(part.count, part.mean, part.squares); }
-    __device__ void merge(const Wide& other) { join(other.count, other.mean, other.squares); }
+    double count, mean, squares;
   };
+  __device__ const Moments& moments() const { return *this; }
   __device__ void join(float n, float m, float s) {
     const float total = count + n, delta = m - mean, share = __fdividef(n, total);
     mean += delta * share;
@@ -158,8 +162,8 @@ struct Extremes {
 
   using Wide = Extremes;
   __device__ void take(float least, float most) {
-    low = least < low || least != least ? least : low;
-    high = most > high || most != most ? most : high;
+    low = smaller(low, least);
+    high = larger(high, most);
   }
   __device__ void absorb(const Extremes& part) { take(part.low, part.high); }
   __device__ void merge(const Extremes& other) { take(other.low, other.high); }
@@ -171,28 +175,17 @@ struct Extremes {
 };
 
 struct MomentsAndExtremes {
-  Moments moments;
+  Moments of_all;
   Extremes extremes;
 
-  struct Wide {
-    Moments::Wide moments;
-    Extremes extremes;
-    __device__ void absorb(const MomentsAndExtremes& part) {
-      moments.absorb(part.moments);
-      extremes.absorb(part.extremes);
-    }
-    __device__ void merge(const Wide& other) {
-      moments.merge(other.moments);
-      extremes.merge(other.extremes);
-    }
-  };
+  __device__ const Moments& moments() const { return of_all; }
   __device__ void merge(const MomentsAndExtremes& other) {
-    moments.merge(other.moments);
+    of_all.merge(other.of_all);
     extremes.merge(other.extremes);
   }
   template <int N>
   __device__ void add(const float (&x)[N], int n, float pivot) {
-    moments.add(x, n, pivot);
+    of_all.add(x, n, pivot);
     extremes.add(x, n);
   }
 };

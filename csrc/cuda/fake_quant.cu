@@ -27,22 +27,28 @@ __global__ void __launch_bounds__(kThreads)
   if (whole) load(x + at, value);
   for (int e = 0; e < kGroup && !whole; ++e)
     if (e < count) value[e] = widen(x[at + e]);
-  int64_t row = kPerChannel ? at / view.inner : 0;
+  const int64_t row = kPerChannel ? at / view.inner : 0;
   int64_t left = kPerChannel ? view.inner - (at - row * view.inner) : kGroup;
   int64_t c = kPerChannel ? row % view.channels : 0;
   float scale = scales[c], zero_point = zero_points[c], inv = reciprocal(scale);
   unsigned bits = 0;
-  for (int e = 0; e < kGroup; ++e) {
-    if (kPerChannel && left == 0) {
-      c = c + 1 == view.channels ? 0 : c + 1;
-      left = view.inner;
-      scale = scales[c], zero_point = zero_points[c], inv = reciprocal(scale);
-    }
-    --left;
+  const auto one = [&](int e) {
     const float rounded = rintf(value[e] * inv + zero_point);
     const float q = clamp(rounded, integers.low, integers.high);
     bits |= static_cast<unsigned>(q == rounded && e < count) << e;
     value[e] = (q - zero_point) * scale;
+  };
+  if (left >= kGroup) {  // one channel, as nearly everywhere
+    for (int e = 0; e < kGroup; ++e) one(e);
+  } else {
+    for (int e = 0; e < kGroup; ++e, --left) {
+      if (left == 0) {
+        c = c + 1 == view.channels ? 0 : c + 1;
+        left = view.inner;
+        scale = scales[c], zero_point = zero_points[c], inv = reciprocal(scale);
+      }
+      one(e);
+    }
   }
   if (whole) store(out + at, value);
   for (int e = 0; e < kGroup && !whole; ++e)
@@ -145,7 +151,9 @@ void fake_quant_backward(const FakeQuantBackward& a, const Queue& queue) {
     op.out = static_cast<T*>(a.grad_x);
     op.scale = a.scale, op.zero_point = a.zero_point, op.integers = {a.quant_min, a.quant_max};
     const Layout l = sweep(op, a.view, launch);
-    run(finish, static_cast<unsigned>(ceil_div(l.channels, 4)), 128, 0, launch, static_cast<const Sums<2>*>(launch.workspace), l.slices, l.channels, a.scale, a.grad_scale, a.grad_zero_point);
+    const Sums<2>* parts = parts_in<Sums<2>>(launch.workspace);
+    run(finish, static_cast<unsigned>(ceil_div(l.channels, 4)), 128, 0, launch, parts, l.slices, l.channels, a.scale,
+        a.grad_scale, a.grad_zero_point);
   });
 }
 

@@ -25,14 +25,14 @@ struct Rows {
   float quant_max[kLayers];
 };
 
-template <class T>
+template <class T, class Out>
 __global__ void __launch_bounds__(kRowThreads) quantize_rows(const Rows rows) {
   int layer = 0;
   while (blockIdx.x >= rows.end[layer]) ++layer;
   const uint32_t row = blockIdx.x - (layer ? rows.end[layer - 1] : 0);
   const int64_t n = rows.size[layer];
   const T* from = static_cast<const T*>(rows.weight[layer]) + row * n;
-  T* to = static_cast<T*>(rows.out[layer]) + row * n;
+  Out* to = static_cast<Out*>(rows.out[layer]) + row * n;
   Extremes extremes;
   extremes.take(0.0f, 0.0f);
   for (int64_t i = threadIdx.x; i < n; i += kRowThreads) {
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kRowThreads) quantize_rows(const Rows rows) {
   const float inv = 1.0f / scale;
   if (threadIdx.x == 0) rows.scale[layer][row] = scale;
   for (int64_t i = threadIdx.x; i < n; i += kRowThreads)
-    to[i] = narrow<T>(clamp(rintf(widen(from[i]) * inv), -quant_max, quant_max) * scale);
+    to[i] = narrow<Out>(clamp(rintf(widen(from[i]) * inv), -quant_max, quant_max) * scale);
 }
 
 }  // namespace
@@ -73,7 +73,9 @@ void fake_quant_weights(const FakeQuantWeights& a, const Queue& queue) {
       rows.quant_max[i] = static_cast<float>((1 << (a.bits[first + i] - 1)) - 1);
     }
     with_type(a.dtype, [&](auto type) {
-      run(quantize_rows<decltype(type)>, static_cast<unsigned>(total), kRowThreads, 0, launch, rows);
+      with_type(a.out_dtype, [&](auto out) {
+        run(quantize_rows<decltype(type), decltype(out)>, static_cast<unsigned>(total), kRowThreads, 0, launch, rows);
+      });
     });
   }
 }

@@ -36,7 +36,8 @@ void observe_fake_quant_forward(const ObserveFakeQuantForward& a, const Queue& q
     Observe<T> op;
     op.in[0] = static_cast<const T*>(a.x);
     const Layout l = sweep(op, view, launch);
-    run(move, 1, 32, 0, launch, static_cast<const Extremes*>(launch.workspace), l.slices, a.range);
+    const Extremes* parts = parts_in<Extremes>(launch.workspace);
+    run(move, 1, 32, 0, launch, parts, l.slices, a.range);
   });
   fake_quant_flat(a.dtype, view, a.x, a.range.scale, a.range.zero_point, {a.range.quant_min, a.range.quant_max}, a.out,
                   a.mask, launch);

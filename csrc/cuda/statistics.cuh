@@ -44,7 +44,7 @@ template <class T>
 __global__ void finish(const T* x, const Layout l, const Moments* parts, float* mean, float* var) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
   if (c >= l.channels) return;
-  const Moments::Wide total = total_of(parts, l.slices, l.channels, c);
+  const Moments::Wide total = moments_of(parts, l.slices, l.channels, c);
   if (threadIdx.x % 32 != 0) return;
   mean[c] = static_cast<float>(pivot_of(x, l, c) + total.mean);
   var[c] = static_cast<float>(total.squares / total.count);
@@ -54,7 +54,7 @@ __global__ void finish(const T* x, const Layout l, const Moments* parts, float* 
 template <class T>
 void finish_moments(const T* x, const Layout& l, float* mean, float* var, const Launch& launch) {
   run(finish<T>, static_cast<unsigned>(ceil_div(l.channels, 4)), 128, 0, launch, x, l,
-      static_cast<const Moments*>(launch.workspace), mean, var);
+      static_cast<const Moments*>(parts_in<Moments>(launch.workspace)), mean, var);
 }
 
 }  // namespace cuda

@@ -5,8 +5,8 @@
 // columns  channels-last: a thread keeps a few neighbouring channels and walks down the elements
 // flat     eight neighbours in memory whatever their channels; for bits that neighbours share
 //
-// The partition depends on the tensor alone, every part has a place of its own and they are joined in order: the same
-// bits at every call. Nothing is allocated and nothing waits: all of it can be captured in a CUDA graph.
+// The partition depends on the tensor and its alignment alone, every part has a place of its own and they are joined in
+// order: the same bits at every call. Nothing is allocated and nothing waits: all of it can be captured in a CUDA graph.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -26,6 +26,9 @@ namespace cuda {
 constexpr int kThreads = 256;
 constexpr int kGroup = 8;           // neighbours of a thread
 constexpr int64_t kBlocks = 1056;   // wanted: 8 on each of 132 multiprocessors
+constexpr int kRows = 4;            // columns: elements of a channel that are looked at together
+constexpr int64_t kFew = 264;       // of fewer blocks each has less to do, so that no multiprocessor waits
+constexpr int64_t kPartsAt = 16;    // bytes of the workspace before the parts: how many blocks of a join are done
 
 struct Layout {
   int64_t size, channels, inner, outer;  // element (n, c, i) lies at (n * channels + c) * inner + i
@@ -51,7 +54,9 @@ inline Layout layout_of(const View& view, int lanes) {
     const int64_t wide = ceil_div(l.channels, lanes);
     while (l.across < wide && l.across < 64) l.across *= 2;
     l.tiles = static_cast<int>(ceil_div(wide, l.across));
-    const int64_t useful = ceil_div(l.groups, 8 * (kThreads / l.across));
+    int64_t useful = 0;
+    for (int each = 8; each >= 2 && useful * l.tiles < kFew; each /= 2)  // elements that a thread walks over
+      useful = ceil_div(l.groups, each * (kThreads / l.across));
     l.slices = static_cast<int>(at_most(ceil_div(kBlocks / 2, l.tiles), useful));
   }
   if (l.groups >= int64_t(1) << 32 || l.slices * l.channels >= int64_t(1) << 31)
@@ -92,6 +97,9 @@ struct Operator {
 
 template <class Op>
 constexpr bool kGathers = sizeof(typename Op::Part) >= 4;
+
+template <class Op>
+constexpr bool kOnlyLooks = kGathers<Op> && !Op::kWrites && Op::kInputs == 1;
 
 // Where the element of position p of a channel lies.
 __device__ inline int64_t place(const Layout& l, uint32_t c, int64_t p) {
@@ -136,9 +144,15 @@ __device__ inline Part shuffled(const Part& part, int distance) {
   return other;
 }
 
-// grid (slices * channels); parts: [slices][channels], not used where nothing is gathered
+// The parts `[slices][channels]` in the workspace.
+template <class Part>
+__host__ __device__ inline Part* parts_in(void* workspace) {
+  return reinterpret_cast<Part*>(static_cast<char*>(workspace) + kPartsAt);
+}
+
+// grid (slices * channels); the workspace is not used where nothing is gathered
 template <class Op, bool kWhole>
-__global__ void __launch_bounds__(kThreads) rows(const Op op, const Layout l, typename Op::Part* parts) {
+__global__ void __launch_bounds__(kThreads) rows(const Op op, const Layout l, void* workspace) {
   const uint32_t channels = static_cast<uint32_t>(l.channels);
   const uint32_t slice = blockIdx.x / channels, c = blockIdx.x - slice * channels;
   const uint32_t from = static_cast<uint32_t>(l.groups * slice / l.slices);
@@ -153,13 +167,14 @@ __global__ void __launch_bounds__(kThreads) rows(const Op op, const Layout l, ty
     __syncthreads();
     if (threadIdx.x != 0) return;
     for (int w = 1; w < kThreads / 32; ++w) part.merge(warps[w]);
-    parts[blockIdx.x] = part;
+    parts_in<typename Op::Part>(workspace)[blockIdx.x] = part;
+    if (blockIdx.x == 0) *static_cast<unsigned*>(workspace) = 0;
   }
 }
 
 // grid (slices, tiles), block (across, kThreads / across); a thread has kLanes neighbouring channels
 template <class Op, int kLanes, bool kWhole>
-__global__ void __launch_bounds__(kThreads) columns(const Op op, const Layout l, typename Op::Part* parts) {
+__global__ void __launch_bounds__(kThreads) columns(const Op op, const Layout l, void* workspace) {
   using Part = typename Op::Part;
   const int64_t c = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * kLanes;
   const uint32_t from = static_cast<uint32_t>(l.groups * blockIdx.x / l.slices);
@@ -170,7 +185,19 @@ __global__ void __launch_bounds__(kThreads) columns(const Op op, const Layout l,
   Part part[kLanes];
   for (int lane = 0; lane < kLanes; ++lane)
     if (lane < lanes) k[lane] = op.constants(c + lane, l);
-  for (uint32_t row = from + threadIdx.y; row < to && here; row += blockDim.y) {
+  uint32_t row = from + threadIdx.y;
+  if constexpr (kWhole && kOnlyLooks<Op>) {  // several rows at once: loads in flight, and one division for all of them
+    for (; row + (kRows - 1) * blockDim.y < to && here; row += kRows * blockDim.y) {
+      float in[kRows][kLanes];
+      for (int r = 0; r < kRows; ++r) load(op.in[0] + static_cast<int64_t>(row + r * blockDim.y) * l.channels + c, in[r]);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        float some[1][kRows], nothing[kRows];
+        for (int r = 0; r < kRows; ++r) some[0][r] = in[r][lane];
+        op.each(k[lane], part[lane], some, kRows, nothing);
+      }
+    }
+  }
+  for (; row < to && here; row += blockDim.y) {
     const int64_t at = static_cast<int64_t>(row) * l.channels + c;
     float in[Op::kInputs][kLanes], out[kLanes];
     for (int i = 0; i < Op::kInputs; ++i) {
@@ -196,10 +223,11 @@ __global__ void __launch_bounds__(kThreads) columns(const Op op, const Layout l,
       shared[(threadIdx.y * kLanes + lane) * blockDim.x + threadIdx.x] = part[lane];
     __syncthreads();
     if (threadIdx.y != 0) return;
+    if (blockIdx.x == 0 && c == 0) *static_cast<unsigned*>(workspace) = 0;
     for (int lane = 0; lane < lanes; ++lane) {
       Part sum = shared[lane * blockDim.x + threadIdx.x];
       for (unsigned y = 1; y < blockDim.y; ++y) sum.merge(shared[(y * kLanes + lane) * blockDim.x + threadIdx.x]);
-      parts[blockIdx.x * l.channels + c + lane] = sum;
+      parts_in<Part>(workspace)[blockIdx.x * l.channels + c + lane] = sum;
     }
   }
 }
@@ -245,28 +273,28 @@ bool aligned_operands(const Op& op) {
   return ok;
 }
 
-// Fewer channels for a thread where it keeps sums of them.
+// 16 bytes for a thread where it keeps sums of channels, and at least 16 where it does not.
 template <class Op>
-constexpr int lanes_of() { return kGathers<Op> ? 4 : 8; }
+constexpr int lanes_of() { return kGathers<Op> ? 16 / sizeof(typename Op::Type) : 8; }
 
 // Walks over the tensor; what is gathered lies in the workspace, [slices][channels].
 template <class Op>
 Layout sweep(const Op& op, const View& view, const Launch& launch) {
   using Part = typename Op::Part;
-  constexpr int kLanes = lanes_of<Op>();
-  const Layout l = layout_of(view, kLanes);
-  Part* parts = static_cast<Part*>(launch.workspace);
+  constexpr int kLanes = lanes_of<Op>(), kOther = kGathers<Op> ? 4 : kLanes;  // what is not whole needs registers
+  const bool fits = view.channels % kLanes == 0 && aligned_operands(op);
+  const Layout l = layout_of(view, fits ? kLanes : kOther);
+  void* const room = launch.workspace;
   if (!l.columns) {
     const unsigned grid = static_cast<unsigned>(l.slices * l.channels);
     const bool whole = l.inner % kGroup == 0 && aligned_operands(op);
-    if (whole) run(rows<Op, true>, grid, kThreads, 0, launch, op, l, parts);
-    else run(rows<Op, false>, grid, kThreads, 0, launch, op, l, parts);
+    if (whole) run(rows<Op, true>, grid, kThreads, 0, launch, op, l, room);
+    else run(rows<Op, false>, grid, kThreads, 0, launch, op, l, room);
   } else {
     const dim3 grid(l.slices, l.tiles), block(l.across, kThreads / l.across);
-    const size_t shared = kGathers<Op> ? sizeof(Part) * kThreads * kLanes : 0;
-    const bool whole = l.channels % kLanes == 0 && aligned_operands(op);
-    if (whole) run(columns<Op, kLanes, true>, grid, block, shared, launch, op, l, parts);
-    else run(columns<Op, kLanes, false>, grid, block, shared, launch, op, l, parts);
+    const size_t shared = kGathers<Op> ? sizeof(Part) * kThreads * (fits ? kLanes : kOther) : 0;
+    if (fits) run(columns<Op, kLanes, true>, grid, block, shared, launch, op, l, room);
+    else run(columns<Op, kOther, false>, grid, block, shared, launch, op, l, room);
   }
   return l;
 }
@@ -278,6 +306,47 @@ __device__ inline typename Part::Wide total_of(const Part* parts, int slices, in
   for (int s = threadIdx.x % 32; s < slices; s += 32) total.absorb(parts[s * channels + c]);
   for (int distance = 16; distance > 0; distance /= 2) total.merge(shuffled(total, distance));
   return total;
+}
+
+// The sum of all lanes' values, in all lanes.
+__device__ inline double warp_sum(double value) {
+  Sums<1>::Wide sum{{value}};
+  for (int distance = 16; distance > 0; distance /= 2) sum.merge(shuffled(sum, distance));
+  uint32_t words[2];
+  memcpy(words, &sum, sizeof(words));
+  for (uint32_t& word : words) word = __shfl_sync(~0u, word, 0);
+  memcpy(&sum, words, sizeof(words));
+  return sum.value[0];
+}
+
+// The channel's moments, by one warp, in all lanes: the parts are read twice, and one division is enough.
+template <class Part>
+__device__ inline Moments::Wide moments_of(const Part* parts, int slices, int64_t channels, int64_t c) {
+  double count = 0, sum = 0, squares = 0;
+  for (int s = threadIdx.x % 32; s < slices; s += 32) {
+    const Moments& part = parts[s * channels + c].moments();
+    count += part.count;
+    sum += static_cast<double>(part.count) * part.mean;
+  }
+  count = warp_sum(count);
+  const double mean = warp_sum(sum) / count;
+  for (int s = threadIdx.x % 32; s < slices; s += 32) {
+    const Moments& part = parts[s * channels + c].moments();
+    const double distance = part.mean - mean;
+    squares += part.squares + part.count * distance * distance;
+  }
+  return {count, mean, warp_sum(squares)};
+}
+
+// Whether this block is the last of its grid to get here: then it sees what all the others have written, if it reads
+// past the first-level cache (`__ldcg`). Every thread of the block calls it.
+__device__ inline bool is_last_block(void* workspace) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(static_cast<unsigned*>(workspace), 1) == gridDim.x - 1;
+  __syncthreads();
+  return last;
 }
 
 template <class Call>

@@ -1,4 +1,6 @@
 // The CUDA kernels as a table.
+#include <algorithm>
+
 #include "declarations.cuh"
 #include "sweep.cuh"
 
@@ -6,10 +8,10 @@ namespace dfq {
 
 namespace {
 
-// Parts of the largest kind for either number of lanes.
+// Parts of the largest kind for any number of lanes.
 int64_t workspace_bytes(const View& view) {
-  const cuda::Layout few = cuda::layout_of(view, 4);
-  return static_cast<int64_t>(few.slices) * few.channels * static_cast<int64_t>(sizeof(cuda::MomentsAndExtremes));
+  const int slices = std::max(cuda::layout_of(view, 4).slices, cuda::layout_of(view, 8).slices);
+  return cuda::kPartsAt + slices * view.channels * static_cast<int64_t>(sizeof(cuda::MomentsAndExtremes));
 }
 
 const CudaKernels table = {

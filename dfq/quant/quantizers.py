@@ -159,6 +159,16 @@ class WeightQuantizer(Quantizer):
         self._enter(LEARNED)
 
 
+def multiplied_type(device: str) -> torch.dtype | None:
+    """What autocast would cast every weight to, on a device whose layers multiply the values themselves; None: nothing.
+
+    A CPU's multiply the integers that values stand for, where that is faster.
+    """
+    if device == "cpu" or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 class WeightQuantizers(nn.Module):
     """All layers' weights at once: those whose range is their own go through one call of one operator."""
 
@@ -178,10 +188,11 @@ class WeightQuantizers(nn.Module):
         results: dict[int, tuple[Tensor, Tensor]] = {}
         if together:
             bits = [int(self.layers[index].bits) for index in together]  # type: ignore[arg-type]
-            outs, scales = dfq_kernels.fake_quant_weights([weights[index] for index in together], bits)
-            for index, out, scale in zip(together, outs, scales, strict=True):
-                self.layers[index].scale.copy_(scale)  # type: ignore[union-attr, operator]
-                results[index] = out, scale
+            chosen = [weights[index] for index in together]
+            dtype = multiplied_type(chosen[0].device.type) if self.training else None  # the exact forward wants fp32
+            outs, scales = dfq_kernels.fake_quant_weights(chosen, bits, dtype=dtype)
+            torch._foreach_copy_([self.layers[index].scale for index in together], scales)  # type: ignore[misc]
+            results = dict(zip(together, zip(outs, scales, strict=True), strict=True))
         return [results.get(index) or layer(weights[index]) for index, layer in enumerate(self.layers)]
 
 

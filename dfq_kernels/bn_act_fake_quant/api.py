@@ -21,7 +21,6 @@ from dfq_kernels._checks import (
 )
 from dfq_kernels._eager import once, recorded
 from dfq_kernels.dispatch import resolve
-from dfq_kernels.memory import shaped
 
 OP = "bn_act_fake_quant"
 
@@ -130,11 +129,12 @@ class BnActFakeQuant(torch.autograd.Function):
         settings: tuple[Any, ...],
         impl: ModuleType,
     ) -> Tensor:
-        out, mean, var = impl.forward(
+        out, mean, var, used = impl.forward(
             x, weight, bias, running_mean, running_var, running_min, running_max, scale, zero_point, *settings
         )
-        # a copy: the next call may move the range before this one's backward
-        ctx.save_for_backward(x, weight, bias, mean, var, scale.detach().clone(), zero_point.detach().clone())
+        # copies, all of them: the next call may move statistics and range before this one's backward
+        ctx.save_for_backward(x, weight, bias, mean, var, used)
+        ctx.shapes = scale.shape, zero_point.shape
         training, _, eps, activation, _, _, quant_min, quant_max, _ = settings
         ctx.settings, ctx.impl = (training, eps, activation, quant_min, quant_max), impl
         return out
@@ -144,11 +144,10 @@ class BnActFakeQuant(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         needs, saved = ctx.needs_input_grad, ctx.saved_tensors  # once: checkpointing computes them there and then
         grad_x, grad_weight, grad_bias, grad_scale, grad_zero_point = ctx.impl.backward(
-            grad_out, *saved, *ctx.settings, needs[7] or needs[8]
+            grad_out, *saved[:5], *saved[5].unbind(), *ctx.settings, needs[7] or needs[8]
         )
-        *_, scale, zero_point = saved
         return (
             grad_x, grad_weight if needs[1] else None, grad_bias if needs[2] else None, None, None, None, None,
-            shaped(grad_scale, scale) if needs[7] else None, shaped(grad_zero_point, zero_point) if needs[8] else None,
-            None, None,
+            grad_scale.reshape(ctx.shapes[0]) if needs[7] else None,
+            grad_zero_point.reshape(ctx.shapes[1]) if needs[8] else None, None, None,
         )  # fmt: skip

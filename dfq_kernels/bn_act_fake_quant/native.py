@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dfq_kernels.bn_act_fake_quant import schema
@@ -31,13 +30,11 @@ def forward(
     quant_min: int,
     quant_max: int,
     symmetric: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`(out, mean, var)`, copies of the statistics that normalised; stored ones and range are updated in place."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`(out, mean, var, used)`, copies of the statistics that normalised and of the scale and zero point that rounded;
+    stored statistics and range are updated in place."""
     x, weight, bias = dense(x), optional(weight), optional(bias)
-    if training:
-        out, mean, var = schema.allocate(x)
-    else:
-        out, mean, var = torch.empty_like(x), running_mean.float().clone(), running_var.float().clone()
+    out, mean, var, used = schema.allocate(x)
     stored = Updated((running_mean, running_var), training)
     moving = Updated((running_min, running_max, scale, zero_point), observe)
     stored_mean, stored_var, *parameters = [value.data_ptr() for value in (*stored.values, *moving.values)]
@@ -47,10 +44,11 @@ def forward(
         DTYPES[x.dtype], where(x, room), *shape, x.data_ptr(), address(weight), address(bias),
         stored_mean, stored_var, training, observe, momentum, eps, ACTIVATIONS[activation], *parameters,
         averaging_constant, quant_min, quant_max, symmetric, out.data_ptr(), mean.data_ptr(), var.data_ptr(),
+        used.data_ptr(),
     )  # fmt: skip
     stored.done()
     moving.done()
-    return out, mean, var
+    return out, mean, var, used
 
 
 @register(schema.BACKWARD, "native")
@@ -70,10 +68,11 @@ def backward(
     quant_max: int,
     learned: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, scale and zero_point, the last two of no dimensions, and 0 if not learned."""
+    """Gradients of x, weight, bias, scale and zero_point, the last two of no dimensions; without elements if not
+    learned."""
     x, weight, bias, mean, var = dense(x), optional(weight), optional(bias), fp32(mean), fp32(var)
     scale, zero_point, grad_out = fp32(scale), fp32(zero_point), in_order_of(x, grad_out)
-    grads = schema.allocate_grads(grad_out, x)
+    grads = schema.allocate_grads(grad_out, x, learned)
     grad_x, grad_weight, grad_bias, *of_range = [grad.data_ptr() for grad in grads]
     shape = view(x, 1)
     room = workspace(x, shape)

@@ -31,8 +31,9 @@ def forward(
     quant_min: int,
     quant_max: int,
     symmetric: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`(out, mean, var)`, copies of the statistics that normalised; stored ones and range are updated in place."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`(out, mean, var, used)`, copies of the statistics that normalised and of the scale and zero point that rounded;
+    stored statistics and range are updated in place."""
     if training:
         mean, var = bn_stats.forward(x)
         count = x.numel() // x.shape[1]
@@ -45,7 +46,8 @@ def forward(
         update_range(*torch.aminmax(y), running_min, running_max, averaging_constant)
         update_parameters(running_min, running_max, scale, zero_point, quant_min, quant_max, symmetric)
     out, _ = fake_quant.forward(y, scale, zero_point, quant_min, quant_max, None)
-    return out.to(x.dtype), mean, var
+    used = torch.stack([value.reshape(()).to(arithmetic_dtype(x)) for value in (scale, zero_point)])
+    return out.to(x.dtype), mean, var, used
 
 
 def backward(
@@ -64,7 +66,7 @@ def backward(
     quant_max: int,
     learned: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, scale and zero_point, the last two 0 if not learned.
+    """Gradients of x, weight, bias, scale and zero_point, the last two without elements if not learned.
 
     The activation is computed again rather than kept.
     """
@@ -73,7 +75,7 @@ def backward(
         grad_out.to(y.dtype), y, scale, zero_point, quant_min, quant_max, None
     )
     if not learned:
-        grad_scale, grad_zero_point = torch.zeros_like(grad_scale), torch.zeros_like(grad_zero_point)
+        grad_scale, grad_zero_point = grad_scale.new_empty(0), grad_zero_point.new_empty(0)
     grad = activation_grad(grad, y, activation)
     inv_std = torch.rsqrt(var.to(arithmetic_dtype(x)) + eps)
     normalized = (x - per_axis(mean, x, 1)).mul_(per_axis(inv_std, x, 1))

@@ -24,6 +24,13 @@ def _random(dtype: torch.dtype = torch.float32, affine: bool = True, spread: flo
     return make
 
 
+def _nan_among_numbers(generator: torch.Generator) -> Arguments:
+    """It stays NaN behind the activation and the clamp, and leaves the range where it is."""
+    tensors, keywords = _random(activation="relu6")(generator)
+    tensors["x"][1, 2, 3, 4] = float("nan")
+    return {**tensors, **fresh_range(-1.0, 1.0)}, keywords
+
+
 def _layout(x: torch.Tensor) -> Arguments:
     parameters = batch_norm(torch.Generator().manual_seed(1), x.shape[1])
     return {"x": x, **parameters, **fresh_range()}, {"quant_max": 15}
@@ -73,6 +80,7 @@ SPEC = OpSpec(
         Case("fp16", _random(torch.float16)),
         Case("scale_below_0", _below_0, gradients=False),
         Case("wider_than_fp32", _wide, gradients=False),
+        Case("nan_among_numbers", _nan_among_numbers, gradients=False),
         *layout_cases(_layout),
     ),
     bytes_moved=_bytes_moved,

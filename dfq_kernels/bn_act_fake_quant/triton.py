@@ -16,7 +16,6 @@ from dfq_kernels.tiles import (
     activate,
     behind_activation,
     channels_of,
-    clamp,
     elements,
     finish,
     first_step,
@@ -39,10 +38,11 @@ from dfq_kernels.tiles import (
     pivot_of,
     quotient,
     reciprocal,
-    rne,
+    round_to,
     take,
     tile,
     total_of,
+    wide,
 )
 
 
@@ -99,8 +99,8 @@ def look_finish_kernel(
         tl.store(running_mean + c, stored_mean + momentum * (average - stored_mean), mask=there)
         tl.store(running_var + c, stored_var + momentum * (variance * unbiased - stored_var), mask=there)
     else:
-        average = tl.load(mean + c, mask=there, other=0.0)
-        variance = tl.load(var + c, mask=there, other=1.0)
+        average = tl.load(running_mean + c, mask=there, other=0.0)
+        variance = tl.load(running_var + c, mask=there, other=1.0)
     if OBSERVE:
         factor = tl.sum(of_channels(weight, c, channels, 1.0, WEIGHT), 0) * inverse_deviation(variance, eps)
         shift = tl.sum(of_channels(bias, c, channels, 0.0, BIAS), 0)
@@ -114,23 +114,31 @@ def look_finish_kernel(
 
 @triton.jit
 def quantize_kernel(
-    x, weight, bias, mean, var, scale, zero_point, out, outer, channels, inner, steps, eps, quant_min, quant_max,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    x, weight, bias, mean, var, scale, zero_point, out, kept_mean, kept_var, used, outer, channels, inner, steps, eps,
+    quant_min, quant_max,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     # math     out = fake_quant(act((x - mean) * (weight / sqrt(var + eps)) + bias))
-    # traffic  x read, out written
+    # traffic  x read, out written; copies of statistics (where they are stored ones) and of scale and zero point
     # grid     units x steps: one tile a program
     # order    every operation rounded on its own
     unit, step = tl.program_id(0) // steps, tl.program_id(0) % steps
     c = channels_of(unit, W, BY_CHANNEL)
-    inv_std = inverse_deviation(of_channels(var, c, channels, 1.0, True), eps)
+    average, variance = of_channels(mean, c, channels, 0.0, True), of_channels(var, c, channels, 1.0, True)
+    inv_std = inverse_deviation(variance, eps)
     factor = of_channels(weight, c, channels, 1.0, WEIGHT) * inv_std
     offsets, there = tile(unit, step, outer, channels, inner, R, W, BY_CHANNEL, INDEX)
-    centred = tl.load(x + offsets, mask=there, other=0.0).to(tl.float32) - of_channels(mean, c, channels, 0.0, True)
+    centred = tl.load(x + offsets, mask=there, other=0.0).to(tl.float32) - average
     y = activate(centred * factor + of_channels(bias, c, channels, 0.0, BIAS), ACTIVATION)
     size, zero = tl.load(scale), tl.load(zero_point)
-    q = clamp(rne(y * reciprocal(size) + zero), quant_min, quant_max)
+    if kept_mean is not None:
+        known = (c < channels) & (step == 0)
+        tl.store(kept_mean + c, tl.sum(average, 0), mask=known)
+        tl.store(kept_var + c, tl.sum(variance, 0), mask=known)
+    tl.store(used, size, mask=tl.program_id(0) == 0)
+    tl.store(used + 1, zero, mask=tl.program_id(0) == 0)
+    _, q = round_to(y * reciprocal(size) + zero, quant_min, quant_max, WIDE)
     tl.store(out + offsets, narrow((q - zero) * size, out.dtype.element_ty), mask=there)
 
 
@@ -138,7 +146,8 @@ def quantize_kernel(
 def sums_kernel(
     grad_out, x, weight, bias, mean, var, scale, zero_point, grad_x, parts, outer, channels, inner, steps, slices, eps,
     quant_min, quant_max, TRAINING: tl.constexpr, LEARNED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr, INDEX: tl.constexpr,
+    ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     # math     inner = act'(y) grad behind the clamp; sums of inner, of inner and centred x, and of LSQ's two terms;
     #          where statistics are frozen grad_x = inner * factor
@@ -159,7 +168,7 @@ def sums_kernel(
         centred = tl.load(x + offsets, mask=there, other=0.0).to(tl.float32) - average
         y = activate(centred * factor + shift, ACTIVATION)
         grad = tl.load(grad_out + offsets, mask=there, other=0.0).to(tl.float32)
-        inside, error, clipped = learned_gradient(y, grad, inv, zero, quant_min, quant_max)
+        inside, error, clipped = learned_gradient(y, grad, inv, zero, quant_min, quant_max, WIDE)
         passed = tl.where(there, behind_activation(inside, y, ACTIVATION), 0.0)
         total += passed
         product += tl.where(there, passed * centred, 0.0)
@@ -197,7 +206,8 @@ def sums_finish_kernel(
 @triton.jit
 def training_kernel(
     grad_out, x, weight, bias, mean, var, scale, zero_point, grad_weight, grad_bias, grad_x, outer, channels, inner,
-    steps, eps, quant_min, quant_max, count, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    steps, eps, quant_min, quant_max, count,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     # math     grad_x = (inner - mean(inner) - normalized mean(inner normalized)) * factor
@@ -212,7 +222,8 @@ def training_kernel(
     centred = tl.load(x + offsets, mask=there, other=0.0).to(tl.float32) - of_channels(mean, c, channels, 0.0, True)
     y = activate(centred * factor + of_channels(bias, c, channels, 0.0, BIAS), ACTIVATION)
     grad = tl.load(grad_out + offsets, mask=there, other=0.0).to(tl.float32)
-    inside, _, _ = learned_gradient(y, grad, reciprocal(tl.load(scale)), tl.load(zero_point), quant_min, quant_max)
+    inv, zero = reciprocal(tl.load(scale)), tl.load(zero_point)
+    inside, _, _ = learned_gradient(y, grad, inv, zero, quant_min, quant_max, WIDE)
     passed = behind_activation(inside, y, ACTIVATION)
     mean_grad = quotient(of_channels(grad_bias, c, channels, 0.0, True), count)
     slope = quotient(of_channels(grad_weight, c, channels, 0.0, True), count) * inv_std
@@ -240,15 +251,14 @@ def forward(
     quant_min: int,
     quant_max: int,
     symmetric: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`(out, mean, var)`, copies of the statistics that normalised; stored ones and range are updated in place."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`(out, mean, var, used)`, copies of the statistics that normalised and of the scale and zero point that rounded;
+    stored statistics and range are updated in place."""
     x, weight, bias = dense(x), optional(weight), optional(bias)
-    out, mean, var = schema.allocate(x)
+    out, mean, var, used = schema.allocate(x)
     stored = Updated((running_mean, running_var), training)
     moving = Updated((running_min, running_max, scale, zero_point), observe)
-    if not training:
-        mean.copy_(running_mean)
-        var.copy_(running_var)
+    statistics, kept = ((mean, var), (None, None)) if training else (stored.values, (mean, var))
     layer = {"WEIGHT": weight is not None, "BIAS": bias is not None, "ACTIVATION": ACTIVATIONS[activation]}
     if training or observe:
         tiles = Tiles.of(view(x, 1), elements("reduction"))
@@ -266,12 +276,13 @@ def forward(
             move_range(extremes, moving.values, averaging_constant, quant_min, quant_max, symmetric)
     tiles = Tiles.of(view(x, 1), elements("elementwise"))
     launch(
-        quantize_kernel, "elementwise", tiles.units * tiles.steps, x, x, weight, bias, mean, var, *moving.values[2:],
-        out, *tiles, eps, float(quant_min), float(quant_max), **layer, **tiles.shape,
+        quantize_kernel, "elementwise", tiles.units * tiles.steps, x, x, weight, bias, *statistics, *moving.values[2:],
+        out, *kept, used, *tiles, eps, float(quant_min), float(quant_max), WIDE=wide(quant_min, quant_max), **layer,
+        **tiles.shape,
     )  # fmt: skip
     stored.done()
     moving.done()
-    return out, mean, var
+    return out, mean, var, used
 
 
 @register(schema.BACKWARD, "triton")
@@ -291,11 +302,13 @@ def backward(
     quant_max: int,
     learned: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, scale and zero_point, the last two of no dimensions, and 0 if not learned."""
+    """Gradients of x, weight, bias, scale and zero_point, the last two of no dimensions; without elements if not
+    learned."""
     x, weight, bias, mean, var = dense(x), optional(weight), optional(bias), fp32(mean), fp32(var)
     scale, zero_point, grad_out = fp32(scale), fp32(zero_point), in_order_of(x, grad_out)
-    grad_x, grad_weight, grad_bias, grad_scale, grad_zero_point = schema.allocate_grads(grad_out, x)
+    grad_x, grad_weight, grad_bias, grad_scale, grad_zero_point = schema.allocate_grads(grad_out, x, learned)
     layer = {"WEIGHT": weight is not None, "BIAS": bias is not None, "ACTIVATION": ACTIVATIONS[activation]}
+    layer["WIDE"] = wide(quant_min, quant_max)
     tensors, bounds = (weight, bias, mean, var, scale, zero_point), (eps, float(quant_min), float(quant_max))
     tiles = Tiles.of(view(x, 1), elements("reduction"))
     parts = torch.empty(4, tiles.slices, tiles.channels, dtype=torch.float32, device=x.device)

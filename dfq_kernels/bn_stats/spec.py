@@ -27,6 +27,7 @@ SPEC = OpSpec(
         Case("maps", _random(4, 16, 17, 13)),
         Case("mean_1e4", _random(8, 3, 31, 29, shift=1e4)),
         Case("rows", _random(64, 10)),
+        Case("many_rows", _random(4291, 256)),  # enough for a GPU's threads to look at four at once
         Case("sequence", _random(4, 5, 33)),
         Case("one_value", _random(1, 6, 1, 1)),
         Case("bf16", _random(4, 16, 17, 13, dtype=torch.bfloat16)),

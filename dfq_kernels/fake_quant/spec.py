@@ -23,6 +23,18 @@ def _special(_: torch.Generator) -> Arguments:
     return {"x": x, "scale": torch.tensor(1e-3), "zero_point": torch.tensor(0.0)}, {"quant_min": 0, "quant_max": 15}
 
 
+def _bounds(largest: int) -> Any:
+    """About both bounds, where a sum with a power of two may have no place left for what is rounded."""
+
+    def make(_: torch.Generator) -> Arguments:
+        edge = torch.arange(-6, 7) / 4 + largest
+        x = torch.cat((edge, -edge, torch.tensor([0.5, -1.5, 2.0**25 + 4, -3e38])))
+        tensors = {"x": x, "scale": torch.tensor(1.0), "zero_point": torch.tensor(0.0)}
+        return tensors, {"quant_min": -largest, "quant_max": largest}
+
+    return make
+
+
 def _random(dtype: torch.dtype, scale: float, bounds: tuple[int, int], zero_point: float) -> Any:
     def make(generator: torch.Generator) -> Arguments:
         x = randn(generator, 4, 3, 17, 13, dtype=dtype)
@@ -78,6 +90,7 @@ SPEC = OpSpec(
         Case("special", _special, gradients=False),
         Case("empty", _empty, gradients=False),
         Case("scale_not_above_0", _not_above_0, gradients=False),
+        *(Case(f"bounds{largest}", _bounds(largest)) for largest in (2**22 - 1, 2**22, 2**23 - 1, 2**23)),
         Case("fp32_s8", _random(torch.float32, 0.02, (-128, 127), 0.0)),
         Case("fp32_u4", _random(torch.float32, 0.11, (0, 15), 5.0)),
         Case("fp32_s2", _random(torch.float32, 0.7, (-2, 1), 0.0)),

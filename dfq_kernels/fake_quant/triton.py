@@ -13,7 +13,6 @@ from dfq_kernels.registration import register
 from dfq_kernels.tiles import (
     Tiles,
     channels_of,
-    clamp,
     elements,
     finish,
     first_step,
@@ -24,16 +23,17 @@ from dfq_kernels.tiles import (
     narrow,
     of_channels,
     reciprocal,
-    rne,
+    round_to,
     tile,
     total_of,
+    wide,
 )
 
 
 @triton.jit
 def quantize_kernel(
     x, scales, zero_points, out, mask, size, channels, inner, quant_min, quant_max,
-    BLOCK: tl.constexpr, PER_CHANNEL: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK: tl.constexpr, PER_CHANNEL: tl.constexpr, WIDE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     # math     q = clamp(rne(x * inv + zero_point)); out = (q - zero_point) * scale; inv = 1 / scale
     # traffic  x read, out written, one bit per element
@@ -49,8 +49,7 @@ def quantize_kernel(
         scale, zero_point = tl.load(scales + c), tl.load(zero_points + c)
     else:
         scale, zero_point = tl.load(scales), tl.load(zero_points)
-    rounded = rne(values * reciprocal(scale) + zero_point)
-    q = clamp(rounded, quant_min, quant_max)
+    rounded, q = round_to(values * reciprocal(scale) + zero_point, quant_min, quant_max, WIDE)
     tl.store(out + start + at, narrow((q - zero_point) * scale, out.dtype.element_ty), mask=there)
     inside = tl.reshape(((q == rounded) & there).to(tl.int32), (BLOCK // 8, 8))
     bits = tl.sum(inside << tl.arange(0, 8)[None, :], 1).to(tl.uint8)
@@ -73,7 +72,7 @@ def masked_kernel(grad_out, mask, grad_x, size, BLOCK: tl.constexpr):
 @triton.jit
 def learned_kernel(
     grad_out, x, scales, zero_points, grad_x, parts, outer, channels, inner, steps, slices, quant_min, quant_max,
-    R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr, INDEX: tl.constexpr,
+    WIDE: tl.constexpr, R: tl.constexpr, W: tl.constexpr, BY_CHANNEL: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     # math     LSQ eq. 3: grad_x, and the sums that grad_scale and grad_zero_point are made of
     # traffic  grad_out and x read, grad_x written
@@ -88,7 +87,7 @@ def learned_kernel(
         offsets, there = tile(unit, step, outer, channels, inner, R, W, BY_CHANNEL, INDEX)
         values = tl.load(x + offsets, mask=there, other=0.0).to(tl.float32)
         grad = tl.load(grad_out + offsets, mask=there, other=0.0).to(tl.float32)
-        inside, of_scale, clipped = learned_gradient(values, grad, inv, zero_point, quant_min, quant_max)
+        inside, of_scale, clipped = learned_gradient(values, grad, inv, zero_point, quant_min, quant_max, WIDE)
         tl.store(grad_x + offsets, narrow(inside, grad_x.dtype.element_ty), mask=there)
         grad_scale += tl.where(there, of_scale, 0.0)
         outside += tl.where(there, clipped, 0.0)
@@ -123,6 +122,7 @@ def forward(
     launch(
         quantize_kernel, "elementwise", triton.cdiv(size, block), x, x, scale, zero_point, out, mask, size, channels,
         inner, float(quant_min), float(quant_max), BLOCK=block, PER_CHANNEL=channels > 1,
+        WIDE=wide(quant_min, quant_max),
         INDEX=tl.int32 if inner < 2**30 else tl.int64,
     )  # fmt: skip
     return out, mask
@@ -155,7 +155,7 @@ def backward_learned(
     grad_scale, grad_zero_point = grads, torch.empty_like(grads)
     launch(
         learned_kernel, "reduction", tiles.units * tiles.slices, x, grad_out, x, scales, zero_points, grad_x, parts,
-        *tiles, tiles.slices, float(quant_min), float(quant_max), **tiles.shape,
+        *tiles, tiles.slices, float(quant_min), float(quant_max), WIDE=wide(quant_min, quant_max), **tiles.shape,
     )  # fmt: skip
     finish(learned_finish_kernel, tiles, parts, scales, grad_scale, grad_zero_point)
     return (

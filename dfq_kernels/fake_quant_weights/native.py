@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from dfq_kernels.extension import native, where
@@ -13,14 +14,16 @@ from dfq_kernels.registration import register
 
 
 @register(schema.FORWARD, "native")
-def forward(weights: Sequence[Tensor], bits: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+def forward(
+    weights: Sequence[Tensor], bits: Sequence[int], dtype: torch.dtype | None
+) -> tuple[list[Tensor], list[Tensor]]:
     """`(outs, scales)`, one of each per weight."""
     weights = [schema.rows(weight) for weight in weights]
-    outs, scales = schema.allocate(weights, bits)
-    for dtype in {weight.dtype for weight in weights}:
-        chosen = [index for index, weight in enumerate(weights) if weight.dtype == dtype]
+    outs, scales = schema.allocate(weights, bits, dtype)
+    for types in {(weight.dtype, out.dtype) for weight, out in zip(weights, outs, strict=True)}:
+        chosen = [index for index, weight in enumerate(weights) if (weight.dtype, outs[index].dtype) == types]
         native().fake_quant_weights(
-            DTYPES[dtype], where(weights[0]), [weights[index].data_ptr() for index in chosen],
+            *(DTYPES[kind] for kind in types), where(weights[0]), [weights[index].data_ptr() for index in chosen],
             [weights[index].shape[0] for index in chosen],
             [weights[index].numel() // weights[index].shape[0] for index in chosen],
             [bits[index] for index in chosen], [outs[index].data_ptr() for index in chosen],

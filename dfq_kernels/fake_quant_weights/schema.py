@@ -17,10 +17,14 @@ def rows(weight: Tensor) -> Tensor:
     return weight.contiguous()
 
 
-def allocate(weights: Sequence[Tensor], bits: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-    """`(outs, scales)` in the memory order of `rows`, not yet written."""
+def allocate(
+    weights: Sequence[Tensor], bits: Sequence[int], dtype: torch.dtype | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`(outs, scales)` in the memory order of `rows`, not yet written; dtype: of outs, None: as their weights."""
     scales = [torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device) for weight in weights]
-    return [torch.empty_like(rows(weight)) for weight in weights], scales
+    return [torch.empty_like(rows(weight), dtype=dtype) for weight in weights], scales
 
 
-FORWARD = Schema("fake_quant_weights", "(Tensor[] weights, int[] bits) -> (Tensor[], Tensor[])", allocate)
+FORWARD = Schema(
+    "fake_quant_weights", "(Tensor[] weights, int[] bits, ScalarType? dtype) -> (Tensor[], Tensor[])", allocate
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from dfq_kernels.fake_quant_weights import schema
 from dfq_kernels.layers import chunks, find_layer, of_layer
 from dfq_kernels.registration import register
-from dfq_kernels.tiles import clamp, elements, launch, most, most_of, narrow, reciprocal, rne
+from dfq_kernels.tiles import elements, launch, most, most_of, narrow, reciprocal, round_to
 
 
 @triton.jit
@@ -38,18 +39,20 @@ def rows_kernel(weights, outs, scales, sizes, quant_maxs, ends, BLOCK: tl.conste
     for start in range(0, size, BLOCK):
         at = start + tl.arange(0, BLOCK)
         values = tl.load(weight + row + at, mask=at < size, other=0.0).to(tl.float32)
-        q = clamp(rne(values * inv), -quant_max, quant_max)
+        _, q = round_to(values * inv, -quant_max, quant_max, False)
         tl.store(out + row + at, narrow(q * scale, out.dtype.element_ty), mask=at < size)
 
 
 @register(schema.FORWARD, "triton")
-def forward(weights: Sequence[Tensor], bits: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+def forward(
+    weights: Sequence[Tensor], bits: Sequence[int], dtype: torch.dtype | None
+) -> tuple[list[Tensor], list[Tensor]]:
     """`(outs, scales)`, one of each per weight."""
     weights = [schema.rows(weight) for weight in weights]
-    outs, scales = schema.allocate(weights, bits)
+    outs, scales = schema.allocate(weights, bits, dtype)
     layers = list(zip(weights, outs, scales, bits, strict=True))
-    for dtype in dict.fromkeys(weight.dtype for weight in weights):
-        for chunk in chunks([layer for layer in layers if layer[0].dtype == dtype]):
+    for kind in dict.fromkeys(weight.dtype for weight in weights):
+        for chunk in chunks([layer for layer in layers if layer[0].dtype == kind]):
             chosen, results, factors, counts = zip(*chunk, strict=True)
             sizes = tuple(weight.numel() // weight.shape[0] for weight in chosen)
             ends = tuple(accumulate(weight.shape[0] for weight in chosen))

@@ -54,7 +54,8 @@ def dense_kernel(
     INNER: tl.constexpr, OUTER: tl.constexpr, GROUPS: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
     SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr,
     X_BITS: tl.constexpr, X_SIGNED: tl.constexpr, W_BITS: tl.constexpr, R_BITS: tl.constexpr, R_SIGNED: tl.constexpr,
-    SWAR: tl.constexpr, R: tl.constexpr, B: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
+    SWAR: tl.constexpr, ZERO_PAD: tl.constexpr,
+    R: tl.constexpr, B: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
     ACTIVATION: tl.constexpr, NEXT_ACTIVATION: tl.constexpr, BITS: tl.constexpr, NEXT_BITS: tl.constexpr,
 ):  # fmt: skip
     # math     acc = sum over taps and channels of (x - zero_point) * w; t = float(acc) * mult + bias + residual
@@ -72,6 +73,8 @@ def dense_kernel(
     W_RUNS: tl.constexpr = PLANES * W_BITS // 8
     DEPTH: tl.constexpr = KY * KX * RUN
     PADDED: tl.constexpr = PY > 0 or PX > 0
+    if ZERO_PAD:
+        pad = 0  # an asynchronous copy fills with zeros by itself; any other byte is patched in, byte by byte
     program = tl.program_id(0)
     block, group = program % COUNT, program // COUNT % GROUPS
     pixel = (program // COUNT // GROUPS).to(tl.int64) * R + tl.arange(0, R)
@@ -146,17 +149,30 @@ def dense_blocks(
 ) -> tuple[int, dict[str, int]]:
     """How many programs there are, and their compile-time R pixels, B columns and K bytes.
 
+    A small map is cut finer before processors stay idle: rows to 32, columns and then rows to the 16 that a product of
+    tiles has at least. x is then read once for every block of columns, from cache. Smaller tiles are deeper: a step
+    waits for its copies whatever it multiplies.
+
     depth: bytes of K, each of `fields` integers of an operand.
     """
     chosen = tuning()["convolution"]
-    columns = min(chosen["channels"], max(16, triton.next_power_of_2(outer)))
     most = chosen["pixels"] // 2 if fields == 4 else chosen["pixels"]  # four products of tiles fill the registers
-    rows = min(most, max(16, triton.next_power_of_2(pixels)))
-    per_row = triton.cdiv(outer // planes, columns // planes) * groups
-    while rows > 32 and triton.cdiv(pixels, rows) * per_row < MULTIPROCESSORS:
-        rows //= 2
-    depth = min(chosen["depth"], max(LEAST_DEPTH, triton.next_power_of_2(depth)))
-    return triton.cdiv(pixels, rows) * per_row, {"R": rows, "B": columns, "K": depth}
+    tile = {
+        "R": min(most, max(16, triton.next_power_of_2(pixels))),
+        "B": min(chosen["channels"], max(16, triton.next_power_of_2(outer))),
+    }
+
+    def programs() -> int:
+        return triton.cdiv(pixels, tile["R"]) * triton.cdiv(outer // planes, tile["B"] // planes) * groups
+
+    for side, least in (("R", 32), ("B", 16), ("R", 16)):
+        while tile[side] > least and programs() < MULTIPROCESSORS:
+            tile[side] //= 2
+    tile["K"] = min(chosen["depth"], max(LEAST_DEPTH, triton.next_power_of_2(depth)))
+    memory = (chosen["pixels"] + chosen["channels"]) * chosen["depth"]
+    while (tile["R"] + tile["B"]) * tile["K"] * 2 <= memory and tile["K"] * 2 <= depth:
+        tile["K"] *= 2
+    return programs(), tile
 
 
 def pad_byte(grid: Grid, bits: int) -> int:
@@ -197,7 +213,8 @@ def forward(
         x, as_bytes(x), as_bytes(channels_last(weight)), sums, fp32(mult), fp32(bias),
         None if residual is None else as_bytes(channels_last(residual)), pixels,
     )  # fmt: skip
-    numbers = (pad_byte(grid, bits), float(other.zero_point), other.scale)
+    pad = pad_byte(grid, bits)
+    numbers = (pad, float(other.zero_point), other.scale)
     geometry: dict[str, Any] = {
         **dict(zip(("HEIGHT", "WIDTH", "OUT_HEIGHT", "OUT_WIDTH"), (*x.shape[2:], *shape[2:]), strict=True)),
         **dict(zip(("KY", "KX"), weight.shape[2:], strict=True)), **dict(zip(("SY", "SX"), stride, strict=True)),
@@ -217,7 +234,7 @@ def forward(
         launch(
             dense_kernel, "convolution", programs, *values, grid.zero_point + origin(bits, grid.signed), *numbers,
             *ending.arguments, INNER=inner, OUTER=outer, GROUPS=groups, W_BITS=weight_bits, SWAR=SWAR,
-            **geometry, **tile, **ending.constants,
+            ZERO_PAD=pad == 0 or not any(padding), **geometry, **tile, **ending.constants,
         )  # fmt: skip
     for result, out, (_, width) in zip(results, written, epilogue.results, strict=False):
         if result is not out:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import triton
@@ -16,19 +17,12 @@ from dfq_kernels.tiles import launch, quotient
 
 
 @triton.jit
-def average_kernel(
-    x, pixels, x_zero, x_scale, outs, numbers, nexts, next_numbers, scale, zero, mean, factor, shift,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr,
+def window(
+    pixel, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr,
     KY: tl.constexpr, KX: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr,
-    ADAPTIVE: tl.constexpr, X_BITS: tl.constexpr, X_SIGNED: tl.constexpr,
-    CHANNELS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr, ACTIVATION: tl.constexpr,
-    NEXT_ACTIVATION: tl.constexpr, BITS: tl.constexpr, NEXT_BITS: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
 ):  # fmt: skip
-    # math     t = float(sum over the window of (x - zero_point)) * (scale / count); KY, KX: the largest window's sides
-    # traffic  x read, results written
-    # grid     one program per R pixels of the result and B channels
-    # order    sums in int32, exact in any order; then every operation rounded on its own
-    pixel, c, rows, known, block = place_of(tl.program_id(0), pixels, CHANNELS, R, B, P)
+    """The first pixel of a result's image, and its window: top, left, bottom, right; KY, KX: sides of the largest."""
     image = pixel // (OUT_HEIGHT * OUT_WIDTH) * (HEIGHT * WIDTH)
     place = (pixel % (OUT_HEIGHT * OUT_WIDTH)).to(tl.int32)
     row, column = place // OUT_WIDTH, place % OUT_WIDTH
@@ -40,14 +34,40 @@ def average_kernel(
     else:
         top, left = row * SY - PY, column * SX - PX
         bottom, right = top + KY, left + KX
-    acc = tl.zeros((R, B), tl.int32)
-    for tap in range(KY * KX):
+    return image, top, left, bottom, right
+
+
+@triton.jit
+def average_kernel(
+    x, pixels, x_zero, x_scale, outs, numbers, nexts, next_numbers, scale, zero, mean, factor, shift,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr,
+    KY: tl.constexpr, KX: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr,
+    ADAPTIVE: tl.constexpr, X_BITS: tl.constexpr, X_SIGNED: tl.constexpr, CHANNELS: tl.constexpr,
+    T: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr, ACTIVATION: tl.constexpr,
+    NEXT_ACTIVATION: tl.constexpr, BITS: tl.constexpr, NEXT_BITS: tl.constexpr,
+):  # fmt: skip
+    # math     t = float(sum over the window of (x - zero_point)) * (scale / count)
+    # traffic  x read, results written
+    # grid     one program per R pixels of the result and B channels
+    # block    T places of every window at once: few pixels have many, and a program waits for its loads once
+    # order    sums in int32, exact in any order; then every operation rounded on its own
+    program = tl.program_id(0)
+    pixel, c, rows, known, _ = place_of(program, pixels, CHANNELS, R, B, P, T)
+    image, top, left, bottom, right = window(
+        pixel, HEIGHT, WIDTH, OUT_HEIGHT, OUT_WIDTH, KY, KX, SY, SX, PY, PX, ADAPTIVE
+    )
+    acc = tl.zeros((T * R, B), tl.int32)
+    for start in range(0, KY * KX, T):
+        tap = start + (tl.arange(0, T * R) // R)[:, None]
         y, at = top + tap // KX, left + tap % KX
         there = rows & known & (y >= 0) & (y < tl.minimum(bottom, HEIGHT)) & (at >= 0) & (at < tl.minimum(right, WIDTH))
         q = integers(x, image + y * WIDTH + at, c, there, CHANNELS, X_BITS, X_SIGNED, B, P)
         acc += tl.where(there, q - x_zero, 0)
+    total = tl.sum(tl.reshape(acc, (T, R, B)), 0)
+    pixel, c, rows, known, block = place_of(program, pixels, CHANNELS, R, B, P)
+    _, top, left, bottom, right = window(pixel, HEIGHT, WIDTH, OUT_HEIGHT, OUT_WIDTH, KY, KX, SY, SX, PY, PX, ADAPTIVE)
     count = ((bottom - top) * (right - left)).to(tl.float32)
-    t = acc.to(tl.float32) * quotient(tl.zeros((R, 1), tl.float32) + x_scale, count)
+    t = total.to(tl.float32) * quotient(tl.zeros((R, 1), tl.float32) + x_scale, count)
     finish(t, pixel, c, rows, known, block, outs, numbers, nexts, next_numbers, scale, zero, mean, factor, shift,
            CHANNELS, R, B, P, ACTIVATION, NEXT_ACTIVATION, BITS, NEXT_BITS)  # fmt: skip
 
@@ -57,24 +77,27 @@ def max_kernel(
     x, out, pixels,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr,
     KY: tl.constexpr, KX: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr,
-    DY: tl.constexpr, DX: tl.constexpr, X_BITS: tl.constexpr, X_SIGNED: tl.constexpr,
-    CHANNELS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr,
+    DY: tl.constexpr, DX: tl.constexpr, X_BITS: tl.constexpr, X_SIGNED: tl.constexpr, CHANNELS: tl.constexpr,
+    T: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     # math     the largest integer of each window
     # traffic  x read, the result written
     # grid     one program per R pixels of the result and B channels
+    # block    T places of every window at once
     # order    exact in any order
-    pixel, c, rows, known, block = place_of(tl.program_id(0), pixels, CHANNELS, R, B, P)
-    image = pixel // (OUT_HEIGHT * OUT_WIDTH) * (HEIGHT * WIDTH)
-    place = (pixel % (OUT_HEIGHT * OUT_WIDTH)).to(tl.int32)
-    top, left = place // OUT_WIDTH * SY - PY, place % OUT_WIDTH * SX - PX
-    largest = tl.full((R, B), -128, tl.int32)
-    for tap in range(KY * KX):
+    program = tl.program_id(0)
+    pixel, c, rows, known, _ = place_of(program, pixels, CHANNELS, R, B, P, T)
+    image, top, left, _, _ = window(pixel, HEIGHT, WIDTH, OUT_HEIGHT, OUT_WIDTH, KY, KX, SY, SX, PY, PX, False)
+    largest = tl.full((T * R, B), -128, tl.int32)
+    for start in range(0, KY * KX, T):
+        tap = start + (tl.arange(0, T * R) // R)[:, None]
         y, at = top + tap // KX * DY, left + tap % KX * DX
-        there = rows & known & (y >= 0) & (y < HEIGHT) & (at >= 0) & (at < WIDTH)
+        there = rows & known & (y >= 0) & (y < HEIGHT) & (at >= 0) & (at < WIDTH) & (tap < KY * KX)
         q = integers(x, image + y * WIDTH + at, c, there, CHANNELS, X_BITS, X_SIGNED, B, P)
         largest = tl.maximum(largest, tl.where(there, q, -128))
-    keep(out, largest, pixel, c, rows, known, block, CHANNELS, R, B, P, X_BITS)
+    found = tl.max(tl.reshape(largest, (T, R, B)), 0)
+    pixel, c, rows, known, block = place_of(program, pixels, CHANNELS, R, B, P)
+    keep(out, found, pixel, c, rows, known, block, CHANNELS, R, B, P, X_BITS)
 
 
 @register(schema.FORWARD, "triton")
@@ -90,9 +113,10 @@ def forward(
     if 0 in shape:
         return results
     x, ending, pixels = channels_last(x), Ending(epilogue, results, bits), shape[0] * shape[2] * shape[3]
-    programs, tile = blocks(pixels, shape[1], ending)
     if output_size:
         kernel = schema.largest_window(x.shape[2:], output_size)
+    programs, tile = blocks(pixels, shape[1], ending, math.prod(kernel))
+    tile.setdefault("T", 1)
     geometry = {
         **dict(zip(("HEIGHT", "WIDTH", "OUT_HEIGHT", "OUT_WIDTH"), (*x.shape[2:], *shape[2:]), strict=True)),
         **dict(zip(("KY", "KX"), kernel, strict=True)), **dict(zip(("SY", "SX"), stride, strict=True)),

@@ -35,6 +35,13 @@ def _wide(_: torch.Generator) -> Arguments:
     return {"x": torch.tensor([-2e38, 0.0, 1.0, 2e38]), **fresh_range(-3e38, 3e38)}, {"averaging_constant": 1.0}
 
 
+def _nan_among_numbers(generator: torch.Generator) -> Arguments:
+    """Whoever loses it on the way finds a finite range in the others."""
+    x = randn(generator, 4, 3, 17, 13)
+    x[1, 2, 3, 4] = float("nan")
+    return {"x": x, **fresh_range(-1.0, 1.0)}, {}
+
+
 def _layout(x: torch.Tensor) -> Arguments:
     return {"x": x, **fresh_range()}, {"quant_min": -8, "quant_max": 7}
 
@@ -63,6 +70,7 @@ SPEC = OpSpec(
         Case("tiny", _constant(2.0**-90)),
         Case("wider_than_fp32", _wide),
         Case("non_finite", _non_finite, gradients=False),
+        Case("nan_among_numbers", _nan_among_numbers, gradients=False),
         *layout_cases(_layout),
     ),
     bytes_moved=_bytes_moved,

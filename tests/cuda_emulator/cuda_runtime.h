@@ -31,12 +31,13 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream = nullptr;
 };
 
-extern dim3 threadIdx, blockIdx, blockDim;  // of the thread that runs
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the thread that runs
 
 namespace dfq_emulator {
 
 __device__ void barrier();                                       // __syncthreads
 __device__ uint32_t from_lane_below(uint32_t value, int distance);  // __shfl_down_sync of a whole warp
+__device__ uint32_t from_first_lane(uint32_t value);  // __shfl_sync of a whole warp, from lane 0
 __device__ uint32_t* dynamic_shared();
 cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel);
 
@@ -46,6 +47,11 @@ __device__ inline void __syncthreads() { dfq_emulator::barrier(); }
 __device__ inline uint32_t __shfl_down_sync(unsigned, uint32_t value, int distance) {
   return dfq_emulator::from_lane_below(value, distance);
 }
+__device__ inline uint32_t __shfl_sync(unsigned, uint32_t value, int) { return dfq_emulator::from_first_lane(value); }
+__device__ inline void __threadfence() {}  // blocks run one after another
+__device__ inline unsigned atomicAdd(unsigned* to, unsigned value) { return (*to += value) - value; }
+template <class T>
+__device__ T __ldcg(const T* from) { return *from; }
 using std::isfinite;
 __device__ inline float __fdividef(float a, float b) { return a / b; }
 

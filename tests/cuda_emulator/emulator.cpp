@@ -8,7 +8,7 @@
 
 #include "cuda_runtime.h"
 
-dim3 threadIdx, blockIdx, blockDim;
+dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace dfq_emulator {
 
@@ -62,7 +62,7 @@ bool release() {
 
 void run_block(const dim3& block, const cudaLaunchConfig_t& config) {
   // what shared memory holds at the start is nobody's: a NaN that shows
-  blockIdx = block, blockDim = config.blockDim;
+  blockIdx = block, blockDim = config.blockDim, gridDim = config.gridDim;
   shared_memory.assign(config.dynamicSmemBytes / 4 + 1, 0x7fc0dead);
   for (size_t i = 0; i < threads; ++i) {
     Fiber& fiber = *fibers[i];
@@ -96,14 +96,26 @@ void run_block(const dim3& block, const cudaLaunchConfig_t& config) {
 
 void barrier() { wait(State::kAtBarrier); }
 
-uint32_t from_lane_below(uint32_t value, int distance) {
-  const size_t self = threadIdx.x + threadIdx.y * blockDim.x;
+namespace {
+
+// What the fiber of number `from` offers; a lane's own is `value`.
+uint32_t offered(uint32_t value, size_t from) {
   current->value = value;
   wait(State::kAtShuffle);
-  const uint32_t found = self % 32 + distance < 32 ? fibers[self + distance]->value : value;
+  const uint32_t found = fibers[from]->value;
   wait(State::kAtShuffle);
   return found;
 }
+
+size_t self() { return threadIdx.x + threadIdx.y * blockDim.x; }
+
+}  // namespace
+
+uint32_t from_lane_below(uint32_t value, int distance) {
+  return offered(value, self() % 32 + distance < 32 ? self() + distance : self());
+}
+
+uint32_t from_first_lane(uint32_t value) { return offered(value, self() / 32 * 32); }
 
 uint32_t* dynamic_shared() { return shared_memory.data(); }
 
