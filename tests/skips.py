@@ -82,7 +82,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if _unjustified and "PYTEST_XDIST_WORKER" not in os.environ:
+    if _unjustified and not hasattr(session.config, "workerinput"):  # xdist's workers report to their controller
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

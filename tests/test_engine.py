@@ -239,7 +239,7 @@ def test_wrong_images_are_refused(backend: str, wide_tiles: None) -> None:
         with pytest.raises(ValueError, match=text):
             network(wrong)
     assert bool(network(torch.full((1, 1, 32, 32), float("inf"))).isfinite().all())
-    with pytest.raises(ValueError, match="normalised: the network was exported without a data set"):
+    with pytest.raises(ValueError, match="normalised: the network was exported without --mean and --std"):
         network.normalize(images.to(torch.uint8))
 
 
