@@ -1,20 +1,24 @@
 """Integer networks as ONNX: QuantizeLinear and DequantizeLinear around float operators, for other runtimes.
 
-Scales and zero points are the network's own. The arithmetic is ONNX's, which differs from `dfq.engine.graph` in this:
+Scales are the network's own. Every value is uint8: its integers are the network's less the lowest one that its grid and
+its activation leave, so that rounding to 8 bits bounds them below; a Clip of the integers bounds them above where that is
+under 255. ReLU, ReLU6 and grids of fewer bits are these bounds, and no operator of their own. The arithmetic is ONNX's,
+which differs from `dfq.engine.graph` in this:
 
 - QuantizeLinear divides by the scale where the engine multiplies by its reciprocal, and adds the zero point behind the
   rounding where the engine adds it before: a value at a tie may land on the neighbour;
 - a layer's `mult` is split into the input's scale and a weight scale, and a runtime may apply them in another order;
-- grids of fewer than 8 bits are a Max and a Min before an 8-bit QuantizeLinear: weights and activations take 8 bits;
-- ONNX Runtime, optimising, rounds a layer's bias to the grid of its accumulators.
+- ONNX Runtime, optimising, rounds a layer's bias to the grid of its accumulators: `_channels` makes that grid as fine as
+  8-bit weights allow, and as coarse as a bias needs that is far above its channel's sums.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dfq.checkpoint import write_atomic
@@ -24,13 +28,20 @@ from dfq.errors import first_line
 from dfq.export import ExportError
 
 OPSET, IR_VERSION = 17, 8
+UINT8 = 255
+ROOM = 2.0**30  # of the accumulators' 2^31: what a channel's sums and its bias may take
+SMALLEST = 2.0**-125  # scale, and product with the input's scale: normal in fp32
+LARGEST = 2.0**120  # scale, so that 8-bit integers times it are finite
+UNSATURATED = 64  # two products of such weights and 8-bit values fit 16 bits, where AVX2 without VNNI adds them
+NOTHING_LEFT = -9  # 8-bit integers without their 9 lowest bits are 0
 
 
 def save_onnx(graph: IntegerGraph, path: Path) -> None:
     """Writes the network as an ONNX file with one input, `images` [N, C, H, W], and one output, `logits`.
 
     Raises:
-        ExportError: the package onnx is not installed, or an adaptive pool whose windows differ in size.
+        ExportError: the package onnx is not installed, an adaptive pool whose windows differ in size, or weights whose
+            scale is beyond fp32.
         CheckpointError: the file cannot be written.
     """
     try:
@@ -50,6 +61,7 @@ class _Builder:
         self.graph, self.onnx, self.shapes = graph, onnx, check_graph(graph)
         self.nodes: list[Any] = []
         self.constants: dict[str, Any] = {}
+        self.scales: dict[str, list[str]] = {}  # of every value, the names of its scale and its zero point
 
     def model(self) -> Any:
         helper, float32 = self.onnx.helper, self.onnx.TensorProto.FLOAT
@@ -72,34 +84,48 @@ class _Builder:
         self.constants[name] = self.onnx.numpy_helper.from_array(np.array(array, order="C"), name)
         return name
 
-    def _grid(self, name: str, grid: Grid) -> list[str]:
-        kind = np.int8 if grid.signed else np.uint8
-        return [self._constant(f"{name}.scale", np.array(grid.scale, np.float32)),
-                self._constant(f"{name}.zero_point", np.array(grid.zero_point, kind))]  # fmt: skip
-
-    def _quantized(self, name: str, real: str) -> None:
-        """`name` and what it stands for, `name.real`."""
-        grid = self.graph.grids[name]
-        if grid.bits < 8:  # not a Clip: ONNX Runtime 1.32 drops one that is narrower than the 8 bits behind it
-            for kind, bound in (("Max", grid.quant_min), ("Min", grid.quant_max)):
-                limit = np.float32(grid.scale) * np.array(bound - grid.zero_point, np.float32)
-                real = self._node(kind, [real, self._constant(f"{name}.{kind}", limit)], f"{name}.{kind.lower()}")
-        parameters = self._grid(name, grid)
-        self._node("QuantizeLinear", [real, *parameters], name)
-        self._node("DequantizeLinear", [name, *parameters], f"{name}.real")
+    def _read(self, name: str, shape: Shape) -> str:
+        """What a value stands for, as a map or as a vector: a map of one pixel is its channels."""
+        real, own = f"{name}.real", self.shapes[name]
+        if own == shape:
+            return real
+        if len(shape) == 1:
+            return self._node("Flatten", [real], f"{name}.vector.{len(self.nodes)}", axis=1)
+        pixel = self._constant("pixel", np.array([2, 3], np.int64))
+        return self._node("Unsqueeze", [real, pixel], f"{name}.map.{len(self.nodes)}")
 
     def _end(self, step: Step, real: str) -> None:
-        first = step.outs[0]
-        if step.activation is not None:
-            real = self._node("Relu", [real], f"{first}.relu")
-        if step.activation == "relu6":
-            six = self._constant(f"{first}.six", np.array(6, np.float32))
-            real = self._node("Min", [real, six], f"{first}.relu6")
         for out in step.outs:
-            if out in self.graph.grids:
-                self._quantized(out, real)
+            if isinstance(step, MaxPool):  # the largest of integers within their bounds
+                self._quantized(out, real, self.scales[step.x], UINT8)
+            elif out in self.graph.grids:
+                grid = self.graph.grids[out]
+                low, high = _bounds(grid, step.activation)
+                scale = self._constant(f"{out}.scale", np.array(grid.scale, np.float32))
+                zero_point = self._constant(f"{out}.zero_point", np.array(grid.zero_point - low, np.uint8))
+                self._quantized(out, real, [scale, zero_point], high - low)
             else:
-                self._node("Flatten", [real], out, axis=1)
+                self._node("Flatten", [self._activated(step, real)], out, axis=1)
+
+    def _quantized(self, name: str, real: str, scale: list[str], most: int) -> None:
+        """`name`, integers in [0, most], and what it stands for, `name.real`."""
+        self.scales[name] = scale
+        rounded = self._node("QuantizeLinear", [real, *scale], name if most == UINT8 else f"{name}.rounded")
+        if most != UINT8:  # not of real numbers: ONNX Runtime keeps a convolution in front of these in floating point
+            limit = self._constant(f"{name}.most", np.array(most, np.uint8))
+            self._node("Clip", [rounded, "", limit], name)
+        self._node("DequantizeLinear", [name, *scale], f"{name}.real")
+
+    def _activated(self, step: Step, real: str) -> str:
+        """Logits, which no grid bounds."""
+        if step.activation is None:
+            return real
+        bounds = [self._constant("zero", np.array(0, np.float32))]
+        if step.activation == "relu6":
+            bounds.append(self._constant("six", np.array(6, np.float32)))
+        elif step.activation != "relu":
+            raise ExportError(f"export: an activation must have an ONNX form, got {step.activation}")
+        return self._node("Clip", [real, *bounds], f"{step.outs[0]}.{step.activation}")
 
     def _total(self, step: Step) -> str:
         out, x = f"{step.outs[0]}.total", IMAGES if isinstance(step, Quantize) else f"{step.x}.real"
@@ -108,14 +134,14 @@ class _Builder:
         if isinstance(step, Rescale):
             return self._rescale(step, x, out)
         if isinstance(step, Add):
-            return self._node("Add", [x, f"{step.other}.real"], out)
+            return self._node("Add", [x, self._read(step.other, self.shapes[step.x])], out)
         if isinstance(step, AveragePool):
             return self._average_pool(step, x, out)
         if isinstance(step, MaxPool):
             window = {"kernel_shape": step.kernel, "strides": step.stride, "dilations": step.dilation}
             return self._node("MaxPool", [x], out, **window, pads=self._pool_pads(step))
         if isinstance(step, Quantize):
-            return self._node("Identity", [x], out)
+            return x
         raise ExportError(f"export: a step must have an ONNX form, got a {type(step).__name__}")
 
     def _pool_pads(self, step: MaxPool) -> list[int]:
@@ -130,32 +156,30 @@ class _Builder:
         return [*step.padding, *ends]
 
     def _layer(self, step: Layer, x: str, out: str) -> str:
-        scale = step.mult.double() / self.graph.grids[step.x].scale
-        axes = step.weight.dim()
-        # a batch norm may turn a channel around; runtimes want scales above 0
-        turned = (scale < 0) & (step.weight.flatten(1).amin(1) > -128)
-        sign = 1 - 2 * turned.to(step.weight.dtype)
-        integers = step.weight * sign.view(-1, *[1] * (axes - 1))
-        weight = self._constant(f"{out}.weight", integers)
-        parameters = [self._constant(f"{out}.weight_scale", (scale * sign).float()),
-                      self._constant(f"{out}.weight_zero_point", np.zeros(len(scale), np.int8))]  # fmt: skip
+        channels = _channels(step, self.graph.grids[step.x])
+        weight = self._constant(f"{out}.weight", channels.weight)
+        parameters = [self._constant(f"{out}.weight_scale", channels.scale),
+                      self._constant(f"{out}.weight_zero_point", np.zeros(len(channels.scale), np.int8))]  # fmt: skip
         real = self._node("DequantizeLinear", [weight, *parameters], f"{out}.real_weight", axis=0)
-        bias = self._constant(f"{out}.bias", step.bias)
-        name = out if step.residual is None else f"{out}.layer"
-        if axes == 2:
+        bias = self._constant(f"{out}.bias", channels.bias)
+        total = f"{out}.sums"
+        if step.weight.dim() == 2:
             flat = self._node("Flatten", [x], f"{out}.flat", axis=1)
-            self._node("Gemm", [flat, real, bias], name, transB=1)
+            self._node("Gemm", [flat, real, bias], total, transB=1)
         else:
             window = {"kernel_shape": step.weight.shape[2:], "strides": step.stride, "dilations": step.dilation}
             pads = [*step.padding, *step.padding]
-            self._node("Conv", [x, real, bias], name, **window, pads=pads, group=step.groups)
+            self._node("Conv", [x, real, bias], total, **window, pads=pads, group=step.groups)
+        if bool((channels.sign < 0).any()):
+            sign = channels.sign.view(-1, *[1] * (step.weight.dim() - 2))
+            total = self._node("Mul", [total, self._constant(f"{out}.sign", sign)], f"{out}.turned")
         if step.residual is not None:
-            self._node("Add", [name, f"{step.residual}.real"], out)
-        return out
+            total = self._node("Add", [total, self._read(step.residual, self.shapes[step.outs[0]])], out)
+        return total
 
     def _rescale(self, step: Rescale, x: str, out: str) -> str:
         if step.mean is None or step.mult is None or step.bias is None:
-            return self._node("Identity", [x], out)
+            return x
         axes = [-1, *[1] * (len(self.shapes[step.x]) - 1)]
         for kind, values in (("Sub", step.mean), ("Mul", step.mult), ("Add", step.bias)):
             name = out if kind == "Add" else f"{out}.{kind.lower()}"
@@ -172,3 +196,53 @@ class _Builder:
             padding = (0, 0)
         return self._node("AveragePool", [x], out, kernel_shape=kernel, strides=stride, pads=[*padding, *padding],
                           count_include_pad=1)  # fmt: skip
+
+
+def _bounds(grid: Grid, activation: str | None) -> tuple[int, int]:
+    """The integers that a grid and an activation leave: rounding keeps the order, so it may come first."""
+    low, high = grid.quant_min, grid.quant_max
+    if activation is None:
+        return low, high
+    low = max(low, grid.zero_point)
+    if activation == "relu":
+        return low, high
+    if activation == "relu6":
+        six = torch.tensor(6.0) * grid.inverse + grid.zero_point  # as the engine rounds it, in fp32
+        return low, min(high, int(six.round().clamp(low, high)))
+    raise ExportError(f"export: an activation must have an ONNX form, got {activation}")
+
+
+class _Channels(NamedTuple):
+    """A layer as ONNX takes it: int8, scales > 0, and bias; `sign` multiplies the sums of both."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor
+    sign: Tensor
+
+
+def _channels(step: Layer, grid: Grid) -> _Channels:
+    """The weights times a power of two per channel, and their scale over it.
+
+    More bits change no real weight and make the grid of the accumulators finer, to which runtimes round the bias. Fewer,
+    where the bias would leave int32 or a scale would not be normal, round weights that hardly move the channel: by at
+    most `|bias| / 2^31` for every unit of its input. A channel that nothing moves has weights 0.
+    """
+    weight, size, bias = step.weight.flatten(1).double(), step.mult.double().abs(), step.bias.double()
+    sums = grid.largest * weight.abs().sum(1)
+    fits = torch.log2(ROOM / (sums + bias.abs() / size.clamp(min=1e-300)))
+    normal = torch.log2(size / SMALLEST * min(1.0, 1 / grid.scale))
+    finest = torch.log2(UNSATURATED / weight.abs().amax(1).clamp(min=1)).clamp(min=0)
+    bits = torch.stack([fits, normal, finest]).amin(0).floor().clamp(min=NOTHING_LEFT)
+    scale = size / grid.scale * torch.exp2(-bits)
+    constant = (bits == NOTHING_LEFT) | (weight == 0).all(1)
+    least = torch.where(bias == 0, 1.0, bias.abs() / ROOM).clamp(min=SMALLEST * max(1.0, grid.scale))
+    scale = torch.where(constant, least / grid.scale, scale)
+    if float(scale.max()) > LARGEST:
+        rule = f"weight scales of {step.name} must be at most 2^120 in ONNX"
+        raise ExportError(f"export: {rule}, got {float(scale.max()):.3g}")
+    turned = torch.where(step.mult < 0, -1.0, 1.0).double()
+    integers = (weight * torch.exp2(bits)[:, None]).round() * torch.where(constant, 0.0, turned)[:, None]
+    sign = torch.where(integers.amax(1) > 127, -1.0, 1.0).double()  # -128 cannot be turned around in int8
+    return _Channels((integers * sign[:, None]).to(torch.int8).view(step.weight.shape), scale.float(),
+                     (bias * sign).float(), sign.float())  # fmt: skip
