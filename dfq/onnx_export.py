@@ -32,7 +32,7 @@ UINT8 = 255
 ROOM = 2.0**30  # of the accumulators' 2^31: what a channel's sums and its bias may take
 SMALLEST = 2.0**-125  # scale, and product with the input's scale: normal in fp32
 LARGEST = 2.0**120  # scale, so that 8-bit integers times it are finite
-UNSATURATED = 64  # two products of such weights and 8-bit values fit 16 bits, where AVX2 without VNNI adds them
+SATURATED = 2**15 - 1  # where AVX2 without VNNI adds two products in 16 bits
 NOTHING_LEFT = -9  # 8-bit integers without their 9 lowest bits are 0
 
 
@@ -156,7 +156,7 @@ class _Builder:
         return [*step.padding, *ends]
 
     def _layer(self, step: Layer, x: str, out: str) -> str:
-        channels = _channels(step, self.graph.grids[step.x])
+        channels = _channels(step, self.graph)
         weight = self._constant(f"{out}.weight", channels.weight)
         parameters = [self._constant(f"{out}.weight_scale", channels.scale),
                       self._constant(f"{out}.weight_zero_point", np.zeros(len(channels.scale), np.int8))]  # fmt: skip
@@ -221,28 +221,60 @@ class _Channels(NamedTuple):
     sign: Tensor
 
 
-def _channels(step: Layer, grid: Grid) -> _Channels:
-    """The weights times a power of two per channel, and their scale over it.
+def _channels(step: Layer, graph: IntegerGraph) -> _Channels:
+    """The weights times a factor per channel, and their scale over it.
 
-    More bits change no real weight and make the grid of the accumulators finer, to which runtimes round the bias. Fewer,
-    where the bias would leave int32 or a scale would not be normal, round weights that hardly move the channel: by at
-    most `|bias| / 2^31` for every unit of its input. A channel that nothing moves has weights 0.
+    A factor above 1 changes no real weight and makes the grid of the accumulators finer, to which runtimes round the
+    bias. One below 1, where the bias would leave int32 or a scale would not be normal, rounds weights that hardly move
+    the channel: by at most `|bias| / 2^31` for every unit of its input. A channel that nothing moves has weights 0.
     """
+    grid = graph.grids[step.x]
     weight, size, bias = step.weight.flatten(1).double(), step.mult.double().abs(), step.bias.double()
     sums = grid.largest * weight.abs().sum(1)
-    fits = torch.log2(ROOM / (sums + bias.abs() / size.clamp(min=1e-300)))
-    normal = torch.log2(size / SMALLEST * min(1.0, 1 / grid.scale))
-    finest = torch.log2(UNSATURATED / weight.abs().amax(1).clamp(min=1)).clamp(min=0)
-    bits = torch.stack([fits, normal, finest]).amin(0).floor().clamp(min=NOTHING_LEFT)
-    scale = size / grid.scale * torch.exp2(-bits)
-    constant = (bits == NOTHING_LEFT) | (weight == 0).all(1)
+    room = ROOM / (sums + bias.abs() / size.clamp(min=1e-300)).clamp(min=1)
+    normal = size / SMALLEST * min(1.0, 1 / grid.scale)
+    widest = min(127, SATURATED // 2 // (grid.quant_max - grid.quant_min))
+    finest = (widest / weight.abs().amax(1).clamp(min=1)).clamp(min=1)
+    most = torch.stack([room, normal, finest]).amin(0)
+    fine, bias = _rounded_bias(step, graph, most.floor().clamp(min=1))
+    coarse = torch.exp2(torch.log2(most).floor().clamp(min=NOTHING_LEFT))
+    factor = torch.where(most < 1, coarse, fine)
+    constant = (coarse == 2.0**NOTHING_LEFT) | (weight == 0).all(1)
     least = torch.where(bias == 0, 1.0, bias.abs() / ROOM).clamp(min=SMALLEST * max(1.0, grid.scale))
-    scale = torch.where(constant, least / grid.scale, scale)
+    scale = torch.where(constant, least, size / factor) / grid.scale
     if float(scale.max()) > LARGEST:
         rule = f"weight scales of {step.name} must be at most 2^120 in ONNX"
         raise ExportError(f"export: {rule}, got {float(scale.max()):.3g}")
     turned = torch.where(step.mult < 0, -1.0, 1.0).double()
-    integers = (weight * torch.exp2(bits)[:, None]).round() * torch.where(constant, 0.0, turned)[:, None]
+    integers = (weight * factor[:, None]).round() * torch.where(constant, 0.0, turned)[:, None]
     sign = torch.where(integers.amax(1) > 127, -1.0, 1.0).double()  # -128 cannot be turned around in int8
     return _Channels((integers * sign[:, None]).to(torch.int8).view(step.weight.shape), scale.float(),
                      (bias * sign).float(), sign.float())  # fmt: skip
+
+
+def _rounded_bias(step: Layer, graph: IntegerGraph, most: Tensor) -> tuple[Tensor, Tensor]:
+    """A factor of 1 to `most` per channel, and the bias: where a runtime rounds it, one that it need not round.
+
+    Sums of integers pass from one result to the next between two integers. So the bias may lie anywhere in an interval
+    without any result being another one. Of all multiples of `mult / factor` the nearest to its middle is taken, and
+    the bias left as it is where none lies inside.
+    """
+    bias = step.bias.double()
+    grid = graph.grids.get(step.outs[0])
+    if grid is None or len(step.outs) > 1 or step.residual is not None:  # its convolution stays in floating point
+        return most, bias
+    low, high = _bounds(grid, step.activation)
+    size = step.mult.double().abs().clamp(min=1e-300)
+    edges = (torch.arange(low, high).double() + 0.5 - grid.zero_point) * grid.scale / size[:, None]
+    first = (edges - (bias / size)[:, None]).ceil()  # sum that is past an edge
+    reached = first.abs() <= graph.grids[step.x].largest * step.weight.flatten(1).double().abs().sum(1, keepdim=True)
+    least = torch.where(reached, edges - first, -0.5 + (bias / size)[:, None]).amax(1)
+    below = torch.where(reached, edges - first + 1, 0.5 + (bias / size)[:, None]).amin(1)
+    middle = (least + below) / 2
+    factor, nearest = torch.ones_like(most), middle.round()
+    for tried in range(2, int(most.max()) + 1):
+        place = (middle * tried).round() / tried
+        nearer = ((place - middle).abs() < (nearest - middle).abs()) & (most >= tried)
+        factor, nearest = torch.where(nearer, tried, factor), torch.where(nearer, place, nearest)
+    inside = (nearest > least) & (nearest < below)
+    return factor, torch.where(inside, nearest * size, bias)
