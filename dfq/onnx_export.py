@@ -61,6 +61,7 @@ class _Builder:
         self.graph, self.onnx, self.shapes = graph, onnx, check_graph(graph)
         self.nodes: list[Any] = []
         self.constants: dict[str, Any] = {}
+        self.narrow = any(grid.bits < 8 for grid in graph.grids.values())
         self.scales: dict[str, list[str]] = {}  # of every value, the names of its scale and its zero point
 
     def model(self) -> Any:
@@ -161,15 +162,19 @@ class _Builder:
         parameters = [self._constant(f"{out}.weight_scale", channels.scale),
                       self._constant(f"{out}.weight_zero_point", np.zeros(len(channels.scale), np.int8))]  # fmt: skip
         real = self._node("DequantizeLinear", [weight, *parameters], f"{out}.real_weight", axis=0)
-        bias = self._constant(f"{out}.bias", channels.bias)
-        total = f"{out}.sums"
+        total, bias = f"{out}.sums", [self._constant(f"{out}.bias", channels.bias)]
+        apart = self.narrow and not channels.steady and step.weight.dim() == 4
         if step.weight.dim() == 2:
             flat = self._node("Flatten", [x], f"{out}.flat", axis=1)
-            self._node("Gemm", [flat, real, bias], total, transB=1)
+            self._node("Gemm", [flat, real, *bias], total, transB=1)
         else:
             window = {"kernel_shape": step.weight.shape[2:], "strides": step.stride, "dilations": step.dilation}
             pads = [*step.padding, *step.padding]
-            self._node("Conv", [x, real, bias], total, **window, pads=pads, group=step.groups)
+            bias = [] if apart else bias
+            self._node("Conv", [x, real, *bias], total, **window, pads=pads, group=step.groups)
+        if apart:
+            map_bias = self._constant(f"{out}.bias", channels.bias.view(-1, 1, 1))
+            total = self._node("Add", [total, map_bias], f"{out}.biased")
         if bool((channels.sign < 0).any()):
             sign = channels.sign.view(-1, *[1] * (step.weight.dim() - 2))
             total = self._node("Mul", [total, self._constant(f"{out}.sign", sign)], f"{out}.turned")
@@ -213,12 +218,16 @@ def _bounds(grid: Grid, activation: str | None) -> tuple[int, int]:
 
 
 class _Channels(NamedTuple):
-    """A layer as ONNX takes it: int8, scales > 0, and bias; `sign` multiplies the sums of both."""
+    """A layer as ONNX takes it: int8, scales > 0, and bias; `sign` multiplies the sums of both.
+
+    steady: a runtime that rounds the bias to the grid of the accumulators has the same results.
+    """
 
     weight: Tensor
     scale: Tensor
     bias: Tensor
     sign: Tensor
+    steady: bool
 
 
 def _channels(step: Layer, graph: IntegerGraph) -> _Channels:
@@ -236,7 +245,7 @@ def _channels(step: Layer, graph: IntegerGraph) -> _Channels:
     widest = min(127, SATURATED // 2 // (grid.quant_max - grid.quant_min))
     finest = (widest / weight.abs().amax(1).clamp(min=1)).clamp(min=1)
     most = torch.stack([room, normal, finest]).amin(0)
-    fine, bias = _rounded_bias(step, graph, most.floor().clamp(min=1))
+    fine, bias, steady = _rounded_bias(step, graph, most.floor().clamp(min=1))
     coarse = torch.exp2(torch.log2(most).floor().clamp(min=NOTHING_LEFT))
     factor = torch.where(most < 1, coarse, fine)
     constant = (coarse == 2.0**NOTHING_LEFT) | (weight == 0).all(1)
@@ -249,11 +258,11 @@ def _channels(step: Layer, graph: IntegerGraph) -> _Channels:
     integers = (weight * factor[:, None]).round() * torch.where(constant, 0.0, turned)[:, None]
     sign = torch.where(integers.amax(1) > 127, -1.0, 1.0).double()  # -128 cannot be turned around in int8
     return _Channels((integers * sign[:, None]).to(torch.int8).view(step.weight.shape), scale.float(),
-                     (bias * sign).float(), sign.float())  # fmt: skip
+                     (bias * sign).float(), sign.float(), steady)  # fmt: skip
 
 
-def _rounded_bias(step: Layer, graph: IntegerGraph, most: Tensor) -> tuple[Tensor, Tensor]:
-    """A factor of 1 to `most` per channel, and the bias: where a runtime rounds it, one that it need not round.
+def _rounded_bias(step: Layer, graph: IntegerGraph, most: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """A factor of 1 to `most` per channel; the bias, as a runtime would round it; whether that changes no result.
 
     Sums of integers pass from one result to the next between two integers. So the bias may lie anywhere in an interval
     without any result being another one. Of all multiples of `mult / factor` the nearest to its middle is taken, and
@@ -262,7 +271,7 @@ def _rounded_bias(step: Layer, graph: IntegerGraph, most: Tensor) -> tuple[Tenso
     bias = step.bias.double()
     grid = graph.grids.get(step.outs[0])
     if grid is None or len(step.outs) > 1 or step.residual is not None:  # its convolution stays in floating point
-        return most, bias
+        return most, bias, True
     low, high = _bounds(grid, step.activation)
     size = step.mult.double().abs().clamp(min=1e-300)
     edges = (torch.arange(low, high).double() + 0.5 - grid.zero_point) * grid.scale / size[:, None]
@@ -276,5 +285,5 @@ def _rounded_bias(step: Layer, graph: IntegerGraph, most: Tensor) -> tuple[Tenso
         place = (middle * tried).round() / tried
         nearer = ((place - middle).abs() < (nearest - middle).abs()) & (most >= tried)
         factor, nearest = torch.where(nearer, tried, factor), torch.where(nearer, place, nearest)
-    inside = (nearest > least) & (nearest < below)
-    return factor, torch.where(inside, nearest * size, bias)
+    inside = (nearest > least) & (nearest < below) | ~reached.any(1)
+    return factor, torch.where(inside, nearest * size, bias), bool(inside.all())
