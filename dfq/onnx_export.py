@@ -158,29 +158,55 @@ class _Builder:
 
     def _layer(self, step: Layer, x: str, out: str) -> str:
         channels = _channels(step, self.graph)
-        weight = self._constant(f"{out}.weight", channels.weight)
         parameters = [self._constant(f"{out}.weight_scale", channels.scale),
                       self._constant(f"{out}.weight_zero_point", np.zeros(len(channels.scale), np.int8))]  # fmt: skip
-        real = self._node("DequantizeLinear", [weight, *parameters], f"{out}.real_weight", axis=0)
-        total, bias = f"{out}.sums", [self._constant(f"{out}.bias", channels.bias)]
-        apart = self.narrow and not channels.steady and step.weight.dim() == 4
-        if step.weight.dim() == 2:
-            flat = self._node("Flatten", [x], f"{out}.flat", axis=1)
-            self._node("Gemm", [flat, real, *bias], total, transB=1)
+        at_once = step.residual is None and (channels.steady or not self.narrow)  # sums, bias and rounding in one
+        if step.weight.dim() == 2 or (_of_pixels(step) and not at_once):
+            total = self._matmul(step, channels, parameters, out)
         else:
-            window = {"kernel_shape": step.weight.shape[2:], "strides": step.stride, "dilations": step.dilation}
-            pads = [*step.padding, *step.padding]
-            bias = [] if apart else bias
-            self._node("Conv", [x, real, *bias], total, **window, pads=pads, group=step.groups)
-        if apart:
-            map_bias = self._constant(f"{out}.bias", channels.bias.view(-1, 1, 1))
-            total = self._node("Add", [total, map_bias], f"{out}.biased")
-        if bool((channels.sign < 0).any()):
-            sign = channels.sign.view(-1, *[1] * (step.weight.dim() - 2))
-            total = self._node("Mul", [total, self._constant(f"{out}.sign", sign)], f"{out}.turned")
+            total = self._convolution(step, channels, parameters, x, out, inside=at_once or step.residual is not None)
         if step.residual is not None:
             total = self._node("Add", [total, self._read(step.residual, self.shapes[step.outs[0]])], out)
         return total
+
+    def _convolution(
+        self, step: Layer, channels: _Channels, parameters: list[str], x: str, out: str, inside: bool
+    ) -> str:
+        """Sums and bias; `inside`: the bias is the convolution's, and whoever rounds its result may round it, too."""
+        weight = self._constant(f"{out}.weight", channels.weight)
+        real = self._node("DequantizeLinear", [weight, *parameters], f"{out}.real_weight", axis=0)
+        window = {"kernel_shape": step.weight.shape[2:], "strides": step.stride, "dilations": step.dilation,
+                  "pads": [*step.padding, *step.padding], "group": step.groups}  # fmt: skip
+        if inside:
+            bias = self._constant(f"{out}.bias", channels.bias)
+            total = self._node("Conv", [x, real, bias], f"{out}.sums", **window)
+        else:
+            total = self._node("Conv", [x, real], f"{out}.sums", **window)
+            total = self._biased(total, channels.bias.view(-1, 1, 1), out)
+        return self._turned(total, channels.sign.view(-1, 1, 1), out)
+
+    def _matmul(self, step: Layer, channels: _Channels, parameters: list[str], out: str) -> str:
+        """A linear layer, or a convolution of single pixels, which ONNX Runtime multiplies as integers though its sums
+        are not rounded; it does so with no convolution."""
+        weight = self._constant(f"{out}.weight", channels.weight.flatten(1).T)
+        real = self._node("DequantizeLinear", [weight, *parameters], f"{out}.real_weight", axis=1)
+        x, linear = step.x, step.weight.dim() == 2
+        if not linear:
+            x = self._node("Transpose", [x], f"{out}.pixels", perm=[0, 2, 3, 1])
+        elif len(self.shapes[x]) > 1:
+            x = self._node("Flatten", [x], f"{out}.flat", axis=1)
+        pixels = self._node("DequantizeLinear", [x, *self.scales[step.x]], f"{out}.real")
+        total = self._node("Gemm" if linear else "MatMul", [pixels, real], f"{out}.sums")
+        total = self._turned(self._biased(total, channels.bias, out), channels.sign, out)
+        return total if linear else self._node("Transpose", [total], f"{out}.map", perm=[0, 3, 1, 2])
+
+    def _biased(self, total: str, bias: Tensor, out: str) -> str:
+        return self._node("Add", [total, self._constant(f"{out}.bias", bias)], f"{out}.biased")
+
+    def _turned(self, total: str, sign: Tensor, out: str) -> str:
+        if bool((sign > 0).all()):
+            return total
+        return self._node("Mul", [total, self._constant(f"{out}.sign", sign)], f"{out}.turned")
 
     def _rescale(self, step: Rescale, x: str, out: str) -> str:
         if step.mean is None or step.mult is None or step.bias is None:
@@ -215,6 +241,11 @@ def _bounds(grid: Grid, activation: str | None) -> tuple[int, int]:
         six = torch.tensor(6.0) * grid.inverse + grid.zero_point  # as the engine rounds it, in fp32
         return low, min(high, int(six.round().clamp(low, high)))
     raise ExportError(f"export: an activation must have an ONNX form, got {activation}")
+
+
+def _of_pixels(step: Layer) -> bool:
+    """No pixel of the result sees two of the input."""
+    return (*step.weight.shape[2:], *step.stride, *step.padding, step.groups) == (1, 1, 1, 1, 0, 0, 1)
 
 
 class _Channels(NamedTuple):
