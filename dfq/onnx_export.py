@@ -1,8 +1,8 @@
 """Integer networks as ONNX: QuantizeLinear and DequantizeLinear around float operators, for other runtimes.
 
 Scales are the network's own. Every value is uint8: its integers are the network's less the lowest one that its grid and
-its activation leave, so that rounding to 8 bits bounds them below; a Clip of the integers bounds them above where that is
-under 255. ReLU, ReLU6 and grids of fewer bits are these bounds, and no operator of their own. The arithmetic is ONNX's,
+its activation leave, so that rounding to 8 bits bounds them below; a Clip of the integers bounds them above where that is under
+255. ReLU, ReLU6 and grids of fewer bits are these bounds, and no operator of their own. The arithmetic is ONNX's,
 which differs from `dfq.engine.graph` in this:
 
 - QuantizeLinear divides by the scale where the engine multiplies by its reciprocal, and adds the zero point behind the
@@ -62,6 +62,7 @@ class _Builder:
         self.nodes: list[Any] = []
         self.constants: dict[str, Any] = {}
         self.narrow = any(grid.bits < 8 for grid in graph.grids.values())
+        self.read: set[str] = set()  # the real numbers that are there
         self.scales: dict[str, list[str]] = {}  # of every value, the names of its scale and its zero point
 
     def model(self) -> Any:
@@ -85,9 +86,17 @@ class _Builder:
         self.constants[name] = self.onnx.numpy_helper.from_array(np.array(array, order="C"), name)
         return name
 
-    def _read(self, name: str, shape: Shape) -> str:
+    def _real(self, name: str) -> str:
+        """What a value stands for; only of values that somebody reads: ONNX Runtime computes what nobody does, too."""
+        real = f"{name}.real"
+        if real not in self.read:
+            self.read.add(real)
+            self._node("DequantizeLinear", [name, *self.scales[name]], real)
+        return real
+
+    def _shaped(self, name: str, shape: Shape) -> str:
         """What a value stands for, as a map or as a vector: a map of one pixel is its channels."""
-        real, own = f"{name}.real", self.shapes[name]
+        real, own = self._real(name), self.shapes[name]
         if own == shape:
             return real
         if len(shape) == 1:
@@ -109,13 +118,12 @@ class _Builder:
                 self._node("Flatten", [self._activated(step, real)], out, axis=1)
 
     def _quantized(self, name: str, real: str, scale: list[str], most: int) -> None:
-        """`name`, integers in [0, most], and what it stands for, `name.real`."""
+        """`name`, integers in [0, most]."""
         self.scales[name] = scale
         rounded = self._node("QuantizeLinear", [real, *scale], name if most == UINT8 else f"{name}.rounded")
         if most != UINT8:  # not of real numbers: ONNX Runtime keeps a convolution in front of these in floating point
             limit = self._constant(f"{name}.most", np.array(most, np.uint8))
             self._node("Clip", [rounded, "", limit], name)
-        self._node("DequantizeLinear", [name, *scale], f"{name}.real")
 
     def _activated(self, step: Step, real: str) -> str:
         """Logits, which no grid bounds."""
@@ -129,20 +137,21 @@ class _Builder:
         return self._node("Clip", [real, *bounds], f"{step.outs[0]}.{step.activation}")
 
     def _total(self, step: Step) -> str:
-        out, x = f"{step.outs[0]}.total", IMAGES if isinstance(step, Quantize) else f"{step.x}.real"
+        out = f"{step.outs[0]}.total"
+        if isinstance(step, Quantize):
+            return IMAGES
         if isinstance(step, Layer):
-            return self._layer(step, x, out)
+            return self._layer(step, out)
+        x = self._real(step.x)
         if isinstance(step, Rescale):
             return self._rescale(step, x, out)
         if isinstance(step, Add):
-            return self._node("Add", [x, self._read(step.other, self.shapes[step.x])], out)
+            return self._node("Add", [x, self._shaped(step.other, self.shapes[step.x])], out)
         if isinstance(step, AveragePool):
             return self._average_pool(step, x, out)
         if isinstance(step, MaxPool):
             window = {"kernel_shape": step.kernel, "strides": step.stride, "dilations": step.dilation}
             return self._node("MaxPool", [x], out, **window, pads=self._pool_pads(step))
-        if isinstance(step, Quantize):
-            return x
         raise ExportError(f"export: a step must have an ONNX form, got a {type(step).__name__}")
 
     def _pool_pads(self, step: MaxPool) -> list[int]:
@@ -156,7 +165,7 @@ class _Builder:
         ]
         return [*step.padding, *ends]
 
-    def _layer(self, step: Layer, x: str, out: str) -> str:
+    def _layer(self, step: Layer, out: str) -> str:
         channels = _channels(step, self.graph)
         parameters = [self._constant(f"{out}.weight_scale", channels.scale),
                       self._constant(f"{out}.weight_zero_point", np.zeros(len(channels.scale), np.int8))]  # fmt: skip
@@ -164,14 +173,12 @@ class _Builder:
         if step.weight.dim() == 2 or (_of_pixels(step) and not at_once):
             total = self._matmul(step, channels, parameters, out)
         else:
-            total = self._convolution(step, channels, parameters, x, out, inside=at_once or step.residual is not None)
+            total = self._convolution(step, channels, parameters, out, inside=at_once or step.residual is not None)
         if step.residual is not None:
-            total = self._node("Add", [total, self._read(step.residual, self.shapes[step.outs[0]])], out)
+            total = self._node("Add", [total, self._shaped(step.residual, self.shapes[step.outs[0]])], out)
         return total
 
-    def _convolution(
-        self, step: Layer, channels: _Channels, parameters: list[str], x: str, out: str, inside: bool
-    ) -> str:
+    def _convolution(self, step: Layer, channels: _Channels, parameters: list[str], out: str, inside: bool) -> str:
         """Sums and bias; `inside`: the bias is the convolution's, and whoever rounds its result may round it, too."""
         weight = self._constant(f"{out}.weight", channels.weight)
         real = self._node("DequantizeLinear", [weight, *parameters], f"{out}.real_weight", axis=0)
@@ -179,9 +186,9 @@ class _Builder:
                   "pads": [*step.padding, *step.padding], "group": step.groups}  # fmt: skip
         if inside:
             bias = self._constant(f"{out}.bias", channels.bias)
-            total = self._node("Conv", [x, real, bias], f"{out}.sums", **window)
+            total = self._node("Conv", [self._real(step.x), real, bias], f"{out}.sums", **window)
         else:
-            total = self._node("Conv", [x, real], f"{out}.sums", **window)
+            total = self._node("Conv", [self._real(step.x), real], f"{out}.sums", **window)
             total = self._biased(total, channels.bias.view(-1, 1, 1), out)
         return self._turned(total, channels.sign.view(-1, 1, 1), out)
 
