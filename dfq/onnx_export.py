@@ -1,15 +1,21 @@
 """Integer networks as ONNX: QuantizeLinear and DequantizeLinear around float operators, for other runtimes.
 
-Scales are the network's own. Every value is uint8: its integers are the network's less the lowest one that its grid and
-its activation leave, so that rounding to 8 bits bounds them below; a Clip of the integers bounds them above where that is under
-255. ReLU, ReLU6 and grids of fewer bits are these bounds, and no operator of their own. The arithmetic is ONNX's,
-which differs from `dfq.engine.graph` in this:
+Scales of values are the network's own. Every value is uint8: its integers are the network's less the lowest one that
+its grid and its activation leave, so that rounding to 8 bits bounds them below; a Clip of the integers bounds them
+above where that is under 255. ReLU, ReLU6 and grids of fewer bits are these bounds, and no operator of their own. No
+sum is rounded that the network does not round: what is added to a layer's sums is added to real numbers. The arithmetic
+is ONNX's, which differs from `dfq.engine.graph` in this:
 
 - QuantizeLinear divides by the scale where the engine multiplies by its reciprocal, and adds the zero point behind the
   rounding where the engine adds it before: a value at a tie may land on the neighbour;
 - a layer's `mult` is split into the input's scale and a weight scale, and a runtime may apply them in another order;
-- ONNX Runtime, optimising, rounds a layer's bias to the grid of its accumulators: `_channels` makes that grid as fine as
-  8-bit weights allow, and as coarse as a bias needs that is far above its channel's sums.
+- ONNX Runtime, optimising, rounds a convolution's bias to the grid of its accumulators. Weights of few bits are written
+  times a factor that makes this grid finer, and a bias so that its rounding changes no result, where one can be found.
+  Elsewhere it moves a result by at most 1/16 of a step, or the bias is an Add that ONNX Runtime does not round: in
+  networks that have grids of fewer than 8 bits always.
+
+ONNX Runtime 1.32 then computes in integers every convolution and every linear layer but convolutions of more than one
+pixel that something is added to, or whose bias is such an Add.
 """
 
 from __future__ import annotations
@@ -33,6 +39,7 @@ ROOM = 2.0**30  # of the accumulators' 2^31: what a channel's sums and its bias 
 SMALLEST = 2.0**-125  # scale, and product with the input's scale: normal in fp32
 LARGEST = 2.0**120  # scale, so that 8-bit integers times it are finite
 SATURATED = 2**15 - 1  # where AVX2 without VNNI adds two products in 16 bits
+MOST_MOVED = 1 / 16  # steps of an 8-bit grid
 NOTHING_LEFT = -9  # 8-bit integers without their 9 lowest bits are 0
 
 
@@ -61,7 +68,8 @@ class _Builder:
         self.graph, self.onnx, self.shapes = graph, onnx, check_graph(graph)
         self.nodes: list[Any] = []
         self.constants: dict[str, Any] = {}
-        self.narrow = any(grid.bits < 8 for grid in graph.grids.values())
+        narrow = any(grid.bits < 8 for grid in graph.grids.values())  # there one result more or less is much
+        self.most_moved = 0.0 if narrow else MOST_MOVED
         self.read: set[str] = set()  # the real numbers that are there
         self.scales: dict[str, list[str]] = {}  # of every value, the names of its scale and its zero point
 
@@ -169,7 +177,7 @@ class _Builder:
         channels = _channels(step, self.graph)
         parameters = [self._constant(f"{out}.weight_scale", channels.scale),
                       self._constant(f"{out}.weight_zero_point", np.zeros(len(channels.scale), np.int8))]  # fmt: skip
-        at_once = step.residual is None and (channels.steady or not self.narrow)  # sums, bias and rounding in one
+        at_once = step.residual is None and channels.moved <= self.most_moved  # sums, bias and rounding in one
         if step.weight.dim() == 2 or (_of_pixels(step) and not at_once):
             total = self._matmul(step, channels, parameters, out)
         else:
@@ -258,14 +266,15 @@ def _of_pixels(step: Layer) -> bool:
 class _Channels(NamedTuple):
     """A layer as ONNX takes it: int8, scales > 0, and bias; `sign` multiplies the sums of both.
 
-    steady: a runtime that rounds the bias to the grid of the accumulators has the same results.
+    moved: by how many steps of its result's grid a runtime moves a channel that rounds the bias to the grid of the
+    accumulators; 0 where no result changes.
     """
 
     weight: Tensor
     scale: Tensor
     bias: Tensor
     sign: Tensor
-    steady: bool
+    moved: float
 
 
 def _channels(step: Layer, graph: IntegerGraph) -> _Channels:
@@ -283,11 +292,11 @@ def _channels(step: Layer, graph: IntegerGraph) -> _Channels:
     widest = min(127, SATURATED // 2 // (grid.quant_max - grid.quant_min))
     finest = (widest / weight.abs().amax(1).clamp(min=1)).clamp(min=1)
     most = torch.stack([room, normal, finest]).amin(0)
-    fine, bias, steady = _rounded_bias(step, graph, most.floor().clamp(min=1))
+    fine, bias, moved = _rounded_bias(step, graph, most.floor().clamp(min=1))
     coarse = torch.exp2(torch.log2(most).floor().clamp(min=NOTHING_LEFT))
     factor = torch.where(most < 1, coarse, fine)
     constant = (coarse == 2.0**NOTHING_LEFT) | (weight == 0).all(1)
-    least = torch.where(bias == 0, 1.0, bias.abs() / ROOM).clamp(min=SMALLEST * max(1.0, grid.scale))
+    least = torch.where(bias == 0, grid.scale, bias.abs() / ROOM).clamp(min=SMALLEST * max(1.0, grid.scale))
     scale = torch.where(constant, least, size / factor) / grid.scale
     if float(scale.max()) > LARGEST:
         rule = f"weight scales of {step.name} must be at most 2^120 in ONNX"
@@ -296,11 +305,11 @@ def _channels(step: Layer, graph: IntegerGraph) -> _Channels:
     integers = (weight * factor[:, None]).round() * torch.where(constant, 0.0, turned)[:, None]
     sign = torch.where(integers.amax(1) > 127, -1.0, 1.0).double()  # -128 cannot be turned around in int8
     return _Channels((integers * sign[:, None]).to(torch.int8).view(step.weight.shape), scale.float(),
-                     (bias * sign).float(), sign.float(), steady)  # fmt: skip
+                     (bias * sign).float(), sign.float(), moved)  # fmt: skip
 
 
-def _rounded_bias(step: Layer, graph: IntegerGraph, most: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """A factor of 1 to `most` per channel; the bias, as a runtime would round it; whether that changes no result.
+def _rounded_bias(step: Layer, graph: IntegerGraph, most: Tensor) -> tuple[Tensor, Tensor, float]:
+    """A factor of 1 to `most` per channel; the bias, as a runtime would round it; `moved` of `_Channels`.
 
     Sums of integers pass from one result to the next between two integers. So the bias may lie anywhere in an interval
     without any result being another one. Of all multiples of `mult / factor` the nearest to its middle is taken, and
@@ -309,8 +318,10 @@ def _rounded_bias(step: Layer, graph: IntegerGraph, most: Tensor) -> tuple[Tenso
     bias = step.bias.double()
     grid = graph.grids.get(step.outs[0])
     if grid is None or len(step.outs) > 1 or step.residual is not None:  # its convolution stays in floating point
-        return most, bias, True
+        return most, bias, 0.0
     low, high = _bounds(grid, step.activation)
+    if low == high:  # whatever the sums are
+        return most, bias, 0.0
     size = step.mult.double().abs().clamp(min=1e-300)
     edges = (torch.arange(low, high).double() + 0.5 - grid.zero_point) * grid.scale / size[:, None]
     first = (edges - (bias / size)[:, None]).ceil()  # sum that is past an edge
@@ -324,4 +335,6 @@ def _rounded_bias(step: Layer, graph: IntegerGraph, most: Tensor) -> tuple[Tenso
         nearer = ((place - middle).abs() < (nearest - middle).abs()) & (most >= tried)
         factor, nearest = torch.where(nearer, tried, factor), torch.where(nearer, place, nearest)
     inside = (nearest > least) & (nearest < below) | ~reached.any(1)
-    return factor, torch.where(inside, nearest * size, bias), bool(inside.all())
+    off = (bias / size * factor).round() / factor * size - bias
+    moved = float(torch.where(inside, 0.0, off.abs() / grid.scale).max())
+    return factor, torch.where(inside, nearest * size, bias), moved
