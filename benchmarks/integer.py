@@ -1,4 +1,4 @@
-"""Integer inference against what users have: `python -m benchmarks.integer [--out FILE] [--models ...] [--variants ...]`.
+"""Integer inference against what users have: `python -m benchmarks.integer [--out FILE] [--models ...]`.
 
 Images per second of this engine (W8A8, W4A4, W2A2). On a CPU against torch fp32 and bf16 in channels-last, both under
 `torch.compile`; ONNX Runtime fp32, int8 (the same W8A8 network as QDQ) and own int8 (what its quantizer makes of the

@@ -157,6 +157,8 @@ def test_any_network_has_its_shapes_and_its_values(graph: IntegerGraph, seed: in
                 for each in {name, f"{name}.real"} & named.keys():
                     assert tuple(dim.dim_value for dim in named[each][1:]) == shape
         assert graph.grids.keys() <= named.keys()
+        read = {item for node in model.graph.node for item in node.input} | {item.name for item in model.graph.output}
+        assert not [node.name for node in model.graph.node if node.output[0] not in read | graph.grids.keys()]
         for fused in (False, True):
             found = integers(graph, path, images, fused=fused)
             assert all(found[name].shape == (2, *shape) for name, shape in check_graph(graph).items() if name in found)
@@ -201,6 +203,18 @@ def test_channels_that_hardly_move_keep_their_bias(
     assert "y.total.weight_scale" in scales and all((scale >= 2.0**-126).all() for scale in scales.values())
     products = scales["x.scale"] * scales["y.total.weight_scale"]
     assert (products >= 2.0**-126).all() and (abs(bias.numpy()) / products < 2.0**31).all()
+
+
+def test_a_bias_between_coarse_sums_is_not_rounded(tmp_path: Path) -> None:
+    """One more in a sum of 8-bit integers is 10 steps of the result, the bias 4.4 of them."""
+    weight = torch.tensor([[127, 1], [-100, 3]], dtype=torch.int8).view(2, 2, 1, 1)
+    mult, bias = torch.tensor([0.1, 0.1]), torch.tensor([0.044, -0.044])
+    graph = one_layer(Grid(1.0, 0, -128, 127), Grid(0.01, 0, -128, 127), weight=weight, mult=mult, bias=bias)
+    images = torch.tensor([[0.0, 1.0], [0.0, -7.0], [1.0, 100.0], [-1.0, 127.0], [0.0, 0.0]]).view(5, 2, 1, 1)
+    expected = reference_values(graph, images)["y"]
+    for fused in (False, True):
+        found = integers(graph, tmp_path / "net.onnx", images, fused=fused)["y"]
+        assert torch.equal(found, expected.view_as(found))
 
 
 def test_scales_beyond_fp32_are_refused(tmp_path: Path) -> None:
