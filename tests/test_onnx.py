@@ -83,7 +83,7 @@ def test_the_test_set_has_the_same_classes(preset: str, tmp_path: Path) -> None:
     test = load_images("fashion-mnist", "test").head(2000)
     images = test.normalize(test.pixels)
     expected = Engine(graph)(images)
-    for fused, least, most in ((False, 0.9995, 0.5), (True, 0.997, 0.5)):
+    for fused, least, most in ((False, 0.9995, 0.5), (True, 0.9995 if preset == "W4A4" else 0.997, 0.5)):
         found = in_onnx_runtime(graph, tmp_path / "net.onnx", images, fused=fused)
         assert float((found.argmax(1) == expected.argmax(1)).float().mean()) >= least
         assert float((found - expected).abs().max()) <= most
