@@ -1,4 +1,4 @@
-"""Integer inference against what users have: `python -m benchmarks.integer [--out FILE]`.
+"""Integer inference against what users have: `python -m benchmarks.integer [--out FILE] [--models ...]`.
 
 Images per second of this engine (W8A8, W4A4, W2A2). On a CPU against torch fp32 and bf16 in channels-last, both under
 `torch.compile`; ONNX Runtime fp32, int8 (the same W8A8 network as QDQ) and own int8 (what its quantizer makes of the
@@ -36,11 +36,13 @@ from dfq.quant.quantizers import learn_ranges
 from dfq.seeds import seeded_initialisation
 
 Calls = dict[str, Callable[[Tensor], Any]]
+Chosen = Callable[[str], bool]  # whether a variant is measured
 Round = tuple[int, dict[str, Callable[[], None]], int, float]
 NETWORKS = {"wrn-16-1": 32, "resnet20": 32, "mobilenet-v2": 32, "resnet18": 224}  # side of the images
 PRESETS = ("W8A8", "W4A4", "W2A2")
 PAUSE, CALLS = 0.1, 10
 OURS = "dfq-kernels"
+ONNX = ("ONNX Runtime fp32", "ONNX Runtime int8", "ONNX Runtime own int8")
 
 
 def network(name: str, side: int) -> tuple[nn.Module, tuple[int, int, int]]:
@@ -124,21 +126,24 @@ class Noise:
         return next(self.batches, None)
 
 
-def onnx_calls(model: nn.Module, shape: tuple[int, int, int], graph: IntegerGraph, folder: Path) -> Calls:
+def onnx_calls(
+    model: nn.Module, shape: tuple[int, int, int], graph: IntegerGraph, folder: Path, chosen: Chosen
+) -> Calls:
     """ONNX Runtime: the float network, the integer one as QDQ, and what its own quantizer makes of the float one."""
     import onnxruntime
     from onnxruntime import quantization
 
-    names = {f"ONNX Runtime {what}": folder / f"{what}.onnx" for what in ("fp32", "int8", "own int8")}
+    names = {name: folder / f"{name.removeprefix('ONNX Runtime ')}.onnx" for name in ONNX}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter that needs no further package is the old one
         torch.onnx.export(model, (torch.zeros(1, *shape),), str(names["ONNX Runtime fp32"]), dynamo=False,
                           input_names=["images"], dynamic_axes={"images": {0: "N"}}, opset_version=17)  # fmt: skip
     save_onnx(graph, names["ONNX Runtime int8"])
-    quantization.shape_inference.quant_pre_process(str(names["ONNX Runtime fp32"]), str(folder / "prepared.onnx"))
-    quantization.quantize_static(
-        str(folder / "prepared.onnx"), str(names["ONNX Runtime own int8"]), Noise(shape), per_channel=True
-    )
+    if chosen("ONNX Runtime own int8"):
+        quantization.shape_inference.quant_pre_process(str(names["ONNX Runtime fp32"]), str(folder / "prepared.onnx"))
+        quantization.quantize_static(
+            str(folder / "prepared.onnx"), str(names["ONNX Runtime own int8"]), Noise(shape), per_channel=True
+        )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
 
@@ -146,7 +151,7 @@ def onnx_calls(model: nn.Module, shape: tuple[int, int, int], graph: IntegerGrap
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         return lambda images: session.run(None, {"images": images.numpy()})
 
-    return {name: call(path) for name, path in names.items()}
+    return {name: call(path) for name, path in names.items() if chosen(name)}
 
 
 def repeated(call: Callable[[Tensor], Any], images: Tensor, count: int) -> Callable[[], None]:
@@ -159,23 +164,29 @@ def repeated(call: Callable[[Tensor], Any], images: Tensor, count: int) -> Calla
     return run
 
 
-def gpu_batches(model: nn.Module, graphs: dict[str, IntegerGraph], shape: tuple[int, int, int]) -> Iterator[Round]:
+def gpu_batches(
+    model: nn.Module, graphs: dict[str, IntegerGraph], shape: tuple[int, int, int], chosen: Chosen
+) -> Iterator[Round]:
     """Of every batch size the calls to compare, how often each is made, and how long to wait before."""
     ours: Calls = {f"{OURS} {preset}": Engine(graph, "cuda") for preset, graph in graphs.items()}
     for batch in (1, 128, 2048) if shape[1] < 64 else (1, 64):
         images = torch.randn(batch, *shape, device="cuda")
         torch.compiler.reset()
-        calls = ours | gpu_calls(model, images)
+        calls = {key: call for key, call in (ours | gpu_calls(model, images)).items() if chosen(key)}
         yield batch, {key: repeated(call, images, CALLS) for key, call in calls.items()}, CALLS, 0.0
 
 
-def cpu_batches(model: nn.Module, graphs: dict[str, IntegerGraph], shape: tuple[int, int, int]) -> Iterator[Round]:
+def cpu_batches(
+    model: nn.Module, graphs: dict[str, IntegerGraph], shape: tuple[int, int, int], chosen: Chosen
+) -> Iterator[Round]:
     """Of every batch size the calls to compare, how often each is made, and how long to wait before."""
     calls: Calls = {f"{OURS} {preset}": Engine(graph) for preset, graph in graphs.items()}
     torch.compiler.reset()
     calls |= torch_calls(model)
+    calls = {key: call for key, call in calls.items() if chosen(key)}
     with tempfile.TemporaryDirectory() as folder:
-        calls |= onnx_calls(model, shape, graphs["W8A8"], Path(folder))
+        if any(chosen(name) for name in ONNX):
+            calls |= onnx_calls(model, shape, graphs["W8A8"], Path(folder), chosen)
     for batch in (1, 128 if shape[1] < 64 else 8):
         images = torch.randn(batch, *shape)
         channels_last = images.contiguous(memory_format=torch.channels_last)
@@ -184,29 +195,46 @@ def cpu_batches(model: nn.Module, graphs: dict[str, IntegerGraph], shape: tuple[
                       for key, call in calls.items()}, count, PAUSE  # fmt: skip
 
 
-def measure(name: str, side: int, seconds: float) -> Iterator[dict[str, Any]]:
-    """One row for each batch size."""
+def measure(name: str, side: int, seconds: float, chosen: Chosen) -> Iterator[dict[str, Any]]:
+    """One row for each batch size: rates, and of those that were measured the strongest and what they are to others."""
     model, shape = network(name, side)
     graphs = {preset: integers(model, shape, preset) for preset in PRESETS}
     batches = gpu_batches if torch.cuda.is_available() else cpu_batches
-    for batch, calls, count, pause in batches(model, graphs, shape):
+    for batch, calls, count, pause in batches(model, graphs, shape, chosen):
         times = interleaved(calls, seconds=seconds, least=9, pause=pause, calls=count)
         rates = {key: round(batch / value.median, 1) for key, value in times.items()}
-        strongest = max((key for key in rates if not key.startswith(OURS)), key=lambda key: rates[key])
-        yield {"model": name, "size": side, "batch": batch, "images_per_second": rates, "strongest": strongest,
-               "times_strongest": round(rates[f"{OURS} W8A8"] / rates[strongest], 2)}  # fmt: skip
+        row: dict[str, Any] = {"model": name, "size": side, "batch": batch, "images_per_second": rates}
+        strongest = max((key for key in rates if not key.startswith(OURS)), key=lambda key: rates[key], default=None)
+        if strongest is not None and f"{OURS} W8A8" in rates:
+            row |= {"strongest": strongest, "times_strongest": round(rates[f"{OURS} W8A8"] / rates[strongest], 2)}
+        if "ONNX Runtime int8" in rates and "ONNX Runtime fp32" in rates:
+            row["onnx_int8_times_fp32"] = round(rates["ONNX Runtime int8"] / rates["ONNX Runtime fp32"], 2)
+        yield row
+
+
+def size_of(text: str) -> tuple[str, int]:
+    """`mobilenet-v2` or `mobilenet-v2:224`: a network and the side of its images."""
+    name, _, side = text.partition(":")
+    if name not in NETWORKS or (side and not side.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(NETWORKS)}, with :SIDE or without, got {text}")
+    return name, int(side or NETWORKS[name])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--out", type=Path, help="a JSON file for the results; default: one of this machine's name")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
-    parser.add_argument("--models", nargs="*", default=list(NETWORKS), choices=list(NETWORKS), help="default: all")
+    parser.add_argument("--models", nargs="*", default=list(NETWORKS.items()), type=size_of, metavar="NAME[:SIDE]",
+                        help="networks and sides of images; default: all")  # fmt: skip
+    parser.add_argument("--variants", nargs="*", default=[""], metavar="BEGINNING",
+                        help="of the names of what is measured, such as 'ONNX Runtime'; default: all")  # fmt: skip
     arguments = parser.parse_args()
+    if arguments.variants != [""] and arguments.out is None:
+        parser.error("--variants needs --out: the file of this machine's name holds all variants")
     keep_freed_memory()
     results = []
-    for name in arguments.models:
-        for row in measure(name, NETWORKS[name], arguments.seconds):
+    for name, side in arguments.models:
+        for row in measure(name, side, arguments.seconds, lambda key: key.startswith(tuple(arguments.variants))):
             results.append(row)
             print(json.dumps(row), flush=True)
     write_results(arguments.out or results_file("integer"), results)

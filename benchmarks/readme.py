@@ -19,6 +19,7 @@ KERNELS = ROOT / "benchmarks" / "results" / "kernels-cpu-intel-xeon-processor.js
 INTEGER = [
     ROOT / "benchmarks" / "results" / f"integer-cpu-{name}.json" for name in ("intel-xeon-processor", "amd-epyc")
 ]
+ONNX = ROOT / "benchmarks" / "results" / "onnx-cpu-amd-epyc.json"
 STEPS = ROOT / "benchmarks" / "results" / "steps-cpu-intel-xeon-processor.json"
 PRESETS = ("W8A8", "W4A8", "W4A4", "W3A3", "W2A4")
 
@@ -141,6 +142,16 @@ def integer_table(data: dict[str, Any], known: Ages) -> str:
     return "\n".join([*lines, "", machine_sentence(data, known)])
 
 
+def onnx_table(data: dict[str, Any], known: Ages) -> str:
+    """Images per second of ONNX Runtime: the float network, and the file of its integers."""
+    lines = ["| in ONNX Runtime | fp32 | W8A8 | ratio |", "| --- | ---: | ---: | ---: |"]
+    for row in data["rows"]:
+        fp32, int8 = (row["images_per_second"][f"ONNX Runtime {kind}"] for kind in ("fp32", "int8"))
+        name = f"{row['model']}, {row['size']}x{row['size']}, batch {row['batch']}"
+        lines.append(f"| {name} | {fp32:,.0f} | {int8:,.0f} | {row['onnx_int8_times_fp32']:.2f} |")
+    return "\n".join([*lines, "", machine_sentence(data, known)])
+
+
 def machine_sentence(data: dict[str, Any], known: Ages) -> str:
     """Where it was measured, when, and whether what was measured has changed since."""
     machine = data["machine"]
@@ -157,7 +168,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def measured_commits() -> dict[str, set[str]]:
     """Of every kind of table, the commits whose numbers it has."""
-    single = {"kernels": [KERNELS], "integer": INTEGER, "steps": [STEPS]}
+    single = {"kernels": [KERNELS], "integer": INTEGER, "steps": [STEPS], "onnx": [ONNX]}
     found = {table: {read(path)["machine"]["commit"] for path in paths} for table, paths in single.items()}
     return {"accuracy": commits_of(read(ACCURACY)["rows"]), **found}
 
@@ -170,6 +181,7 @@ def build(text: str, known: dict[str, Ages] | None = None) -> str:
         "kernels": kernel_table(read(KERNELS), of["kernels"]),
         "integer": "\n\n".join(integer_table(read(path), of["integer"]) for path in INTEGER),
         "steps": step_table(read(STEPS), of["steps"]),
+        "onnx": onnx_table(read(ONNX), of["onnx"]),
         "accuracy": main_table(data, of["accuracy"]),
         "gdfq": other_table(data, "gdfq", "convention of later work", of["accuracy"]),
         "ablation": other_table(data, "ablation", "W3A3, one change each", of["accuracy"]),

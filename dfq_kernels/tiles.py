@@ -6,7 +6,7 @@ elements are tiles of `R` images by `W` neighbours, counted by steps; a reductio
 program, and a second kernel joins the slices in order: the same bits whatever runs first.
 
 Nothing here is of one vendor: rounding is arithmetic, not a library's. Division and square root round to nearest, but
-for the divisions inside of a slice's statistics and of the loss, which have a bound anyway. Nothing is fused: every operation rounds.
+for the divisions inside of a slice's statistics and of the loss, which have a bound anyway. Nothing is fused.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -28,7 +29,8 @@ def networks(draw) -> IntegerGraph:
     seed = draw(st.integers(0, 2**31))
     random = torch.Generator().manual_seed(seed)
     channels = draw(st.sampled_from([1, 2, 3, 4, 7, 8, 16, 17, 24, 36]))
-    image_shape = shape = (channels, draw(st.integers(1, 11)), draw(st.integers(1, 19)))
+    image_shape = (channels, draw(st.integers(1, 11)), draw(st.integers(1, 19)))
+    shape: tuple[int, ...] = image_shape
     grids: dict[str, Grid] = {}
     steps: list[Step] = []
 
@@ -71,11 +73,34 @@ def networks(draw) -> IntegerGraph:
                 steps.append(MaxPool(current, (name,), None, kernel, (stride, stride), padding))
             shape = (shape[0], *(_count(s, k, stride, p) for s, k, p in zip(shape[1:], kernel, padding, strict=True)))
         current = steps[-1].outs[0]
-    size = shape[0] * shape[1] * shape[2]
+    if draw(st.booleans()):
+        met, shape = _vectors_and_pixels(random, current, shape[0], outs)
+        steps, current = steps + met, met[-1].outs[0]
+    size = math.prod(shape)
     head = torch.randint(-8, 8, (5, size), generator=random).to(torch.int8)
     mult, bias = torch.rand(5, generator=random), torch.randn(5, generator=random)
     steps.append(Layer(current, ("logits",), None, "head", head, 4, mult, bias, None))
     return IntegerGraph(image_shape, 5, grids, tuple(steps), "logits", {})
+
+
+def _vectors_and_pixels(random, x: str, channels: int, outs) -> tuple[list[Step], tuple[int, ...]]:
+    """Every step that may read a vector beside a map of one pixel, in both orders; the last one makes a vector."""
+
+    def layer(x: str, residual: str, axes: int) -> Layer:
+        weight = torch.randint(-8, 8, (channels, channels, 1, 1)[:axes], generator=random).to(torch.int8)
+        mult, bias = torch.randn(channels, generator=random) / 8, torch.randn(channels, generator=random)
+        return Layer(x, outs(), "relu", f"meets{x}", weight, 4, mult, bias, residual)
+
+    pixel = AveragePool(x, outs(), None, output=(1, 1))
+    (mapped,) = pixel.outs
+    linear = layer(mapped, mapped, 2)
+    (vector,) = linear.outs
+    steps = [pixel, linear, layer(mapped, vector, 4), Add(mapped, outs(), None, vector)]
+    norm = [torch.randn(channels, generator=random) for _ in range(3)]
+    steps += [Rescale(vector, outs(), None, *norm), layer(vector, steps[-1].outs[0], 2)]
+    steps.append(Add(steps[-2].outs[0], outs(), None, steps[2].outs[0]))
+    steps.append(Add(steps[-1].outs[0], outs(), "relu6", steps[-2].outs[0]))
+    return steps, (channels,)
 
 
 def fp32(value: float) -> float:
