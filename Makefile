@@ -7,8 +7,8 @@ BIN := .venv/bin
 # torch first and by its exact version, so that a wheel on disk or a mirror is taken and nothing resolves to another one
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt torch numpy
-	DFQ_BUILD_NATIVE=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
+	DFQ_BUILD_NATIVE=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
 
 # in place, so that a change in csrc compiles what depends on it and nothing else
