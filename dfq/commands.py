@@ -115,12 +115,10 @@ def inspect(network: Network, json_output: Json = False) -> None:
 def _show(found: dict[str, Any]) -> None:
     for table in engine_tables(found):
         Console().print(table)
-    mean_and_std = found["normalization"]
-    takes = (
-        f"(pixels / 255 - {mean_and_std[0]}) / {mean_and_std[1]}"
-        if mean_and_std
-        else ("normalised numbers only: nobody said their --mean and --std, so it takes no pixels")
-    )
+    takes = "normalised numbers only: nobody said their --mean and --std, so it takes no pixels"
+    if found["normalization"]:
+        mean, std = (", ".join(map(str, part)) for part in found["normalization"])
+        takes = f"pixels, as (pixels / 255 - mean) / std with mean {mean} and std {std}"
     Console(soft_wrap=True, highlight=False).print(f"input: {takes}", markup=False)
 
 

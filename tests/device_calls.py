@@ -46,7 +46,7 @@ def host_calls(source: Path, folder: Path) -> list[str]:
         if not implicit:  # a constructor that nobody wrote, and a lambda, are of whoever calls them
             file, line, _ = where.split(":")
             found.append(f"{Path(file).name}:{line} calls {name.splitlines()[0]}, which is no __device__")
-    return found
+    return list(dict.fromkeys(found))  # every instance of a template has the call
 
 
 def _declared(file: Path, line: int, column: int) -> str:
