@@ -144,6 +144,21 @@ def test_degenerate_range_has_the_stated_floor() -> None:
     assert scale.tolist() == [2.0**-63] * 2
 
 
+def test_a_range_wider_than_fp32_is_cut_to_one_of_finite_width() -> None:
+    ranges = fresh_range()
+    out = k.observe_fake_quant(torch.tensor([-2e38, 0.0, 2e38]), **ranges)
+    assert (float(ranges["running_min"]), float(ranges["running_max"])) == (-(2.0**126), 2.0**126)
+    assert float(ranges["scale"]) == pytest.approx(2.0**127 / 255) and bool(out.isfinite().all())
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.1, NAN])
+def test_a_scale_that_is_not_above_0_gives_nan_and_no_gradient(scale: float) -> None:
+    x = torch.tensor([-1.0, 0.0, 1.0], requires_grad=True)
+    out = k.fake_quant(x, torch.tensor(scale), 0.0, -8, 7)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert bool(out.isnan().all()) and grad.tolist() == [0.0] * 3
+
+
 def test_fake_quant_weights_by_hand() -> None:
     weight = torch.tensor([[-7.0, 3.4, 0.6], [0.35, -0.1, 0.02]])
     (out,), (scale,) = k.fake_quant_weights([weight], 4)

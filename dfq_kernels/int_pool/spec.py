@@ -61,7 +61,7 @@ SPEC = OpSpec(
     bytes_moved=_bytes_moved,
     mutations=(
         ("- grid.zero_point, torch", ", torch"),
-        (".float() * (scale / count), end", ".float() * scale / count, end"),
+        ("(scale / torch.full_like(scale, count)), end", "scale / torch.full_like(scale, count), end"),
         ("sum((2, 3)) for left", "amax((2, 3)) for left"),
         ("padding, dilation, ceil_mode)", "padding, dilation, False)"),
         ("stride, padding) * count", "stride, padding, count_include_pad=False) * count"),
