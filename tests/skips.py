@@ -51,17 +51,17 @@ ALLOWED: tuple[tuple[str, Callable[[], bool]], ...] = (
      lambda: build_script().find_nvcc() is None or _built_with("cpu", "0")),
     (r"nvcc was not found", lambda: build_script().find_nvcc() is None),
     (r"there is no (native|triton) kernel for device type (cpu|cuda)", lambda: True),  # what dispatch.TABLE says
-    (r"Triton runs on the CPU only interpreted .*|Triton is not interpreted|it is not interpreted here",
+    (r"Triton runs on the CPU only interpreted .*|Triton is not interpreted",
      lambda: os.environ.get("TRITON_INTERPRET") != "1"),
     (r"Triton cannot be imported: .*", lambda: find_spec("triton") is None),
     (r"no g\+\+( to build the emulation with)?", lambda: shutil.which("g++") is None),
     (r"needs nm of the binutils", lambda: shutil.which("nm") is None),
     (r"the build is tested on Linux", lambda: sys.platform != "linux"),
     (r"AMX shares the packing of VNNI, which this processor does not have", lambda: not _capability("avx512_vnni")),
-    (r"this processor has no AMX", lambda: not _capability("amx_int8")),
     (r"this torch does not say what a CPU can do", lambda: not hasattr(torch.cpu, "get_capabilities")),
     (r"needs \d+ GiB of memory, there are \d+", lambda: True),  # the number stands there
-    (r"x86-64 only", lambda: platform.machine() not in ("x86_64", "AMD64")),
+    (r"no module for x86-64, or no objdump to look into it with",
+     lambda: platform.machine() != "x86_64" or _no_module() or shutil.which("objdump") is None),
 )  # fmt: skip
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
 import dfq_kernels as k
-from dfq_kernels import extension
+from dfq_kernels import dispatch, extension
 from dfq_kernels.dispatch import BACKENDS, TABLE, missing, resolve
 from dfq_kernels.specs import OpSpec, all_specs
 
@@ -70,6 +71,20 @@ def test_the_support_matrix_gives_a_reason_for_every_hole() -> None:
     assert [row.split()[:3] for row in rows if "leaves" in row] in ([], [["fake_quant_conv2d", "cpu", "native"]])
     assert text.splitlines()[0] == extension.built()
     assert sum(" * " in row for row in rows if " cpu " in row) == len(TABLE)
+
+
+@pytest.mark.parametrize(
+    ("reason", "warns"),
+    [("the native module was not built: no C++ compiler was found", True),
+     ("the native module was not built: it was built with DFQ_BUILD_NATIVE=0", False)],
+)  # fmt: skip
+def test_a_fallback_that_nobody_asked_for_warns(monkeypatch: pytest.MonkeyPatch, reason: str, warns: bool) -> None:
+    monkeypatch.setattr(dispatch.extension, "missing", lambda device: reason)
+    monkeypatch.setattr(dispatch, "missing", lambda op, name, *rest: None if name == "reference" else reason)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert dispatch._choose.__wrapped__("bn_stats", "auto", "cpu", torch.float32) == "reference"
+    assert [str(item.message) for item in said] == ([f"bn_stats runs as reference on cpu: {reason}"] if warns else [])
 
 
 ONE, CUBE = torch.ones(()), torch.ones(2, 1, 1, 1)
