@@ -10,6 +10,7 @@ from dfq_kernels.fake_quant_conv2d.api import fake_quant_conv2d
 from dfq_kernels.fake_quant_weights.api import fake_quant_weights
 from dfq_kernels.int_conv2d.api import int_conv2d, int_linear, pack_weight
 from dfq_kernels.int_pool.api import int_pool
+from dfq_kernels.int_resize.api import int_resize
 from dfq_kernels.integers import Grid, PackedWeight, QuantizedTensor, Requantize
 from dfq_kernels.observe_fake_quant.api import observe_fake_quant
 from dfq_kernels.packing import pack_bits, unpack_bits
@@ -35,6 +36,7 @@ __all__ = [
     "int_conv2d",
     "int_linear",
     "int_pool",
+    "int_resize",
     "observe_fake_quant",
     "pack_bits",
     "pack_weight",

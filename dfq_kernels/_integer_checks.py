@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfq_kernels._checks import check_activation, check_device, check_float, check_storage
-from dfq_kernels.integers import Epilogue, Grid, QuantizedTensor, Requantize, storage_width
+from dfq_kernels._checks import check_device, check_float, check_storage
+from dfq_kernels.activations import activation_of
+from dfq_kernels.integers import Constants, Epilogue, Grid, QuantizedTensor, Requantize, storage_width
 
 MOST_OUTS = 4  # results on grids, of an operator and of what follows it
 LARGEST_SUM = 2**31 - 1
@@ -57,20 +58,28 @@ _SHAPES = {2: "[N, C]", 4: "[N, C, H, W]"}
 
 
 def check_vector(op: str, name: str, vector: Tensor, channels: int, like: Tensor) -> None:
-    """One number per channel."""
+    """One number per channel, or per level of a grid."""
     check_float(op, name, vector)
     require(op, tuple(vector.shape) == (channels,), name, f"of shape ({channels},)", tuple(vector.shape))
     check_device(op, name, vector, like)
 
 
-def check_norm(op: str, named: dict[str, Tensor | None], channels: int, like: Tensor) -> list[Tensor]:
-    """mean, mult and bias of a batch norm, all or none."""
-    given = [vector for vector in named.values() if vector is not None]
-    require(op, len(given) in (0, len(named)), ", ".join(named), "given together", f"{len(given)} of them")
-    for name, vector in named.items():
+def check_constants(op: str, prefix: str, given: Constants, channels: int, grid: Grid, like: Tensor) -> None:
+    """Of integers on `grid`: mean, mult and bias all or none, and a table alone."""
+    names = [prefix + name for name in Constants._fields[:3]]
+    require(op, len(given.norm) in (0, 3), ", ".join(names), "given together", f"{len(given.norm)} of them")
+    for name, vector in zip(Constants._fields, given, strict=True):
         if vector is not None:
-            check_vector(op, name, vector, channels, like)
-    return given
+            check_vector(op, prefix + name, vector, grid.levels if name == "table" else channels, like)
+    alone = given.table is None or (not given.norm and given.slope is None)
+    require(op, alone, f"{prefix}table", "without mean, mult, bias and slope", "both")
+
+
+def check_activation(op: str, activation: str | None) -> None:
+    try:
+        activation_of(activation)
+    except ValueError as error:
+        raise ValueError(f"{op}: {error}") from None
 
 
 def check_pair(op: str, name: str, value: int | Sequence[int], least: int) -> list[int]:
@@ -114,7 +123,7 @@ def check_epilogue(
     require(op, len(outs) > 0, "outs", "at least one grid where something follows", len(outs))
     nexts = _check_grids(op, "then: outs", then.outs, least=1)
     check_activation(op, then.activation)
-    check_norm(op, {"then: mean": then.mean, "then: mult": then.mult, "then: bias": then.bias}, channels, like)
+    check_constants(op, "then: ", Constants(*then.constants), channels, outs[0], like)
     next_width = [storage_width(grid.bits, channels) if packed else 8 for grid in nexts]
     return Epilogue(activation, outs, tuple(width), replace(then, outs=nexts), tuple(next_width))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         if isinstance(self.scale, float) and abs(self.scale) < 1e38:  # what is beyond is refused by whoever gets it
-            object.__setattr__(self, "scale", struct.unpack("f", struct.pack("f", self.scale))[0])
+            object.__setattr__(self, "scale", fp32_of(self.scale))
 
     @property
     def bits(self) -> int:
@@ -46,10 +47,12 @@ class Grid:
     @property
     def inverse(self) -> float:
         """`1 / scale`, rounded to fp32."""
-        nearest: float = struct.unpack("f", struct.pack("f", 1 / self.scale))[
-            0
-        ]  # of fp32 numbers, through fp64: the same
-        return nearest
+        return fp32_of(1 / self.scale)  # of fp32 numbers, through fp64: the same
+
+    @property
+    def levels(self) -> int:
+        """How many integers there are."""
+        return self.quant_max - self.quant_min + 1
 
     @property
     def largest(self) -> int:
@@ -115,18 +118,36 @@ class PackedWeight:
 @dataclass(frozen=True)
 class Requantize:
     """What follows an operator's first result: `t = (q - zero_point) * scale`, with a batch norm
-    `t = (t - mean[c]) * mult[c] + bias[c]`, then the activation and rounding to each of `outs`."""
+    `t = (t - mean[c]) * mult[c] + bias[c]`, with a slope `t = t > 0 ? t : slope[c] * t`, or with a table alone
+    `t = table[q - quant_min]`; then the activation and rounding to each of `outs`."""
 
     outs: tuple[Grid, ...]
     mean: Tensor | None = None
     mult: Tensor | None = None
     bias: Tensor | None = None
     activation: str | None = None
+    slope: Tensor | None = None
+    table: Tensor | None = None
+
+    @property
+    def constants(self) -> list[Tensor | None]:
+        """As an argument of a torch operator: see `Constants`."""
+        return [self.mean, self.mult, self.bias, self.slope, self.table]
+
+
+class Constants(NamedTuple):
+    """What makes real numbers of integers, besides their grid; mean, mult and bias are given together or not at all."""
+
+    mean: Tensor | None = None
+    mult: Tensor | None = None
+    bias: Tensor | None = None
+    slope: Tensor | None = None
+    table: Tensor | None = None
 
     @property
     def norm(self) -> list[Tensor]:
         """mean, mult and bias, or nothing."""
-        return [vector for vector in (self.mean, self.mult, self.bias) if vector is not None]
+        return [vector for vector in self[:3] if vector is not None]
 
 
 @dataclass(frozen=True)
@@ -142,25 +163,26 @@ class Epilogue:
     then: Requantize | None = None
     next_bits: tuple[int, ...] = ()
 
-    def flat(self) -> tuple[str | None, list[float], list[Tensor], str | None, list[float]]:
+    def flat(self) -> tuple[str | None, list[float], list[Tensor | None], str | None, list[float]]:
         """As arguments of a torch operator."""
         activation, outs = self.activation, _flat_all(self.outs, self.bits)
         if self.then is None:
             return activation, outs, [], None, []
-        return activation, outs, self.then.norm, self.then.activation, _flat_all(self.then.outs, self.next_bits)
+        return activation, outs, self.then.constants, self.then.activation, _flat_all(self.then.outs, self.next_bits)
 
     @staticmethod
     def of(
-        activation: str | None, outs: Sequence[float], constants: Sequence[Tensor], then_activation: str | None,
-        nexts: Sequence[float],
+        activation: str | None, outs: Sequence[float], constants: Sequence[Tensor | None],
+        then_activation: str | None, nexts: Sequence[float],
     ) -> Epilogue:  # fmt: skip
         """Back from `flat`."""
         grids, bits = _unflat_all(outs)
         if not nexts:
             return Epilogue(activation, grids, bits)
         next_grids, next_bits = _unflat_all(nexts)
-        mean, mult, bias = constants or (None, None, None)
-        return Epilogue(activation, grids, bits, Requantize(next_grids, mean, mult, bias, then_activation), next_bits)
+        mean, mult, bias, slope, table = constants
+        then = Requantize(next_grids, mean, mult, bias, then_activation, slope, table)
+        return Epilogue(activation, grids, bits, then, next_bits)
 
     def byte_wide(self) -> Epilogue:
         """The same with every result in bytes."""
@@ -174,7 +196,7 @@ class Epilogue:
 
 
 # an operator's last arguments: `Epilogue.flat`
-EPILOGUE = "str? activation, float[] outs, Tensor[] then, str? then_activation, float[] then_outs"
+EPILOGUE = "str? activation, float[] outs, Tensor?[] then, str? then_activation, float[] then_outs"
 
 
 def flat(grid: Grid, bits: int) -> list[float]:
@@ -247,6 +269,12 @@ def allocate(like: Tensor, shape: Sequence[int], epilogue: Epilogue) -> list[Ten
 def _empty(like: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout)
+
+
+def fp32_of(value: float) -> float:
+    """The nearest fp32 number."""
+    nearest: float = struct.unpack("f", struct.pack("f", value))[0]
+    return nearest
 
 
 def one_or_two(value: int | Sequence[int]) -> list[int]:

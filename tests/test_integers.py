@@ -162,13 +162,22 @@ WRONG_INTEGERS = {
     "pack_weight: weight must be int8": lambda x, w, v: k.pack_weight(v),
     "int_pool: mode must be average or max": lambda x, w, v: k.int_pool(x, mode="min", kernel_size=1),
     "int_pool: kernel_size must be given, or output_size": lambda x, w, v: k.int_pool(x),
-    "int_pool: output_size must be at most": lambda x, w, v: k.int_pool(x, output_size=6),
+    "int_pool: output_size must be one or two integers": lambda x, w, v: k.int_pool(x, output_size=0),
+    "int_pool: divisor_override must be None or an integer": lambda x, w, v: k.int_pool(
+        x, kernel_size=2, divisor_override=0
+    ),
+    "int_pool: count_include_pad and divisor_override must be those": lambda x, w, v: k.int_pool(
+        x, output_size=2, count_include_pad=False
+    ),
     "int_pool: padding must be at most half": lambda x, w, v: k.int_pool(x, kernel_size=2, padding=2),
     "int_pool: kernel_size must be within": lambda x, w, v: k.int_pool(x, mode="max", kernel_size=9),
-    "int_pool: outs, activation and output_size must be those": lambda x, w, v: k.int_pool(
+    "int_pool: outs and activation must be those": lambda x, w, v: k.int_pool(
         x, x.grid, mode="max", kernel_size=2
     ),
-    "int_pool: dilation and ceil_mode must be those": lambda x, w, v: k.int_pool(x, kernel_size=2, dilation=2),
+    "int_pool: dilation must be that of a maximum": lambda x, w, v: k.int_pool(x, kernel_size=2, dilation=2),
+    "int_pool: stride, padding, dilation and ceil_mode must be none": lambda x, w, v: k.int_pool(
+        x, output_size=2, stride=2
+    ),
 }
 
 

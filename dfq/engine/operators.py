@@ -11,8 +11,23 @@ import torch
 from torch import Tensor
 
 from dfq.engine.check import check_graph
-from dfq.engine.graph import Add, AveragePool, IntegerGraph, Layer, MaxPool, Quantize, Rescale, Step
+from dfq.engine.graph import (
+    Add,
+    AveragePool,
+    IntegerGraph,
+    Layer,
+    MaxPool,
+    Move,
+    Multiply,
+    Quantize,
+    Rescale,
+    Resize,
+    Step,
+    Table,
+    as_map,
+)
 from dfq.engine.memory import fuse
+from dfq.engine.moves import Placement
 from dfq.execution import Execution
 from dfq_kernels import (
     Grid,
@@ -21,19 +36,21 @@ from dfq_kernels import (
     Requantize,
     int_conv2d,
     int_pool,
+    int_resize,
     pack_weight,
     quantize,
     requantize,
 )
 
 Values = dict[str, QuantizedTensor]
+Reals = dict[str, Tensor]
 ALIGNED = 16  # bytes: what kernels are specialised for
 MOST_CAPTURED = 16  # batch sizes; calls of others run as they are
-_FOLLOWED = (Layer, Rescale, Add)  # steps whose operators take what follows them along
+_FOLLOWED = (Layer, Rescale, Table, Add, Multiply)  # steps whose operators take what follows them along
 
 
 class OperatorNetwork:
-    """A network, ready to run; several threads may call it at once.
+    """A network, ready to run; several threads may call it at once. Every value is a map; a vector is one pixel.
 
     Args:
         graph: an integer graph.
@@ -51,13 +68,19 @@ class OperatorNetwork:
         self.settings: dict[str, Any] = {"backend": backend, "packed": not plain}
         self.calls = [(step, None) for step in graph.steps] if plain else _calls(graph)
         self.lock, self.sizes = threading.Lock(), set[int]()
-        constants = [getattr(step, key) for step in graph.steps for key in step.tensors if key != "weight"]
+        moves = [step for step in graph.steps if isinstance(step, Move)]
+        self._placements = {step.outs: Placement(step, graph.grids[step.outs[0]], device) for step in moves}
+        constants = [
+            getattr(step, key) for step in graph.steps if step not in moves for key in step.tensors if key != "weight"
+        ]
         self._moved = {id(value): value.to(device) for value in constants if value is not None}
         layers = [step for step in graph.steps if isinstance(step, Layer)]
         self._weights = {step.outs: self._packed(step).to(device) for step in layers}
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Logits `[N, num_classes]` of images `[N, C, H, W]`, both fp32 on the device.
+    def __call__(self, images: Tensor) -> Reals:
+        """Every real value, by its name, of images `[N, *input_shape]`: `[N, C, H, W]`, or `[N, C]` where it is a vector.
+
+        All fp32 on the device.
 
         Raises:
             ValueError: images that hold NaN.
@@ -67,23 +90,25 @@ class OperatorNetwork:
         with self.lock, torch.no_grad():
             if len(images) in self.sizes or len(self.sizes) < MOST_CAPTURED:
                 self.sizes.add(len(images))
-                logits, nan = self.execution.step(len(images), self._logits, images)
+                reals, nan = self.execution.step(len(images), self._reals, images)
             else:
-                logits, nan = self._logits(images)
+                reals, nan = self._reals(images)
             if bool(nan):
                 raise ValueError("engine: images must be numbers, got NaN")
-            return logits
+            return reals
 
     def values(self, images: Tensor) -> dict[str, Tensor]:
-        """Every value of the network: int64 integers, and the logits."""
-        values, logits = self._run(images)
-        return {name: value.integers() for name, value in values.items()} | {self.graph.output: logits}
+        """Every value of the network: int64 integers, and real numbers."""
+        values, reals = self._run(images)
+        return {name: value.integers() for name, value in values.items()} | reals
 
-    def _logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _reals(self, images: Tensor) -> tuple[Reals, Tensor]:
         return self._run(images)[1], images.isnan().any()
 
-    def _run(self, images: Tensor) -> tuple[Values, Tensor]:
+    def _run(self, images: Tensor) -> tuple[Values, Reals]:
+        images = images.reshape(len(images), *as_map(self.graph.input_shape))
         values: Values = {}
+        reals: Reals = {}
         for step, following in self.calls:
             if isinstance(step, Quantize):
                 for out in step.outs:
@@ -93,21 +118,25 @@ class OperatorNetwork:
             then = None if following is None else self._requantize(following)
             results = _OPERATORS[type(step)](self, step, values, then)
             if isinstance(results, Tensor):
-                return values, results.flatten(1)
+                name = step.outs[0]
+                reals[name] = results.reshape(len(images), *self.shapes[name])
+                continue
             names = step.outs + (() if following is None else following.outs)
             values |= dict(zip(names, results, strict=True))
-        raise AssertionError("a checked graph ends in its output")
+        return values, reals
 
-    def _requantize(self, step: Rescale) -> Requantize:
-        return Requantize(self.grids(step), *self.norm(step), activation=step.activation)
+    def _requantize(self, step: Rescale | Table) -> Requantize:
+        return Requantize(self.grids(step), activation=step.activation, **self.constants(step))
 
     def grids(self, step: Step) -> tuple[Grid, ...]:
-        """Of a step's results; none of logits."""
+        """Of a step's results; none of real numbers."""
         return tuple(self.graph.grids[out] for out in step.outs if out in self.graph.grids)
 
-    def norm(self, step: Rescale) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """mean, mult and bias on the device."""
-        return self._constant(step.mean), self._constant(step.mult), self._constant(step.bias)
+    def constants(self, step: Rescale | Table) -> dict[str, Tensor | None]:
+        """On the device, as `requantize` and `Requantize` name them."""
+        if isinstance(step, Table):
+            return {"table": self._constant(step.values)}
+        return {name: self._constant(getattr(step, name)) for name in step.tensors}
 
     def _constant(self, value: Tensor | None) -> Tensor | None:
         """A step's tensor on the device."""
@@ -121,8 +150,7 @@ class OperatorNetwork:
 
     def _window(self, step: Layer) -> Tensor:
         """A linear layer's weight is a window as large as the map."""
-        shape = (*self.shapes[step.x], 1, 1)[:3]
-        return step.weight if step.weight.dim() == 4 else step.weight.reshape(-1, *shape)
+        return step.weight if step.weight.dim() == 4 else step.weight.reshape(-1, *as_map(self.shapes[step.x]))
 
     def layer(self, step: Layer, values: Values, then: Requantize | None) -> Any:
         residual = None if step.residual is None else values[step.residual]
@@ -132,35 +160,52 @@ class OperatorNetwork:
             residual=residual, activation=step.activation, then=then, **self.settings,
         )  # fmt: skip
 
-    def rescale(self, step: Rescale, values: Values, then: Requantize | None) -> Any:
-        mean, mult, bias = self.norm(step)
-        return requantize(
-            values[step.x], self.grids(step), mean=mean, mult=mult, bias=bias, activation=step.activation, then=then,
-            **self.settings,
-        )  # fmt: skip
+    def rescale(self, step: Rescale | Table, values: Values, then: Requantize | None) -> Any:
+        return self._requantized(step, values, then, **self.constants(step))
 
     def add(self, step: Add, values: Values, then: Requantize | None) -> Any:
+        return self._requantized(step, values, then, other=values[step.other])
+
+    def multiply(self, step: Multiply, values: Values, then: Requantize | None) -> Any:
+        return self._requantized(step, values, then, other=values[step.other], product_scale=step.scale)
+
+    def _requantized(self, step: Step, values: Values, then: Requantize | None, **keywords: Any) -> Any:
         return requantize(
-            values[step.x], self.grids(step), other=values[step.other], activation=step.activation, then=then,
-            **self.settings,
-        )  # fmt: skip
+            values[step.x], self.grids(step), activation=step.activation, then=then, **keywords, **self.settings
+        )
 
     def average_pool(self, step: AveragePool, values: Values, _: None) -> Any:
         window: dict[str, Any] = {"output_size": step.output}
         if step.kernel is not None:
-            window = {"kernel_size": step.kernel, "stride": step.stride, "padding": step.padding}
+            window = {
+                "kernel_size": step.kernel, "stride": step.stride, "padding": step.padding, "ceil_mode": step.ceil_mode,
+                "count_include_pad": step.count_include_pad, "divisor_override": step.divisor or None,
+            }  # fmt: skip
         return int_pool(values[step.x], self.grids(step), activation=step.activation, **window, **self.settings)
 
     def max_pool(self, step: MaxPool, values: Values, _: None) -> Any:
-        return int_pool(
-            values[step.x], mode="max", kernel_size=step.kernel, stride=step.stride, padding=step.padding,
-            dilation=step.dilation, ceil_mode=step.ceil_mode, **self.settings,
-        )  # fmt: skip
+        window: dict[str, Any] = {"output_size": step.output}
+        if step.kernel is not None:
+            window = {
+                "kernel_size": step.kernel, "stride": step.stride, "padding": step.padding, "dilation": step.dilation,
+                "ceil_mode": step.ceil_mode,
+            }  # fmt: skip
+        return int_pool(values[step.x], mode="max", **window, **self.settings)
+
+    def move(self, step: Move, values: Values, _: None) -> Any:
+        return [self._placements[step.outs]([values[name] for name in (step.x, *step.others)], self.settings["packed"])]
+
+    def resize(self, step: Resize, values: Values, _: None) -> Any:
+        places = {name: self._moved[id(getattr(step, name))] for name in step.tensors}
+        return int_resize(
+            values[step.x], self.grids(step), activation=step.activation, check_places=False, **places, **self.settings
+        )
 
 
 _OPERATORS: dict[type[Step], Callable[..., Any]] = {
-    Layer: OperatorNetwork.layer, Rescale: OperatorNetwork.rescale, Add: OperatorNetwork.add,
-    AveragePool: OperatorNetwork.average_pool, MaxPool: OperatorNetwork.max_pool,
+    Layer: OperatorNetwork.layer, Rescale: OperatorNetwork.rescale, Table: OperatorNetwork.rescale,
+    Add: OperatorNetwork.add, Multiply: OperatorNetwork.multiply, AveragePool: OperatorNetwork.average_pool,
+    MaxPool: OperatorNetwork.max_pool, Move: OperatorNetwork.move, Resize: OperatorNetwork.resize,
 }  # fmt: skip
 
 

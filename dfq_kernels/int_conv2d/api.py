@@ -66,7 +66,7 @@ def int_conv2d(
         outs: up to 4 grids; none: the result is `act(t)` itself.
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`.
         residual: of the result's shape, added.
-        activation: None, `relu` or `relu6`.
+        activation: None, or one of `dfq_kernels.activations`, with its numbers: `relu`, `hardtanh(-1,1)`.
         then: what follows the first result, computed from its integers.
         packed: whether integers of 4 or 2 bits share bytes, where the channels fill them.
         backend: `native`, `triton` or `reference`; None takes the best that is there.

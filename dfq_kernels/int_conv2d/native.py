@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,8 +15,7 @@ from dfq_kernels.registration import register
 def one_step(
     x: Tensor, x_grid: list[float], weight: Tensor, sums: Tensor, weight_bits: int, mult: Tensor, bias: Tensor,
     stride: list[int], padding: list[int], dilation: list[int], groups: int, residual: Tensor | None,
-    residual_grid: list[float], activation: str | None, outs: list[float], then: Sequence[Tensor],
-    then_activation: str | None, then_outs: list[float],
+    residual_grid: list[float], *epilogue: Any,
 ) -> OneStep:  # fmt: skip
     """The program of `forward`, to be run again and again on this `x`: the first run packs its weights."""
     grid, bits = unflat(x_grid)
@@ -31,8 +29,7 @@ def one_step(
         set_window(step, stride, padding, dilation)
 
     shape = schema.out_shape(x, weight, stride, padding, dilation)
-    epilogue = Epilogue.of(activation, outs, then, then_activation, then_outs)
-    return OneStep(CONVOLVE, shape, epilogue, inputs, padding, fill)
+    return OneStep(CONVOLVE, shape, Epilogue.of(*epilogue), inputs, padding, fill)
 
 
 @register(schema.FORWARD, "native")

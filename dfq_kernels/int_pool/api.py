@@ -13,6 +13,7 @@ from dfq_kernels.int_pool.schema import largest_window, out_sides, windows_meet
 from dfq_kernels.integers import Epilogue, Grid, QuantizedTensor, flat
 
 OP = "int_pool"
+LARGEST_DIVISOR = 2**24  # exact in fp32
 
 
 def int_pool(
@@ -26,6 +27,8 @@ def int_pool(
     dilation: int | Sequence[int] = 1,
     ceil_mode: bool = False,
     output_size: int | Sequence[int] | None = None,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
     activation: str | None = None,
     packed: bool = False,
     backend: str | None = None,
@@ -36,16 +39,18 @@ def int_pool(
                  q = clamp(rne(act(t) * (1 / scale) + zero_point), quant_min, quant_max)    for each of outs
         max:     the largest integer of the window, on the grid of x
 
-    A padded place counts in an average and adds nothing; a maximum does not see it.
+    What lies outside of the map adds nothing to a sum, and a maximum does not see it. count: `divisor_override`; else the
+    places of a window that lie in the padded map, or, without `count_include_pad`, in the map.
 
     Args:
         x: `[N, C, H, W]`.
         outs: of an average: up to 4 grids; none: the result is `act(t)` itself. Of a maximum: none.
         mode: `average` or `max`.
-        kernel_size, stride, padding: as in `torch.nn.functional.avg_pool2d`, or `max_pool2d` with `dilation` and
-            `ceil_mode`.
-        output_size: of an adaptive average, instead of a kernel: 1 is global pooling.
-        activation: of an average: None, `relu` or `relu6`.
+        kernel_size, stride, padding, ceil_mode: as in `torch.nn.functional.avg_pool2d` and `max_pool2d`.
+        dilation: of a maximum.
+        count_include_pad, divisor_override: of an average, as in `torch.nn.functional.avg_pool2d`.
+        output_size: of an adaptive pool, instead of a kernel: 1 is global pooling.
+        activation: of an average: None, or one of `dfq_kernels.activations`.
         packed: whether integers of 4 or 2 bits share bytes, where the channels fill them; a maximum is stored as x is.
         backend: `native`, `triton` or `reference`; None takes the best that is there.
 
@@ -67,56 +72,47 @@ def int_pool(
     kernel = check_pair(OP, "kernel_size", 1 if kernel_size is None else kernel_size, 1)
     pairs = (("stride", kernel if stride is None else stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
     strides, paddings, dilations = (check_pair(OP, *pair) for pair in pairs)
+    require(OP, type(ceil_mode) is bool, "ceil_mode", "true or false", ceil_mode)
+    plain = (strides, paddings, dilations, ceil_mode) == ([1, 1], [0, 0], [1, 1], False)
+    require(OP, plain or not adaptive, "stride, padding, dilation and ceil_mode", "none of an adaptive pool", "some")
+    _check_counting(mode, adaptive, count_include_pad, divisor_override)
     if mode == "max":
-        given = bool(outs) or activation is not None or adaptive
-        require(OP, not given, "outs, activation and output_size", "those of an average", "a maximum")
-        _check_max(x, kernel, strides, paddings, dilations, ceil_mode)
-        outs = (x.grid,)
+        require(OP, not outs and activation is None, "outs and activation", "those of an average", "a maximum")
+        epilogue = Epilogue(None, (x.grid,), (x.bits,))  # stored as x is, which may be wider than its grid
     else:
-        require(OP, dilations == [1, 1] and not ceil_mode, "dilation and ceil_mode", "those of a maximum", "an average")
-        _check_average(x, kernel, strides, paddings, sides)
-    if mode == "max":  # stored as x is, which may be wider than its grid
-        epilogue = Epilogue(None, (x.grid,), (x.bits,))
-    else:
+        require(OP, dilations == [1, 1], "dilation", "that of a maximum", "an average")
+        bound = x.grid.largest * math.prod(largest_window(x.shape[2:], sides) if adaptive else kernel)
+        require(OP, bound <= LARGEST_SUM, "the largest sum", "below 2^31", bound)
         epilogue = check_epilogue(OP, activation, outs, None, packed, x.shape[1], x.q)
+    if not adaptive:
+        _check_windows(x, kernel, strides, paddings, dilations, ceil_mode)
     results = resolve(OP, backend, x.q).forward(
-        x.q, flat(x.grid, x.bits), mode, kernel, strides, paddings, dilations, ceil_mode, sides, *epilogue.flat()
-    )
+        x.q, flat(x.grid, x.bits), mode, kernel, strides, paddings, dilations, ceil_mode, sides, count_include_pad,
+        divisor_override or 0, *epilogue.flat(),
+    )  # fmt: skip
     return wrap(results, epilogue)
 
 
-def _check_average(
-    x: QuantizedTensor, kernel: list[int], stride: list[int], padding: list[int], sides: list[int]
-) -> None:
-    size = x.shape[2:]
-    if sides:
-        plain = (kernel, stride, padding) == ([1, 1], [1, 1], [0, 0])
-        require(OP, plain, "stride and padding", "none of an adaptive pool", (stride, padding))
-        fits = all(parts <= side for parts, side in zip(sides, size, strict=True))
-        require(OP, fits, "output_size", f"at most {size}", sides)
-        kernel = largest_window(size, sides)
-    else:
-        _check_window(kernel, padding, size, (0, 0))
-    bound = x.grid.largest * math.prod(kernel)
-    require(OP, bound <= LARGEST_SUM, "the largest sum", "below 2^31", bound)
+def _check_counting(mode: str, adaptive: bool, count_include_pad: bool, divisor: int | None) -> None:
+    require(OP, type(count_include_pad) is bool, "count_include_pad", "true or false", count_include_pad)
+    known = divisor is None or (type(divisor) is int and 1 <= divisor <= LARGEST_DIVISOR)
+    require(OP, known, "divisor_override", f"None or an integer in [1, {LARGEST_DIVISOR}]", divisor)
+    plain = count_include_pad and divisor is None
+    fits = plain or (mode == "average" and not adaptive)
+    require(OP, fits, "count_include_pad and divisor_override", "those of an average of a kernel", "another pool")
 
 
-def _check_window(kernel: list[int], padding: list[int], size: Sequence[int], spare: Sequence[int]) -> None:
-    """`size`: of the map; `spare`: what a window may reach beyond its padding."""
-    half = all(2 * p <= k for p, k in zip(padding, kernel, strict=True))
-    require(OP, half, "padding", "at most half of kernel_size", padding)
-    inside = all(side + 2 * p + more >= k for side, k, p, more in zip(size, kernel, padding, spare, strict=True))
-    require(OP, inside, "kernel_size", f"within {tuple(size)} and its padding", kernel)
-
-
-def _check_max(
+def _check_windows(
     x: QuantizedTensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
 ) -> None:
-    require(OP, type(ceil_mode) is bool, "ceil_mode", "true or false", ceil_mode)
-    reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    """Every window meets the map."""
+    size = x.shape[2:]
     half = all(2 * p <= k for p, k in zip(padding, kernel, strict=True))
     require(OP, half, "padding", "at most half of kernel_size", padding)
-    _check_window(reach, padding, x.shape[2:], [s - 1 if ceil_mode else 0 for s in stride])
-    counts = out_sides(x.shape[2:], kernel, stride, padding, dilation, ceil_mode)
-    meet = windows_meet(x.shape[2:], counts, kernel, stride, padding, dilation)
+    reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    spare = [s - 1 if ceil_mode else 0 for s in stride]
+    inside = all(side + 2 * p + more >= k for side, k, p, more in zip(size, reach, padding, spare, strict=True))
+    require(OP, inside, "kernel_size", f"within {tuple(size)} and its padding", reach)
+    counts = out_sides(size, kernel, stride, padding, dilation, ceil_mode)
+    meet = windows_meet(size, counts, kernel, stride, padding, dilation)
     require(OP, meet, "kernel_size", "of windows that all meet the map", kernel)

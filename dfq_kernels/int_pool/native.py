@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,8 +15,7 @@ from dfq_kernels.registration import register
 @register(schema.FORWARD, "native")
 def forward(
     x: Tensor, x_grid: list[float], mode: str, kernel: list[int], stride: list[int], padding: list[int],
-    dilation: list[int], ceil_mode: bool, output_size: list[int], activation: str | None, outs: list[float],
-    then: Sequence[Tensor], then_activation: str | None, then_outs: list[float],
+    dilation: list[int], ceil_mode: bool, output_size: list[int], count_include_pad: bool, divisor: int, *epilogue: Any,
 ) -> list[Tensor]:  # fmt: skip
     """Average: sums, scaled, and what every operator ends with. Max: integers."""
     grid, bits = unflat(x_grid)
@@ -29,6 +27,5 @@ def forward(
         if mode == "average":
             set_average(step, grid.scale, schema.spans(x.shape[2:], shape[2:], kernel, stride, padding, output_size))
 
-    epilogue = Epilogue.of(activation, outs, then, then_activation, then_outs)
     inputs = [(unpack_channels(x, bits, grid.signed), grid)]
-    return OneStep(MAX_POOL if mode == "max" else AVERAGE_POOL, shape, epilogue, inputs, padding, fill).run(x)
+    return OneStep(MAX_POOL if mode == "max" else AVERAGE_POOL, shape, Epilogue.of(*epilogue), inputs, padding, fill).run(x)

@@ -6,29 +6,38 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfq_kernels.int_pool.schema import windows
+from dfq_kernels.int_pool.schema import multipliers, out_sides, spans
 from dfq_kernels.integers import Epilogue, allocate, pack_channels, unflat, unpack_channels
 from dfq_kernels.quantize import reference as quantize
 
 
 def forward(
     x: Tensor, x_grid: list[float], mode: str, kernel: list[int], stride: list[int], padding: list[int],
-    dilation: list[int], ceil_mode: bool, output_size: list[int], *epilogue: object,
+    dilation: list[int], ceil_mode: bool, output_size: list[int], count_include_pad: bool, divisor: int,
+    *epilogue: object,
 ) -> list[Tensor]:  # fmt: skip
     """Average: `t = float(sum of (q - zero_point)) * (scale / count)`, and what every operator ends with. Max: q."""
     grid, bits = unflat(x_grid)
     q, end = unpack_channels(x, bits, grid.signed), Epilogue.of(*epilogue)  # type: ignore[arg-type]
+    if mode == "max" and output_size:
+        return _largest(x, q, F.adaptive_max_pool2d(q.double(), output_size), bits, end)
     if mode == "max":
-        largest = F.max_pool2d(q.double(), kernel, stride, padding, dilation, ceil_mode)
-        result = allocate(x, largest.shape, end)[0]
-        return [result.copy_(pack_channels(largest.to(q.dtype), bits))]
-    whole, scale = q.double() - grid.zero_point, torch.tensor(grid.scale, device=x.device)
-    if not output_size:
-        count = float(kernel[0] * kernel[1])  # a tensor below: a GPU multiplies by the reciprocal of a number
-        total = F.avg_pool2d(whole, kernel, stride, padding) * count  # a padded place counts and adds nothing
-        return quantize.finish(total.round().float() * (scale / torch.full_like(scale, count)), end)
-    rows, columns = (windows(size, parts) for size, parts in zip(x.shape[2:], output_size, strict=True))
-    sums = [torch.stack([whole[:, :, top:bottom, left:right].sum((2, 3)) for left, right in columns], 2)
-            for top, bottom in rows]  # fmt: skip
-    counts = [[float((bottom - top) * (right - left)) for left, right in columns] for top, bottom in rows]
-    return quantize.finish(torch.stack(sums, 2).float() * (scale / torch.tensor(counts, device=x.device)), end)
+        return _largest(x, q, F.max_pool2d(q.double(), kernel, stride, padding, dilation, ceil_mode), bits, end)
+    sides, whole = x.shape[2:], q.double() - grid.zero_point
+    counts = output_size or out_sides(sides, kernel, stride, padding, dilation, ceil_mode)
+    window = (sides, counts, kernel, stride, padding, output_size)
+    mult = multipliers(grid.scale, *window, count_include_pad, divisor).to(x.device)
+    return quantize.finish(_sums(whole, spans(*window)).float() * mult, end)
+
+
+def _largest(x: Tensor, q: Tensor, largest: Tensor, bits: int, end: Epilogue) -> list[Tensor]:
+    result = allocate(x, largest.shape, end)[0]
+    return [result.copy_(pack_channels(largest.to(q.dtype), bits))]
+
+
+def _sums(whole: Tensor, inside: list[list[tuple[int, int]]]) -> Tensor:
+    """Over windows, from sums over all that is above and left of a place: integers below 2^53, exact in any order."""
+    (top, bottom), (left, right) = (torch.tensor(axis, device=whole.device).T for axis in inside)
+    before = F.pad(whole.cumsum(2).cumsum(3), (1, 0, 1, 0))
+    rows = before[:, :, bottom] - before[:, :, top]
+    return rows[:, :, :, right] - rows[:, :, :, left]

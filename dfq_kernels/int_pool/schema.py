@@ -1,10 +1,11 @@
-"""What every backend of `int_pool` has: arguments, results and their shapes."""
+"""What every backend of `int_pool` has: arguments, results and their shapes; where windows lie and what they count."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dfq_kernels.integers import EPILOGUE, Epilogue, allocate, unflat
@@ -26,7 +27,8 @@ def out_sides(
 
 def largest_window(sides: Sequence[int], output_size: Sequence[int]) -> list[int]:
     """Of an adaptive pool."""
-    return [-(-side // parts) + (side % parts > 0) for side, parts in zip(sides, output_size, strict=True)]
+    axes = zip(sides, output_size, strict=True)
+    return [max(end - begin for begin, end in windows(side, parts)) for side, parts in axes]
 
 
 def windows_meet(
@@ -52,24 +54,51 @@ def out_shape(
 
 
 def spans(
-    sides: Sequence[int], out_sides: Sequence[int], kernel: Sequence[int], stride: Sequence[int],
-    padding: Sequence[int], output_size: Sequence[int],
+    sides: Sequence[int], counts: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    output_size: Sequence[int],
 ) -> list[list[tuple[int, int]]]:  # fmt: skip
-    """Where an average's windows begin and end, along both axes; padding lies outside of the map."""
+    """Where an average's `counts` windows begin and end inside the map, along both axes."""
     if output_size:
         return [windows(side, parts) for side, parts in zip(sides, output_size, strict=True)]
-    axes = zip(out_sides, kernel, stride, padding, strict=True)
-    return [[(index * s - p, index * s - p + k) for index in range(count)] for count, k, s, p in axes]
+    axes = zip(sides, counts, kernel, stride, padding, strict=True)
+    return [
+        [(max(begin, 0), min(begin + k, side)) for begin in range(-p, count * s - p, s)]
+        for side, count, k, s, p in axes
+    ]
 
 
 def windows(size: int, parts: int) -> list[tuple[int, int]]:
-    """Where the windows of an adaptive pool begin and end along an axis."""
+    """Where the windows of an adaptive pool begin and end along an axis; they may be more than there are places."""
     return [(index * size // parts, -(-(index + 1) * size // parts)) for index in range(parts)]
+
+
+def multipliers(
+    scale: float, sides: Sequence[int], counts: Sequence[int], kernel: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], output_size: Sequence[int], count_include_pad: bool, divisor: int,
+) -> Tensor:  # fmt: skip
+    """What an average's sums are multiplied with: `scale / count`, fp32 `[OH, OW]`.
+
+    count: `divisor`, where it is not 0; else the places of a window that lie in the padded map, or in the map.
+    """
+    if divisor:
+        number = torch.full(tuple(counts), float(divisor))
+    elif count_include_pad and not output_size:
+        axes = zip(sides, counts, kernel, stride, padding, strict=True)
+        rows, columns = (
+            [min(begin + k, side + p) - begin for begin in range(-p, count * s - p, s)]
+            for side, count, k, s, p in axes
+        )
+        number = torch.tensor(rows)[:, None] * torch.tensor(columns)
+    else:
+        inside = spans(sides, counts, kernel, stride, padding, output_size)
+        rows, columns = ([end - begin for begin, end in axis] for axis in inside)
+        number = torch.tensor(rows)[:, None] * torch.tensor(columns)
+    return torch.tensor(scale, dtype=torch.float32) / number.float()
 
 
 def _forward(
     x: Tensor, x_grid: list[float], mode: str, kernel: list[int], stride: list[int], padding: list[int],
-    dilation: list[int], ceil_mode: bool, output_size: list[int], *epilogue: Any,
+    dilation: list[int], ceil_mode: bool, output_size: list[int], count_include_pad: bool, divisor: int, *epilogue: Any,
 ) -> list[Tensor]:  # fmt: skip
     shape = out_shape(x, unflat(x_grid)[1], kernel, stride, padding, dilation, ceil_mode, output_size)
     return allocate(x, shape, Epilogue.of(*epilogue))
@@ -78,6 +107,6 @@ def _forward(
 FORWARD = Schema(
     "int_pool",
     "(Tensor x, float[] x_grid, str mode, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
-    f"bool ceil_mode, int[] output_size, {EPILOGUE}) -> Tensor[]",
+    f"bool ceil_mode, int[] output_size, bool count_include_pad, int divisor, {EPILOGUE}) -> Tensor[]",
     _forward,
 )

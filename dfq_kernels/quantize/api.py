@@ -26,7 +26,7 @@ def quantize(
     Args:
         x: `[N, C]` or `[N, C, H, W]`, float32, bfloat16 or float16, any strides.
         grid: scale, zero point and range.
-        activation: None, `relu` or `relu6`.
+        activation: None, or one of `dfq_kernels.activations`, with its numbers: `relu`, `hardtanh(-1,1)`.
         packed: whether integers of 4 or 2 bits share bytes, where the channels fill them.
         check_nan: whether to look for NaN, which waits for a GPU; without, NaN is taken for 0.
         backend: `native`, `triton` or `reference`; None takes the best that is there.

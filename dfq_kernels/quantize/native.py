@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +15,9 @@ from dfq_kernels.registration import register
 
 
 @register(schema.FORWARD, "native")
-def forward(
-    x: Tensor, activation: str | None, outs: list[float], then: Sequence[Tensor], then_activation: str | None,
-    then_outs: list[float],
-) -> list[Tensor]:  # fmt: skip
+def forward(x: Tensor, *epilogue: Any) -> list[Tensor]:
     """Activation and rounding of real numbers."""
-    step = OneStep(QUANTIZE, x.shape, Epilogue.of(activation, outs, then, then_activation, then_outs))
+    step = OneStep(QUANTIZE, x.shape, Epilogue.of(*epilogue))
     x = fp32(x[:, :, None, None] if x.dim() == 2 else x)
     try:
         return step.run(x, x)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from dfq_kernels.integers import Epilogue, Grid, allocate, pack_channels
+from dfq_kernels.activations import activation_of
+from dfq_kernels.integers import Constants, Epilogue, Grid, allocate, fp32_of, pack_channels
+
+SIXTH = fp32_of(1 / 6)
 
 
 def forward(x: Tensor, *epilogue: object) -> list[Tensor]:
@@ -23,7 +28,7 @@ def finish(t: Tensor, epilogue: Epilogue) -> list[Tensor]:
         return results
     values = [rounded(t, grid) for grid in epilogue.outs]
     if epilogue.then is not None:
-        t = normalized(real(values[0], epilogue.outs[0]), *epilogue.then.norm)
+        t = meant(values[0], epilogue.outs[0], epilogue.then.constants)
         t = activate(t, epilogue.then.activation)
         values += [rounded(t, grid) for grid in epilogue.then.outs]
     for result, q, (_, bits) in zip(results, values, epilogue.results, strict=True):
@@ -42,6 +47,15 @@ def real(q: Tensor, grid: Grid) -> Tensor:
     return (q.float() - grid.zero_point) * grid.scale
 
 
+def meant(q: Tensor, grid: Grid, constants: Sequence[Tensor | None]) -> Tensor:
+    """What integers stand for, with all of `Constants`; one beyond the grid is read from its table's end."""
+    given = Constants(*constants)
+    if given.table is not None:
+        return given.table.float()[(q.long() - grid.quant_min).clamp(0, grid.levels - 1)]
+    t = normalized(real(q, grid), *given.norm)
+    return t if given.slope is None else torch.where(t > 0, t, per_channel(given.slope, t) * t)
+
+
 def normalized(t: Tensor, *norm: Tensor) -> Tensor:
     """`(t - mean[c]) * mult[c] + bias[c]`, where there is a batch norm."""
     if not norm:
@@ -51,13 +65,14 @@ def normalized(t: Tensor, *norm: Tensor) -> Tensor:
 
 
 def activate(t: Tensor, activation: str | None) -> Tensor:
-    if activation == "relu":
-        return t.relu()
-    if activation == "relu6":
-        return t.clamp(0, 6)
-    if activation is not None:
-        raise ValueError(f"activation must be None, relu or relu6, got {activation!r}")
-    return t
+    """One of `dfq_kernels.activations`, every operation rounded on its own."""
+    known = activation_of(activation)
+    if known.bounds is not None:
+        return t if known.name is None else t.clamp(*known.bounds)
+    if known.name == "leaky_relu":
+        return torch.where(t > 0, t, t * known.a)
+    gate = (t + 3).clamp(0, 6) * SIXTH
+    return gate if known.name == "hardsigmoid" else t * gate
 
 
 def per_channel(vector: Tensor, t: Tensor) -> Tensor:

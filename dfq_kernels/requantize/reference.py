@@ -11,16 +11,19 @@ from dfq_kernels.quantize import reference as quantize
 
 
 def forward(
-    x: Tensor, x_grid: list[float], norm: Sequence[Tensor], other: Tensor | None, other_grid: list[float],
-    *epilogue: object,
+    x: Tensor, x_grid: list[float], constants: Sequence[Tensor | None], other: Tensor | None, other_grid: list[float],
+    product_scale: float | None, *epilogue: object,
 ) -> list[Tensor]:  # fmt: skip
-    """What x stands for, normalised, plus what `other` stands for."""
-    t = quantize.normalized(_real(x, x_grid), *norm)
-    if other is not None:
-        t = t + _real(other, other_grid)
+    """What x stands for, plus or times what `other` stands for."""
+    grid, bits = unflat(x_grid)
+    q = unpack_channels(x, bits, grid.signed)
+    if other is None:
+        t = quantize.meant(q, grid, constants)
+    else:
+        others, width = unflat(other_grid)
+        r = unpack_channels(other, width, others.signed)
+        if product_scale is None:
+            t = quantize.meant(q, grid, constants) + quantize.real(r, others)
+        else:  # products of two integers of 8 bits are exact in fp32
+            t = (q.float() - grid.zero_point) * (r.float() - others.zero_point) * product_scale
     return quantize.finish(t, Epilogue.of(*epilogue))  # type: ignore[arg-type]
-
-
-def _real(q: Tensor, numbers: list[float]) -> Tensor:
-    grid, bits = unflat(numbers)
-    return quantize.real(unpack_channels(q, bits, grid.signed), grid)

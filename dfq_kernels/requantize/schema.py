@@ -10,13 +10,16 @@ from dfq_kernels.integers import EPILOGUE, Epilogue, allocate, unflat
 from dfq_kernels.registration import Schema
 
 
-def _forward(x: Tensor, x_grid: list[float], norm: Any, other: Any, other_grid: Any, *epilogue: Any) -> list[Tensor]:
+def _forward(
+    x: Tensor, x_grid: list[float], constants: Any, other: Any, other_grid: Any, product_scale: Any, *epilogue: Any
+) -> list[Tensor]:
     shape = (x.shape[0], x.shape[1] * 8 // unflat(x_grid)[1], *x.shape[2:])
     return allocate(x, shape, Epilogue.of(*epilogue))
 
 
 FORWARD = Schema(
     "requantize",
-    f"(Tensor x, float[] x_grid, Tensor[] norm, Tensor? other, float[] other_grid, {EPILOGUE}) -> Tensor[]",
+    "(Tensor x, float[] x_grid, Tensor?[] constants, Tensor? other, float[] other_grid, float? product_scale, "
+    f"{EPILOGUE}) -> Tensor[]",
     _forward,
 )
