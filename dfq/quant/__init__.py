@@ -1,11 +1,11 @@
-"""Float graph to fake-quantized graph."""
+"""Float network to fake-quantized network."""
 
+from dfq.network import PrepareError
 from dfq.quant.exactness import LayerBound, layer_bounds
-from dfq.quant.graph import check_traced
-from dfq.quant.prepare import PrepareError, prepare
+from dfq.quant.prepare import Prepared, prepare, prepared_of
 from dfq.quant.quantizers import freeze_ranges, learn_ranges, range_parameters, set_adapting
 
 __all__ = [
-    "LayerBound", "PrepareError", "check_traced", "freeze_ranges", "layer_bounds", "learn_ranges", "prepare",
-    "range_parameters", "set_adapting",
+    "LayerBound", "PrepareError", "Prepared", "freeze_ranges", "layer_bounds", "learn_ranges", "prepare",
+    "prepared_of", "range_parameters", "set_adapting",
 ]  # fmt: skip

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from dfq.quant.modules import EXACT_LIMIT, QuantLayer, per_channel
+from dfq.layers.kind import per_channel
+from dfq.layers.weighted import EXACT_LIMIT, QuantLayer
 from dfq.quant.quantizers import ActivationQuantizer, WeightQuantizer, weight_layers
 
 

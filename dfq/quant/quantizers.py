@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn import functional as F
 
 import dfq_kernels
 from dfq.config import QuantConfig
+from dfq.layers.tail import activate
 from dfq_kernels.observe_fake_quant.reference import SCALE_FLOOR, divided, update_parameters, update_range
 
 MOVING, LEARNED, FIXED = "moving", "learned", "fixed"
@@ -120,6 +122,22 @@ class ActivationQuantizer(Quantizer):
         update_range(-ends[0], ends[1], self.running_min, self.running_max, self.averaging_constant)
         update_parameters(self.running_min, self.running_max, self.scale, self.zero_point, self.quant_min,
                           self.quant_max, False)  # fmt: skip
+
+    def after_batch_norm(
+        self, x: Tensor, norm: Any, mean: Tensor, var: Tensor, *, training: bool, momentum: float,
+        activation: str | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`(fake-quantized act(batch norm(x)), scale)` in one pass, where one process sees all images."""
+        if self.observing and synchronizes():
+            out = F.batch_norm(x, mean, var, norm.weight, norm.bias, training, momentum, norm.eps)
+            return self(activate(out, activation))  # type: ignore[no-any-return]
+        scale = self.current_scale()
+        out = dfq_kernels.bn_act_fake_quant(
+            x, norm.weight, norm.bias, mean, var, self.running_min, self.running_max, scale, self.zero_point,
+            training=training, momentum=momentum, eps=norm.eps, activation=activation, observe=self.observing,
+            averaging_constant=self.averaging_constant, quant_min=self.quant_min, quant_max=self.quant_max,
+        )  # fmt: skip
+        return out, scale
 
     def learn(self) -> None:
         self._enter(LEARNED)
@@ -265,7 +283,7 @@ def range_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def weight_layers(model: nn.Module) -> list[tuple[str, WeightQuantizer, Tensor]]:
-    """Each layer's name, weight quantizer and weight, in the order of the graph."""
+    """Each layer's name, weight quantizer and weight, output channels first, in the order of the graph."""
     (together,) = [module for module in model.modules() if isinstance(module, WeightQuantizers)]
-    weights = [model.get_parameter(f"{name}.weight") for name in together.names]
+    weights = [model.get_submodule(name).oriented() for name in together.names]  # type: ignore[operator]
     return list(zip(together.names, together.layers, weights, strict=True))  # type: ignore[arg-type]

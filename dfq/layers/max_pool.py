@@ -1,0 +1,69 @@
+"""Largest integers of windows, of the map, of any axes: rounding keeps the order, so the grid is that of the input."""
+
+from __future__ import annotations
+
+import math
+
+from dfq.engine import graph
+from dfq.layers.integers import Integers
+from dfq.layers.kind import ON_A_GRID, Kind, Read, register, sides
+from dfq.network.calls import Call, shape_of
+
+_PLAIN = ("aten.max_pool1d.default", "aten.max_pool2d.default")
+
+
+@register
+class MaxPool(Kind):
+    name = "max pool"
+    calls = _PLAIN
+
+    def reads(self, call: Call, bits: int) -> list[Read]:
+        return [ON_A_GRID]
+
+    def keeps_grid(self, call: Call) -> bool:
+        return True
+
+    def never_negative(self, call: Call, operands: list[bool]) -> bool:
+        return operands[0]
+
+    def export(self, call: Call, to: Integers) -> None:
+        given, axes = call.arguments(), 1 if call.target == _PLAIN[0] else 2
+        x = to.value(0, (lambda x: x.unsqueeze(-2)) if axes == 1 else None)
+        to.step(graph.MaxPool(
+            x, (), None, sides(given["kernel_size"], axes, 1),
+            sides(given["stride"] or given["kernel_size"], axes, 1), sides(given["padding"], axes, 0),
+            sides(given["dilation"], axes, 1), bool(given["ceil_mode"]),
+        ))  # fmt: skip
+
+
+@register
+class Maximum(Kind):
+    """The maximum over some axes: of one row of pixels, with what is left as channels."""
+
+    name = "maximum"
+    calls = ("aten.amax.default",)
+
+    def why_float(self, call: Call) -> str | None:
+        dims = _dims(call)
+        return "it is over the images" if 0 in dims or not dims else None
+
+    def reads(self, call: Call, bits: int) -> list[Read]:
+        return [ON_A_GRID]
+
+    def keeps_grid(self, call: Call) -> bool:
+        return True
+
+    def never_negative(self, call: Call, operands: list[bool]) -> bool:
+        return operands[0]
+
+    def export(self, call: Call, to: Integers) -> None:
+        dims, shape = _dims(call), to.operand_shape(0)
+        kept = [dim for dim in range(1, len(shape) + 1) if dim not in dims]
+        left, gone = (math.prod(shape[dim - 1] for dim in some) for some in (kept, dims))
+        x = to.value(0, lambda x: x.permute(0, *kept, *dims).reshape(1, left, 1, gone))
+        to.step(graph.MaxPool(x, (), None, (1, gone), (1, gone)))
+
+
+def _dims(call: Call) -> list[int]:
+    dim, axes = call.arguments()["dim"], len(shape_of(call.operands[0])) + 1
+    return sorted(int(item) % axes for item in ([dim] if isinstance(dim, int) else dim))
