@@ -43,9 +43,14 @@ class Integers(Protocol):
     def weight(self) -> tuple[Tensor, Tensor, int]:
         """The layer's integer weight, output channels first, int8; its scales `[out]`; its bits."""
 
-    def step(self, step: Step, order: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Adds the layer's step; its activation and results are added to it. order: from the step's result, a map
-        `[1, C, H, W]`, to the layer's result `[1, *shape]`; None: they have the same elements in the same order."""
+    def step(
+        self, step: Step, made: tuple[int, int, int] | None = None, order: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """Adds the layer's step; its activation and results are added to it.
+
+        made: the map `(C, H, W)` that it makes; None: the layer's result as a map. order: from the map's elements, as
+        a vector, to the layer's result `[1, *shape]`; None: the same elements in the same order.
+        """
 
     def add(self, first: int, second: int, make: Callable[[str, str], Step]) -> None:
         """Adds a step of two operands of one shape, or the second spread over the first; see `Add`."""

@@ -88,9 +88,9 @@ class Kind:
         """Of a kind that moves: the call on index maps instead of its operands; -1 is what it fills with."""
         return call.node.target(*arguments, **keywords)  # type: ignore[operator, no-any-return]
 
-    def fill(self, call: Call) -> float:
-        """Of a kind that moves: the real number that it fills with."""
-        return 0.0
+    def fill(self, call: Call) -> float | None:
+        """Of a kind that moves: the real number that it fills with; None: it fills nothing."""
+        return None
 
     def export(self, call: Call, to: Integers) -> None:
         """Of a kind that keeps the grid and is no move: adds its step."""

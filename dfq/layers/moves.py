@@ -59,13 +59,14 @@ class Pad(Kind):
         return [AS_IT_IS]
 
     def keeps_grid(self, call: Call) -> bool:
-        return self.fill(call) in (0.0, -ENDLESS)
+        return self.fill(call) in (None, 0.0, -ENDLESS)
 
     def never_negative(self, call: Call, operands: list[bool]) -> bool:
-        return operands[0] and (self.fill(call) >= 0 or self.keeps_grid(call))
+        return operands[0] and (self.keeps_grid(call) or float(self.fill(call) or 0.0) >= 0)
 
-    def fill(self, call: Call) -> float:
-        return float(call.arguments().get("value") or 0.0)
+    def fill(self, call: Call) -> float | None:
+        given = call.arguments()
+        return float(given.get("value") or 0.0) if given.get("mode", "constant") == "constant" else None
 
     def place(self, call: Call, *arguments: Any, **keywords: Any) -> Tensor:
         given = call.arguments()

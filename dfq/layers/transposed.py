@@ -76,7 +76,10 @@ class QuantTransposedConv(QuantLayer):
         kernel: tuple[int, int] = (1, *spans)[-2:]  # type: ignore[assignment]
         common = self.constants_for(to, self._input(to, kernel), (out, inner, *kernel))
         if self._apart(kernel):
-            to.step(graph.Layer(**self._windows(common, kernel), groups=self.geometry["groups"]), self._side_by_side(to, kernel))
+            *_, width = to.operand_shape(0)
+            height = 1 if self.weight.dim() == 3 else to.operand_shape(0)[1]
+            made = out * kernel[0] * kernel[1], height, width
+            to.step(graph.Layer(**self._windows(common, kernel)), made, self._side_by_side(to, kernel, made))
             return
         common["weight"] = common["weight"].flip((2, 3))
         to.step(graph.Layer(**common, dilation=self.geometry["dilation"], groups=self.geometry["groups"]))
@@ -94,13 +97,10 @@ class QuantTransposedConv(QuantLayer):
             common[name] = common[name].repeat_interleave(count)
         return common
 
-    def _side_by_side(self, to: Integers, kernel: tuple[int, int]) -> Any:
-        shape, (ky, kx) = to.shape, kernel
-
-        def order(made: Tensor) -> Tensor:
-            height, width = made.shape[2:]
-            parts = made.reshape(1, -1, ky, kx, height, width).permute(0, 1, 4, 2, 5, 3)
-            return parts.reshape(1, *shape)
+    def _side_by_side(self, to: Integers, kernel: tuple[int, int], made: tuple[int, int, int]) -> Any:
+        def order(elements: Tensor) -> Tensor:
+            parts = elements.reshape(1, -1, *kernel, *made[1:]).permute(0, 1, 4, 2, 5, 3)
+            return parts.reshape(1, *to.shape)
 
         return order
 

@@ -19,6 +19,7 @@ from dfq.quant.quantizers import ActivationQuantizer, WeightQuantizer, WeightQua
 
 RESERVED = ("weight_quantizers", "quantizers", "calls", "constants")
 """Submodules of the new network that are not the model's."""
+KIND = "dfq_kind"  # where a node's meta keeps the kind of the call that was copied to it
 _EMPTY = fx.GraphModule(nn.Module(), fx.Graph())
 
 
@@ -111,8 +112,7 @@ class Builder:
         self._add_module(path, module)
         out = self.graph.call_module(path, tuple(arguments))
         out.meta |= end.meta
-        pair = quantizer is not None
-        self.new[end] = _Value(self._item(out, 0), self._item(out, 1)) if pair else _Value(out)
+        self.new[end] = _Value(out) if quantizer is None else self._parts(out, end)
 
     def _owner(self, node: fx.Node) -> nn.Module | None:
         """The user's batch norm that made the call, if it is a module of torch's."""
@@ -137,8 +137,13 @@ class Builder:
         name = f"quantizers.{node.name}_{bits}"
         self._add_module(name, self._quantizer(bits, node))
         pair = self.graph.call_module(name, (out,))
-        pair.meta |= node.meta
-        return _Value(self._item(pair, 0), self._item(pair, 1))
+        return self._parts(pair, node)
+
+    def _parts(self, pair: fx.Node, node: fx.Node) -> _Value:
+        """The value and the scale of what gives both."""
+        value = self._item(pair, 0)
+        value.meta |= node.meta
+        return _Value(value, self._item(pair, 1))
 
     def _quantizer(self, bits: int, node: fx.Node) -> ActivationQuantizer:
         signed = not self.demands.never_negative(node)
@@ -150,6 +155,8 @@ class Builder:
         """The same call on the new values."""
         copied = self.graph.node_copy(node, self._as_argument)
         copied.meta |= node.meta
+        if node in self.demands.kinds:
+            copied.meta[KIND] = self.demands.kinds[node]
         if is_size(node) or isinstance(self.demands.kinds[node], Float):
             self.new[node] = _Value(copied)
             value = node.meta.get("val")

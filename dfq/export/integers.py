@@ -1,0 +1,413 @@
+"""The fake-quantized network as one of integers: every constant that its exact forward uses, computed once.
+
+A node of the quantized network is an `Item`: elements of named integers, or of a step that is still open. Quantizing
+rounds the open steps that a value's elements come from, wherever these have been moved to; a step that gathers integers
+is made only where somebody reads them in an order in which they do not lie.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dfq.engine.check import MOST_OUTS, GraphError, check_graph
+from dfq.engine.graph import IMAGES, Grid, IntegerGraph, Layer, MaxPool, Move, Output, Quantize, Rescale, Step, as_map, inputs
+from dfq.export.items import ExportError, Item, Open, joined
+from dfq.layers import Float, Kind
+from dfq.layers.integers import factored
+from dfq.layers.kind import Layer as TrainedLayer
+from dfq.layers.weighted import QuantLayer, per_channel
+from dfq.network.calls import Call
+from dfq.quant import layer_bounds, prepared_of
+from dfq.quant.build import KIND
+from dfq.quant.quantizers import ActivationQuantizer, WeightQuantizers, weight_layers
+
+INT32 = 2.0**31
+Place = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def export(
+    model: fx.GraphModule, *, normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+) -> IntegerGraph:
+    """The integer network of a network that `prepare` made and `freeze_ranges` has fixed.
+
+    Args:
+        model: on the CPU; it is put into evaluation mode.
+        normalization: mean and deviation per channel of pixels / 255, for a network that is given pixels.
+
+    Raises:
+        ExportError: a call that stays in floating point, a value that is not quantized (`activations="after_relu"`), or
+            a layer whose sums pass int32.
+    """
+    check_floats(model)
+    graph = replace(Exporter(model.eval()).export(), normalization=normalization)
+    try:
+        check_graph(graph)
+    except GraphError as error:
+        raise ExportError(f"export: the model must be an integer network, got one whose {error}") from error
+    return graph
+
+
+def check_floats(model: fx.GraphModule) -> None:
+    """Names what has no integer form.
+
+    Raises:
+        ExportError: there is some.
+    """
+    floats = prepared_of(model).floats
+    if floats:
+        first = "; ".join(f"{module or 'the model'} ({target}: {why})" for module, target, why in floats[:3])
+        more = f" and {len(floats) - 3} more" if len(floats) > 3 else ""
+        raise ExportError(f"export: every call must have an integer form, got floating-point parts: {first}{more}")
+
+
+class Exporter:
+    """Makes the integer network once."""
+
+    def __init__(self, model: fx.GraphModule) -> None:
+        self.model, self.input_shape = model, prepared_of(model).input_shape
+        for name, module in model.named_modules():
+            if isinstance(module, ActivationQuantizer) and not module.seen:
+                raise ExportError(f"export: the model must have fixed ranges (freeze_ranges), got {name} without one")
+        self.weights = {name: (quantizer, weight) for name, quantizer, weight in weight_layers(model)}
+        self.bounds = self._check_bounds()
+        self.items: dict[fx.Node, Item] = {}
+        self.pairs: dict[fx.Node, Item] = {}
+        self.order: list[Open] = []
+        self.grids: dict[str, Grid] = {}
+        self.maps: dict[str, tuple[int, int, int]] = {}
+        self.gathered: dict[Any, str] = {}
+        self.outputs: list[Output] = []
+        self.seen = self._seen()
+
+    def export(self) -> IntegerGraph:
+        structure: Any = 0
+        for node in self.model.graph.nodes:
+            if node.op == "placeholder":
+                self.open(node, Quantize(IMAGES, (), None), as_map(self.input_shape), None)
+            elif node.op == "output":
+                structure = self._nested(node.args[0])
+            elif node.op == "call_module":
+                self._module(node, self.model.get_submodule(str(node.target)))
+            else:
+                self._function(node)
+        steps = self._alive()
+        grids = {name: grid for name, grid in self.grids.items() if any(name in step.outs for step in steps)}
+        return IntegerGraph(
+            self.input_shape, grids, steps, tuple(self.outputs), self.bounds, structure=structure
+        )  # fmt: skip
+
+    def _alive(self) -> tuple[Step, ...]:
+        """The steps, without what nothing reads."""
+        read = {output.value for output in self.outputs}
+        found: list[Step] = []
+        for item in reversed(self.order):
+            outs = tuple(out for out in item.outs if out in read)
+            if outs:
+                found.append(replace(item.step, outs=outs))
+                read |= set(inputs(item.step))
+        return tuple(reversed(found))
+
+    def _check_bounds(self) -> dict[str, float]:
+        bounds = {}
+        for item in layer_bounds(self.model):
+            if item.bound is None:
+                raise ExportError(
+                    f"export: the input of {item.layer} must be quantized, got a float one (an integer network needs "
+                    "activations='all')"
+                )
+            if item.bound >= INT32:
+                raise ExportError(f"export: sums of {item.layer} must stay below 2^31, got up to {item.bound:.0f}")
+            bounds[item.layer] = item.bound
+        return bounds
+
+    def _seen(self) -> dict[fx.Node, Any]:
+        """For one image the shape of every tensor, and every number."""
+        seen: dict[fx.Node, Any] = {}
+
+        class Shapes(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                result = super().run_node(n)
+                seen[n] = tuple(result.shape[1:]) if isinstance(result, Tensor) else result
+                return result
+
+        Shapes(self.model).run(torch.zeros(1, *self.input_shape))
+        return seen
+
+    # --- nodes ----------------------------------------------------------------------------------------------------
+
+    def _module(self, node: fx.Node, module: Any) -> None:
+        if isinstance(module, ActivationQuantizer):
+            self._pair(node, self.items[node.all_input_nodes[0]], module)
+        elif isinstance(module, TrainedLayer):
+            module.export(View(self, node, str(node.target), isinstance(module, QuantLayer)))
+            item = self.items[node]
+            (opened,) = item.bases
+            assert isinstance(opened, Open)
+            opened.step = replace(opened.step, activation=module.tail.activation)
+            if module.tail.quantizer is not None:
+                self._pair(node, item, module.tail.quantizer)
+        elif not isinstance(module, WeightQuantizers):
+            raise ExportError(f"export: {node.target} must have an integer form, got a {type(module).__name__}")
+
+    def _function(self, node: fx.Node) -> None:
+        if node.target is operator.getitem:
+            if node.args[0] in self.pairs and node.args[1] == 0:
+                self.items[node] = self.pairs[node.args[0]]  # type: ignore[index]
+            return
+        kind = node.meta.get(KIND)
+        operands = [item for item in node.all_input_nodes if item in self.items]
+        if not operands or not isinstance(kind, Kind):  # weights and sizes
+            return
+        call = Call(node, {})
+        if isinstance(kind, Float):
+            raise ExportError(f"export: {call.where} must have an integer form, got {kind.reason}")
+        if kind.moves:
+            self._move(node, kind, call)
+        elif (ends := kind.ends(call)) is not None:
+            self.items[node] = replace(self.items[operands[0]], function=ends)
+        else:
+            kind.export(call, View(self, node, node.name, False))
+
+    def _move(self, node: fx.Node, kind: Kind, call: Call) -> None:
+        """The call on index maps."""
+        operands = list(dict.fromkeys(item for item in node.all_input_nodes if item in self.items))
+        items = [self.items[item] for item in operands]
+        bases, maps = joined(items, self._sizes(items))
+        known = dict(zip(operands, maps, strict=True))
+        arguments, keywords = fx.map_arg(
+            (node.args, node.kwargs), lambda item: known[item] if item in known else self.seen[item]
+        )
+        order = kind.place(call, *arguments, **keywords)
+        fills = {item.fill for item, places in zip(items, maps, strict=True) if bool((places < 0).any())}
+        own = kind.fill(call)
+        fills |= set() if own is None else {own}
+        if len(fills) > 1:
+            raise ExportError(f"export: {call.where} must fill with one number, got {sorted(fills)}")
+        self.items[node] = Item(bases, tuple(order.shape[1:]), order, fills.pop() if fills else 0.0)
+
+    def _sizes(self, items: list[Item]) -> dict[Open | str, int]:
+        found: dict[Open | str, int] = {}
+        for item in items:
+            for base in item.bases:
+                channels, height, width = base.made if isinstance(base, Open) else self.maps[base]
+                found[base] = channels * height * width
+        return found
+
+    # --- values ---------------------------------------------------------------------------------------------------
+
+    def open(self, node: fx.Node, step: Step, made: tuple[int, int, int], order: Tensor | None) -> None:
+        """Registers a step; its results are added to it when its value is quantized."""
+        opened = Open(step, made)
+        self.order.append(opened)
+        self.items[node] = Item((opened,), self.seen_shape(node), order)
+
+    def seen_shape(self, node: fx.Node) -> tuple[int, ...]:
+        shape: Any = self.seen[node]
+        return tuple(shape[0].shape[1:]) if shape and isinstance(shape[0], Tensor) else shape  # type: ignore[no-any-return]
+
+    def _pair(self, node: fx.Node, item: Item, quantizer: ActivationQuantizer) -> None:
+        """The value of a node that gives `(value, scale)`."""
+        grid = Grid(float(quantizer.scale), int(quantizer.zero_point), quantizer.quant_min, quantizer.quant_max)
+        alone = len(item.bases) == 1 and item.order is None
+        names = [
+            self._rounded(base, grid, node.name if alone else f"{node.name}_part{index}")
+            for index, base in enumerate(item.bases)
+        ]
+        self.pairs[node] = replace(item, bases=tuple(names))
+        if not alone:  # two bases may have become one
+            bases, (places,) = joined([self.pairs[node]], self._sizes([self.pairs[node]]))
+            self.pairs[node] = replace(item, bases=bases, order=places)
+
+    def _rounded(self, base: Open | str, grid: Grid, wanted: str) -> str:
+        """A base on a grid."""
+        if isinstance(base, str):
+            if self.grids[base] == grid:
+                return base
+            opened = Open(Rescale(base, (), None), self.maps[base])
+            self.order.append(opened)
+        else:
+            opened = base
+        for out in opened.outs:
+            if self.grids.get(out) == grid:
+                return out
+        if len(opened.outs) == MOST_OUTS or any(out not in self.grids for out in opened.outs):
+            opened = Open(opened.step, opened.made)  # a step makes few results, and integers or real numbers
+            self.order.append(opened)
+        return self.named(opened, grid, wanted)
+
+    def named(self, opened: Open, grid: Grid, wanted: str) -> str:
+        """A new result of a step."""
+        while wanted in self.grids or wanted == IMAGES:
+            wanted += "_"
+        self.grids[wanted], self.maps[wanted] = grid, opened.made
+        opened.outs.append(wanted)
+        return wanted
+
+    def gather(self, item: Item, order: Tensor, shape: tuple[int, int, int], name: str) -> str:
+        """The name of integers that lie in this order; order: `[C, H * W]`."""
+        bases = [base for base in item.bases if isinstance(base, str)]
+        if len(bases) < len(item.bases):
+            raise ExportError(f"export: {name} must be quantized where it is read, got a float value")
+        flat = order.reshape(-1).long()
+        count = sum(channels * height * width for channels, height, width in (self.maps[base] for base in bases))
+        if len(bases) == 1 and self.maps[bases[0]] == shape and torch.equal(flat, torch.arange(count)):
+            return bases[0]
+        key = (tuple(bases), shape, item.fill, flat.numpy().tobytes())
+        if key not in self.gathered:
+            grid, sizes = self.grids[bases[0]], [self.maps[base] for base in bases]
+            fill = int(torch.tensor(item.fill).mul(grid.inverse).add(grid.zero_point).round().clamp(
+                grid.quant_min, grid.quant_max))  # fmt: skip
+            step = Move(bases[0], (), None, shape, tuple(bases[1:]), fill=fill,
+                        **factored(flat.view(shape[0], -1), sizes))  # fmt: skip
+            opened = Open(step, shape)
+            self.order.append(opened)
+            self.gathered[key] = self.named(opened, grid, name)
+        return self.gathered[key]
+
+    # --- outputs --------------------------------------------------------------------------------------------------
+
+    def _nested(self, value: Any) -> Any:
+        """How outputs are nested, each as its number."""
+        if isinstance(value, fx.Node):
+            self._output(value)
+            return len(self.outputs) - 1
+        if isinstance(value, dict):
+            return {str(key): self._nested(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self._nested(item) for item in value]
+        raise ExportError(f"export: every output must be a tensor, got a {type(value).__name__}")
+
+    def _output(self, node: fx.Node) -> None:
+        item = self.items.get(node)
+        if item is None:
+            raise ExportError(f"export: every output must depend on the images, got {node.name}")
+        (base, *others), name = item.bases, f"output{len(self.outputs)}"
+        if others or isinstance(base, str):
+            places = item.places()
+            shape = as_map(item.shape)
+            whole = self.gather(item, places, shape, f"{node.name}_whole")
+            opened, order = Open(Rescale(whole, (), None), shape), None
+            self.order.append(opened)
+        else:
+            opened, order = base, item.order
+            if opened.outs:
+                opened = Open(opened.step, opened.made)
+                self.order.append(opened)
+            if order is not None and bool((order < 0).any()):
+                raise ExportError(f"export: an output must not be padded with real numbers, got {node.name}")
+        opened.outs.append(name)
+        kept = None if order is None or _in_order(order) else order.reshape(-1).long()
+        function, axis = item.function or (None, 1)
+        self.outputs.append(Output(name, item.shape, kept, function, axis))
+
+
+def _in_order(order: Tensor) -> bool:
+    return torch.equal(order.reshape(-1), torch.arange(order.numel(), dtype=order.dtype))
+
+
+class View:
+    """The integer network as one layer sees it (`dfq.layers.integers.Integers`)."""
+
+    def __init__(self, exporter: Exporter, node: fx.Node, name: str, weighted: bool) -> None:
+        self.exporter, self.node, self.name = exporter, node, name
+        self.shape = exporter.seen_shape(node)
+        arguments = node.args[:1] if weighted else node.args[::2] if node.op == "call_module" else node.all_input_nodes
+        self.items = [exporter.items[item] for item in arguments]  # type: ignore[index]
+
+    def operand_shape(self, index: int) -> tuple[int, ...]:
+        return self.items[index].shape
+
+    def value(self, index: int, place: Place | None = None) -> str:
+        item = self.items[index]
+        order = item.places() if place is None else place(item.places())
+        return self.exporter.gather(item, order, as_map(tuple(order.shape[1:])), f"{self.node.name}_input{index}")
+
+    def flat(self, index: int) -> str:
+        item = self.items[index]
+        if len(item.bases) == 1 and isinstance(item.bases[0], str) and (item.order is None or _in_order(item.order)):
+            size = self.exporter._sizes([item])[item.bases[0]]
+            if size == item.places().numel():
+                return item.bases[0]
+        return self.value(index)
+
+    def grid(self, name: str) -> Grid:
+        return self.exporter.grids[name]
+
+    def weight(self) -> tuple[Tensor, Tensor, int]:
+        quantizer, weight = self.exporter.weights[self.name]
+        if float(quantizer.zero_point.abs().max()) != 0:
+            raise ExportError(
+                f"export: weights of {self.name} must be symmetric, got zero points (weight_scheme='affine')"
+            )
+        out, scale = quantizer(weight)
+        return torch.round(out / per_channel(scale, out, 0)).to(torch.int8), scale, quantizer.bits
+
+    def step(self, step: Step, made: tuple[int, int, int] | None = None, order: Place | None = None) -> None:
+        made = made or as_map(self.shape)
+        if isinstance(step, MaxPool):
+            opened = Open(step, made)
+            self.exporter.order.append(opened)
+            name = self.exporter.named(opened, self.grid(step.x), self.node.name)
+            self.exporter.items[self.node] = Item((name,), self.shape)
+            return
+        places = None
+        if order is not None:
+            count = made[0] * made[1] * made[2]
+            places = order(torch.arange(count, dtype=torch.float64))
+        self.exporter.open(self.node, step, made, places)
+
+    def add(self, first: int, second: int, make: Callable[[str, str], Step]) -> None:
+        one, two = self.items[first], self.items[second]
+        if not one.quantized or not two.quantized:
+            self._accumulate(one, two)
+            return
+        if one.shape != self.shape:
+            first, second, one, two = second, first, two, one
+        same = one.order is two.order or (one.order is not None and two.order is not None
+                                          and torch.equal(one.order, two.order))  # fmt: skip
+        bases = (*one.bases, *two.bases)
+        maps = [self.exporter.maps[base] for base in bases if isinstance(base, str)]
+        if one.shape == two.shape and same and len(bases) == 2 and maps[0] == maps[1]:
+            x, other = str(one.bases[0]), str(two.bases[0])
+            step = make(x, other)
+            self.exporter.open(self.node, step, maps[0], one.order)
+            return
+        self.step(make(self.value(first), self.value(second, None if _spreads(two.shape, self.shape) else self._expand)))
+
+    def _expand(self, places: Tensor) -> Tensor:
+        return places.expand(1, *self.shape)
+
+    def _accumulate(self, one: Item, two: Item) -> None:
+        """A residual is added to the sums of the layer in front."""
+        raw, other = (one, two) if not one.quantized else (two, one)
+        opened = raw.bases[0]
+        alone = len(raw.bases) == 1 and isinstance(opened, Open) and isinstance(opened.step, Layer)
+        if not alone or not isinstance(opened, Open) or not other.quantized or opened.outs or opened.step.activation:
+            raise ExportError(f"export: one side of {self.node.name} must be quantized, the other one a layer's sums")
+        if not isinstance(opened.step, Layer) or opened.step.residual is not None:
+            raise ExportError(f"export: {self.node.name} must not add to sums that have a residual already")
+        places = other.places().expand(1, *self.shape).reshape(-1)
+        if raw.order is not None:  # as the sums lie
+            back = torch.empty_like(places)
+            back[raw.order.reshape(-1).long()] = places
+            places = back
+        residual = self.exporter.gather(other, places, opened.made, f"{self.node.name}_residual")
+        opened.step = replace(opened.step, residual=residual)
+        self.exporter.order.remove(opened)
+        self.exporter.order.append(opened)  # its residual is there by now
+        self.exporter.items[self.node] = raw
+
+
+def _spreads(shape: tuple[int, ...], over: tuple[int, ...]) -> bool:
+    """Whether a step can spread a value over a map by itself."""
+    if shape == over:
+        return True
+    channels = shape[0] == over[0] and all(side == 1 for side in shape[1:])
+    return channels or (shape[0] == 1 and shape[1:] == over[1:])

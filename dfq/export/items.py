@@ -1,0 +1,71 @@
+"""What a node of a quantized network is in the integer network that is being made of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dfq.engine.graph import Step
+
+
+class ExportError(ValueError):
+    """A quantized network that is no integer network."""
+
+
+@dataclass(eq=False)
+class Open:
+    """A step under construction: what it makes may still be added to it. made: the map `(C, H, W)` of its result."""
+
+    step: Step
+    made: tuple[int, int, int]
+    outs: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A value: elements of steps' raw results, or of named integers.
+
+    shape: for one image. order: float64 `[1, *shape]`, of every element its place among those of the bases, one base
+    after the other, or -1 for `fill`; None: of the only base, in the order in which they lie. function: what an output
+    goes through (`dfq.engine.graph.Output`), and along which axis.
+    """
+
+    bases: tuple[Open | str, ...]
+    shape: tuple[int, ...]
+    order: Tensor | None = None
+    fill: float = 0.0
+    function: tuple[str, int] | None = None
+
+    @property
+    def quantized(self) -> bool:
+        return all(isinstance(base, str) for base in self.bases)
+
+    def places(self) -> Tensor:
+        """`order`, whatever it is."""
+        if self.order is not None:
+            return self.order
+        count = 1
+        for side in self.shape:
+            count *= side
+        return torch.arange(count, dtype=torch.float64).view(1, *self.shape)
+
+
+def joined(items: list[Item], size: dict[Open | str, int]) -> tuple[tuple[Open | str, ...], list[Tensor]]:
+    """The bases of several items as those of one, each once, and the items' index maps into them."""
+    bases: list[Open | str] = []
+    for item in items:
+        bases += [base for base in item.bases if base not in bases]
+    begins, total = dict[Open | str, int](), 0
+    for base in bases:
+        begins[base], total = total, total + size[base]
+    maps = []
+    for item in items:
+        places, shifted, begin = item.places(), item.places().clone(), 0
+        for base in item.bases:
+            own = (places >= begin) & (places < begin + size[base])
+            shifted = torch.where(own, places - begin + begins[base], shifted)
+            begin += size[base]
+        maps.append(shifted)
+    return tuple(bases), maps
