@@ -78,9 +78,10 @@ class OperatorNetwork:
         self._weights = {step.outs: self._packed(step).to(device) for step in layers}
 
     def __call__(self, images: Tensor) -> Reals:
-        """Every real value, by its name, of images `[N, *input_shape]`: `[N, C, H, W]`, or `[N, C]` where it is a vector.
+        """Every real value by its name, fp32 `[N, C, H, W]`, or `[N, C]` of a vector.
 
-        All fp32 on the device.
+        Args:
+            images: fp32 `[N, *input_shape]` on the device.
 
         Raises:
             ValueError: images that hold NaN.
