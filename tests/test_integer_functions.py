@@ -1,4 +1,4 @@
-"""Activations, tables, products, pools and resizes of integers against independent arithmetic: numpy and torch's own."""
+"""Activations, tables, products, pools and resizes of integers against independent arithmetic: numpy's and torch's."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.nn import functional as F
 
 import dfq_kernels as k
 from dfq_kernels.activations import activation_of
 from dfq_kernels.dispatch import missing
+from tests.bilinear import places
 
 F32 = np.float32
 
@@ -192,27 +192,19 @@ def test_adaptive_pools_are_torch_s(sides: tuple[int, int], output: tuple[int, i
     assert torch.equal(largest.q.double(), F.adaptive_max_pool2d(q.double(), output))
 
 
-def bilinear(side: int, out: int, align: bool) -> tuple[Tensor, Tensor]:
-    """Places and weights of torch's interpolation along an axis, in float64."""
-    if align:
-        at = torch.arange(out).double() * ((side - 1) / (out - 1) if out > 1 else 0.0)
-    else:
-        at = ((torch.arange(out).double() + 0.5) * (side / out) - 0.5).clamp(min=0)
-    first = at.floor().long().clamp(max=side - 1)
-    return torch.stack([first, (first + 1).clamp(max=side - 1)]).int(), (at - first).float()
-
-
 @pytest.mark.parametrize("align", [False, True])
 @pytest.mark.parametrize(("sides", "out"), [((3, 5), (6, 10)), ((7, 4), (3, 9)), ((1, 1), (4, 4)), ((5, 6), (1, 1))])
-def test_resizes_are_torch_s(sides: tuple[int, int], out: tuple[int, int], align: bool, random: torch.Generator) -> None:
+def test_resizes_are_torch_s(
+    sides: tuple[int, int], out: tuple[int, int], align: bool, random: torch.Generator
+) -> None:
     q = torch.randint(0, 256, (2, 3, *sides), generator=random).to(torch.uint8)
     x = k.QuantizedTensor(q, k.Grid(0.3, 77, 0, 255))
-    (rows, down), (columns, across) = (bilinear(side, size, align) for side, size in zip(sides, out, strict=True))
-    places = {"rows": rows, "row_weights": down, "columns": columns, "column_weights": across}
-    found = k.int_resize(x, **places)
+    (rows, down), (columns, across) = (places(side, size, align) for side, size in zip(sides, out, strict=True))
+    given = {"rows": rows, "row_weights": down, "columns": columns, "column_weights": across}
+    found = k.int_resize(x, **given)
     real = (q.double() - 77) * float(F32(0.3))
-    torch.testing.assert_close(found.double(), F.interpolate(real, out, mode="bilinear", align_corners=align), rtol=1e-5,
-                               atol=1e-4)  # fmt: skip
+    expected = F.interpolate(real, out, mode="bilinear", align_corners=align)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
     a, lx, ly = q.numpy().astype(F32) - F32(77), across.numpy(), down.numpy()[:, None]
     wide = a[..., columns[0].numpy()] * (F32(1) - lx) + a[..., columns[1].numpy()] * lx
     t = (wide[:, :, rows[0].numpy()] * (F32(1) - ly) + wide[:, :, rows[1].numpy()] * ly) * F32(0.3)
@@ -222,7 +214,7 @@ def test_resizes_are_torch_s(sides: tuple[int, int], out: tuple[int, int], align
         ({"row_weights": down[:0]}, "row_weights must be of shape"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"int_resize: {text}"):
-            k.int_resize(x, **places | change)
+            k.int_resize(x, **given | change)
 
 
 WRONG = {

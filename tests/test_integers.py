@@ -171,9 +171,7 @@ WRONG_INTEGERS = {
     ),
     "int_pool: padding must be at most half": lambda x, w, v: k.int_pool(x, kernel_size=2, padding=2),
     "int_pool: kernel_size must be within": lambda x, w, v: k.int_pool(x, mode="max", kernel_size=9),
-    "int_pool: outs and activation must be those": lambda x, w, v: k.int_pool(
-        x, x.grid, mode="max", kernel_size=2
-    ),
+    "int_pool: outs and activation must be those": lambda x, w, v: k.int_pool(x, x.grid, mode="max", kernel_size=2),
     "int_pool: dilation must be that of a maximum": lambda x, w, v: k.int_pool(x, kernel_size=2, dilation=2),
     "int_pool: stride, padding, dilation and ceil_mode must be none": lambda x, w, v: k.int_pool(
         x, output_size=2, stride=2

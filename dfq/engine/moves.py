@@ -23,8 +23,7 @@ class Placement:
     def __init__(self, step: Move, grid: Grid, device: torch.device) -> None:
         self.step, self.grid = step, grid
         self.channels, self.pixels, self.index = (
-            None if places is None else _Places(places, device)
-            for places in (step.channels, step.pixels, step.index)
+            None if places is None else _Places(places, device) for places in (step.channels, step.pixels, step.index)
         )
 
     def __call__(self, inputs: Sequence[QuantizedTensor], packed: bool) -> QuantizedTensor:
@@ -49,7 +48,9 @@ class _Places:
 
     def __init__(self, places: Tensor, device: torch.device) -> None:
         first, count = int(places[0]), len(places)
-        self.run = (first, count) if first >= 0 and torch.equal(places.long(), torch.arange(first, first + count)) else None
+        self.run = (
+            (first, count) if first >= 0 and torch.equal(places.long(), torch.arange(first, first + count)) else None
+        )
         self.places = places.clamp(min=0).long().to(device)
         self.absent = (places < 0).to(device) if bool((places < 0).any()) else None
 

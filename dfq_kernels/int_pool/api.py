@@ -39,8 +39,8 @@ def int_pool(
                  q = clamp(rne(act(t) * (1 / scale) + zero_point), quant_min, quant_max)    for each of outs
         max:     the largest integer of the window, on the grid of x
 
-    What lies outside of the map adds nothing to a sum, and a maximum does not see it. count: `divisor_override`; else the
-    places of a window that lie in the padded map, or, without `count_include_pad`, in the map.
+    What lies outside of the map adds nothing to a sum, and a maximum does not see it. count: `divisor_override`; else
+    the places of a window that lie in the padded map, or, without `count_include_pad`, in the map.
 
     Args:
         x: `[N, C, H, W]`.

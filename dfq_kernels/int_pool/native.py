@@ -28,4 +28,6 @@ def forward(
             set_average(step, grid.scale, schema.spans(x.shape[2:], shape[2:], kernel, stride, padding, output_size))
 
     inputs = [(unpack_channels(x, bits, grid.signed), grid)]
-    return OneStep(MAX_POOL if mode == "max" else AVERAGE_POOL, shape, Epilogue.of(*epilogue), inputs, padding, fill).run(x)
+    return OneStep(
+        MAX_POOL if mode == "max" else AVERAGE_POOL, shape, Epilogue.of(*epilogue), inputs, padding, fill
+    ).run(x)

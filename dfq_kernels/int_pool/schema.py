@@ -85,8 +85,7 @@ def multipliers(
     elif count_include_pad and not output_size:
         axes = zip(sides, counts, kernel, stride, padding, strict=True)
         rows, columns = (
-            [min(begin + k, side + p) - begin for begin in range(-p, count * s - p, s)]
-            for side, count, k, s, p in axes
+            [min(begin + k, side + p) - begin for begin in range(-p, count * s - p, s)] for side, count, k, s, p in axes
         )
         number = torch.tensor(rows)[:, None] * torch.tensor(columns)
     else:

@@ -33,7 +33,8 @@ def requantize(
     """Integers to other grids: rescaling, batch normalisation, functions, addition, multiplication.
 
         t = (x - zero_point) * scale, and where they are given, in this order
-        t = (t - mean[c]) * mult[c] + bias[c];  t = t > 0 ? t : slope[c] * t;  t = t + (other - its zero_point) * its scale
+        t = (t - mean[c]) * mult[c] + bias[c];  t = t > 0 ? t : slope[c] * t
+        t = t + (other - its zero_point) * its scale
 
         t = table[x - quant_min]                                                       with a table, and nothing else
         t = float((x - zero_point) * (other - its zero_point)) * product_scale         with a product_scale
