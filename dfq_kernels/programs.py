@@ -11,27 +11,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfq_kernels.activations import activation_of
 from dfq_kernels.extension import native
-from dfq_kernels.integers import Epilogue, Grid, allocate, channels_last, pack_channels
-from dfq_kernels.memory import ACTIVATIONS
+from dfq_kernels.integers import Constants, Epilogue, Grid, allocate, channels_last, pack_channels
 
-QUANTIZE, CONVOLVE, RESCALE, ADD, AVERAGE_POOL, MAX_POOL = range(6)  # the kinds of steps
+# the kinds of steps
+QUANTIZE, CONVOLVE, RESCALE, ADD, AVERAGE_POOL, MAX_POOL, TABLE, MULTIPLY, MOVE, RESIZE = range(10)
+CODES = 256  # integers of a byte
 LANES = 16  # channels that kernels read constants of at once
 ALIGNMENT = 64
 
 
 def make_plane(
-    grid: Grid, channels: int, height: int, width: int, frame: Sequence[int] = (0, 0), offset: int = 0
-) -> Any:
-    """A value of one image, inside a frame of zero points; offset: of its first byte."""
+    grid: Grid, channels: int, height: int, width: int, frame: Sequence[int] = (0, 0), offset: int = 0, stride: int = 0,
+    kept: bool = True,
+) -> Any:  # fmt: skip
+    """A value of one image, inside a frame of zero points.
+
+    Args:
+        offset: of its first byte.
+        stride: bytes of a pixel of the plane that it is a slice of; 0: it is none.
+        kept: whether it is stored at all.
+    """
     made = native().Plane()
     made.offset, made.height, made.width, made.channels = offset, height, width, channels
-    made.stride = stride_of(channels)
+    made.stride = stride or stride_of(channels)
+    made.room, made.kept = channels if stride else made.stride, kept
     made.frame_y, made.frame_x = frame
     made.scale, made.inverse = grid.scale, grid.inverse
     made.zero_point, made.quant_min, made.quant_max = grid.zero_point, grid.quant_min, grid.quant_max
-    made.shift = 128 if grid.signed else 0
+    made.shift = shift_of(grid)
     return made
+
+
+def shift_of(grid: Grid) -> int:
+    """What integers are stored above themselves."""
+    return 128 if grid.signed else 0
 
 
 def stride_of(channels: int) -> int:
@@ -42,7 +57,9 @@ def stride_of(channels: int) -> int:
 def make_step(kind: int, activation: str | None, shape: Sequence[int], x: int, outs: Sequence[int]) -> Any:
     """A step that reads and writes planes by their numbers; shape: `(C, H, W)` of its results."""
     made = native().Step()
-    made.kind, made.activation, made.x, made.outs = kind, ACTIVATIONS[activation], x, list(outs)
+    known = activation_of(activation)
+    made.kind, made.activation, made.x, made.outs = kind, known.code, x, list(outs)
+    made.a, made.b = known.bounds or (known.a, known.b)
     made.out_channels, made.out_height, made.out_width = shape
     return made
 
@@ -67,12 +84,39 @@ def set_norm(made: Any, norm: Sequence[Tensor]) -> None:
         made.mean, made.mult, made.bias = (padded(vector) for vector in norm)
 
 
-def set_average(made: Any, scale: float, spans: Sequence[Sequence[tuple[int, int]]]) -> None:
-    """An average pool's windows; spans: begin and end of every row's, of every column's."""
-    rows, columns = spans
+def set_constants(made: Any, constants: Constants, grid: Grid) -> None:
+    """What makes real numbers of the integers of a grid: of a rescale or a table step."""
+    set_norm(made, constants.norm)
+    if constants.slope is not None:
+        made.slope = padded(constants.slope)
+    if constants.table is not None:
+        set_table(made, constants.table, grid)
+
+
+def set_table(made: Any, values: Tensor, grid: Grid) -> None:
+    """values: one for every integer of the grid of x; bytes that are none of its integers have those at its ends."""
+    codes = torch.arange(CODES) - shift_of(grid) - grid.quant_min
+    made.values = values.float()[codes.clamp(0, len(values) - 1)].tolist()
+
+
+def set_average(made: Any, multipliers: Tensor, spans: Sequence[Sequence[tuple[int, int]]]) -> None:
+    """An average pool's windows; multipliers: one of every window, `[OH, OW]`; spans: of `set_windows`."""
+    made.mult = multipliers.flatten().tolist()
+    set_windows(made, spans)
+
+
+def set_windows(made: Any, spans: Sequence[Sequence[tuple[int, int]]]) -> None:
+    """Begin and end of every row's windows, of every column's, inside the map."""
     made.windows = [edge for axis in spans for span in axis for edge in span]
-    counts = [float((bottom - top) * (right - left)) for top, bottom in rows for left, right in columns]
-    made.mult = (torch.tensor(scale) / torch.tensor(counts)).tolist()
+
+
+def set_resize(
+    made: Any, rows: Tensor, row_weights: Tensor, columns: Tensor, column_weights: Tensor, scale: float
+) -> None:
+    """rows, columns: int32 `[2, n]`, the two neighbours of each; scale: of the grid of x."""
+    made.windows = [*rows.T.flatten().tolist(), *columns.T.flatten().tolist()]
+    made.weights = [*row_weights.float().tolist(), *column_weights.float().tolist()]
+    made.scale = scale
 
 
 def padded(values: Tensor) -> list[float]:
@@ -113,12 +157,12 @@ class OneStep:
             fill(step)
         if epilogue.then is not None:
             then = epilogue.then
-            following = make_step(RESCALE, then.activation, sides, first, places[count:])
-            set_norm(following, then.norm)
+            kind = RESCALE if then.table is None else TABLE
+            following = make_step(kind, then.activation, sides, first, places[count:])
+            set_constants(following, Constants(*then.constants), epilogue.outs[0])
             step.chained = [following]
         self.program.planes, self.program.steps = self.planes, [step]
         self.program.inputs, self.program.outputs = list(range(first)), places
-        self.program.classes, self.program.logit_pixels = (0 if count else sides[0]), sides[1] * sides[2]
 
     def _add(self, grid: Grid, shape: Sequence[int], frame: Sequence[int] = (0, 0)) -> None:
         offset = self.program.arena_bytes
@@ -136,11 +180,11 @@ class OneStep:
         if images is not None:
             self.program.image_channels, self.program.image_height, self.program.image_width = images.shape[1:]
         addresses = [out.data_ptr() for out in written]
-        real, integers = (0, addresses) if self.epilogue.outs else (addresses[0], [])
+        reals, integers = ([], addresses) if self.epilogue.outs else (addresses, [])
         if self._runner is None or images is not None:  # packs the weights; it keeps the images' size
             self._runner = native().Runner(self.program)
         self._runner.run(
-            0 if images is None else images.data_ptr(), self.shape[0], real, torch.get_num_threads(),
+            0 if images is None else images.data_ptr(), self.shape[0], reals, torch.get_num_threads(), False,
             [q.data_ptr() for q in self.inputs], integers,
         )  # fmt: skip
         for result, out, (_, bits) in zip(results, written, self.epilogue.results, strict=False):

@@ -5,7 +5,9 @@
 namespace dfq {
 
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-enum Activation : int { kIdentity = 0, kReLU = 1, kReLU6 = 2 };
+enum Activation : int {
+  kIdentity = 0, kReLU = 1, kReLU6 = 2, kHardTanh = 3, kLeakyReLU = 4, kHardSigmoid = 5, kHardSwish = 6
+};
 
 // A dense tensor in memory order: element i belongs to channel (i / inner) % channels. One scale for the whole tensor
 // is channels = 1, inner = size. NCHW: inner = H * W; channels-last: inner = 1.

@@ -1,7 +1,7 @@
 // Convolutions and linear layers of a program: dense by tiles of products (dot.h), by channel, or one by one.
 #pragma once
 #include "amx.h"
-#include "finish.h"
+#include "tile_end.h"
 
 namespace dfq {
 namespace DFQ_ISA {
@@ -13,87 +13,6 @@ bool depthwise(const Program& p, const Step& s) {
 
 bool dense(const Program& p, const Step& s) {
   return s.groups == 1 || p.planes[s.x].channels / s.groups % 4 == 0;
-}
-
-// acc * mult + bias + residual of kWidth channels
-DFQ_INLINE inline Vec scaled(const Step& s, const View2d& residual, VecInt acc, int64_t y, int64_t x, int64_t c) {
-  const Vec t = __builtin_convertvector(acc, Vec) * load_vec(&s.mult[c]) + load_vec(&s.bias[c]);
-  return residual.plane ? t + real(residual, residual.at(y, x) + c) : t;
-}
-
-inline View2d residual_of(const Work& w) {
-  return w.step.other < 0 ? View2d() : View2d(w.program.planes[w.step.other], w.arena);
-}
-
-// A tile's end where it is the frequent one: one result, at most one chained to it, all lanes there. Everything that does
-// not change from pixel to pixel stays in registers.
-template <bool kResidual, bool kChain>
-void finish_lanes(const Step& s, const Finish& finish, const View2d& residual, const int32_t* acc, int64_t acc_step,
-                  int pixels, int64_t y, int64_t x, int64_t channel) {
-  const Sink sink = finish.outs[0];
-  const Chain& chain = finish.chained[0];
-  const Sink next = chain.outs[0];
-  const Vec mult = load_vec(&s.mult[channel]), bias = load_vec(&s.bias[channel]);
-  const bool normalized = kChain && !chain.step->mean.empty();
-  Vec mean{}, factor{}, shift{};
-  if (normalized) {
-    mean = load_vec(&chain.step->mean[channel]);
-    factor = load_vec(&chain.step->mult[channel]), shift = load_vec(&chain.step->bias[channel]);
-  }
-  const uint8_t* from = kResidual ? residual.at(y, x) + channel : nullptr;
-  uint8_t *to = sink.row + x * sink.view.pixel + channel, *then = next.row + x * next.view.pixel + channel;
-  for (int p = 0; p < pixels; ++p, acc += acc_step, to += sink.view.pixel) {
-    VecInt sum;
-    std::memcpy(&sum, acc, sizeof sum);
-    Vec t = __builtin_convertvector(sum, Vec) * mult + bias;
-    if (kResidual) t = t + real(residual, from), from += residual.pixel;
-    const Vec rounded = sink.round(t);
-    const Bytes bytes = sink.stored(rounded);
-    std::memcpy(to, &bytes, sizeof bytes);
-    if (!kChain) continue;
-    t = chain.real(rounded);
-    if (normalized) t = (t - mean) * factor + shift;
-    const Bytes others = next.stored(next.round(t));
-    std::memcpy(then, &others, sizeof others);
-    then += next.view.pixel;
-  }
-}
-
-// The same where results are real.
-void finish_real_lanes(const Step& s, const Finish& finish, const int32_t* acc, int64_t acc_step, int pixels, int64_t x,
-                       int64_t channel) {
-  const Vec mult = load_vec(&s.mult[channel]), bias = load_vec(&s.bias[channel]);
-  const int activation = finish.activation;
-  float* to = finish.logit_row + x * finish.classes + channel;
-  for (int p = 0; p < pixels; ++p, acc += acc_step, to += finish.classes) {
-    VecInt sum;
-    std::memcpy(&sum, acc, sizeof sum);
-    store_vec(to, activate(__builtin_convertvector(sum, Vec) * mult + bias, activation));
-  }
-}
-
-void finish_tile(const Work& w, const Finish& finish, const View2d& residual, const int32_t* acc, int pixels, int blocks,
-                 int64_t y, int64_t x, int64_t channel, int64_t channels) {
-  const int64_t acc_step = int64_t(blocks) * kLanes;
-  const bool simple = finish.count == 1 && (finish.chains == 0 || (finish.chains == 1 && finish.chained[0].count == 1));
-  for (int64_t lane = 0; lane < acc_step && lane < channels; lane += kWidth) {
-    const int64_t c = channel + lane;
-    if (simple && c + kWidth <= finish.outs[0].view.pixel) {
-      const auto run = residual.plane ? (finish.chains ? finish_lanes<true, true> : finish_lanes<true, false>)
-                                      : (finish.chains ? finish_lanes<false, true> : finish_lanes<false, false>);
-      run(w.step, finish, residual, acc + lane, acc_step, pixels, y, x, c);
-      continue;
-    }
-    if (finish.count == 0 && !residual.plane && c + kWidth <= finish.classes) {
-      finish_real_lanes(w.step, finish, acc + lane, acc_step, pixels, x, c);
-      continue;
-    }
-    for (int p = 0; p < pixels; ++p) {
-      VecInt sum;
-      std::memcpy(&sum, acc + p * acc_step + lane, sizeof sum);
-      finish(scaled(w.step, residual, sum, y, x + p, c), x + p, c);
-    }
-  }
 }
 
 template <int kPixels, int kBlocks>
@@ -143,7 +62,7 @@ struct Dense {
   explicit Dense(const Work& w) : in(w.program.planes[w.step.x], w.arena) {
     const Step& s = w.step;
     const int group = has_vnni() ? 4 : 2;
-    inner = s.groups == 1 ? in.pixel : in.plane->channels / s.groups, outer = s.out_channels / s.groups;
+    inner = s.groups == 1 ? in.plane->whole_groups() : in.plane->channels / s.groups, outer = s.out_channels / s.groups;
     blocks = (outer + 15) / 16, block_bytes = int64_t(s.kernel_y) * s.kernel_x * (inner / group) * 64;
     taps = {s.kernel_y, s.kernel_x, static_cast<int32_t>(inner / group), s.dilation_y * in.row,
             s.dilation_x * in.pixel, s.stride_x * in.pixel};
@@ -176,7 +95,7 @@ bool convolve_tiles(const Work& w, const Dense& d, int64_t begin, int64_t end) {
   static const DotTiles dots[2][2] = {{dot_tiles<1, 1>, dot_tiles<1, 2>}, {dot_tiles<2, 1>, dot_tiles<2, 2>}};
   TileTaps tiles;
   if (!has_amx() || !tiles.choose(d.taps, w.step.out_width, d.blocks)) return false;
-  Finish finish(w.program, w.step, w.arena, w.logits);
+  Finish finish(w.program, w.step, w.arena, w.real);
   const View2d residual = residual_of(w);
   tiles.set();
   for (int64_t group = 0; group < w.step.groups; ++group)
@@ -198,7 +117,7 @@ void convolve_dense(const Work& w, int64_t begin, int64_t end) {
 #ifdef DFQ_AMX
   if (convolve_tiles(w, d, begin, end)) return;
 #endif
-  Finish finish(w.program, w.step, w.arena, w.logits);
+  Finish finish(w.program, w.step, w.arena, w.real);
   const View2d residual = residual_of(w);
   for (int64_t group = 0; group < w.step.groups; ++group)
     for (int64_t b = 0; b < d.blocks;) {
@@ -211,7 +130,7 @@ void convolve_dense(const Work& w, int64_t begin, int64_t end) {
     }
 }
 
-constexpr int64_t kScratchColumns = 256, kRowTile = 64;  // of a depthwise row
+constexpr int64_t kScratchColumns = 256;  // of a depthwise row
 
 inline RowTaps row_taps(const Step& s, const View2d& in) {
   return {s.kernel_y, s.kernel_x, s.dilation_y * in.row, in.pixel, s.stride_x, s.dilation_x};
@@ -226,7 +145,7 @@ inline bool by_rows(const Step& s) {
 void convolve_depthwise_rows(const Work& w, int64_t begin, int64_t end) {
   const Step& s = w.step;
   const View2d in(w.program.planes[s.x], w.arena), residual = residual_of(w);
-  Finish finish(w.program, s, w.arena, w.logits);
+  Finish finish(w.program, s, w.arena, w.real);
   const RowTaps taps = row_taps(s, in);
   const int64_t block_bytes = int64_t(s.kernel_y + 3) / 4 * s.kernel_x * 64;
   const int64_t most = std::min(kRowTile, (kScratchColumns - taps.columns_of(1)) / s.stride_x + 1);
@@ -319,7 +238,7 @@ void pack_depthwise(Step& s) {
 template <class Value, int kGroup>
 void pack_dense(const Program& program, Step& s) {
   const Plane& in = program.planes[s.x];
-  const int64_t given = in.channels / s.groups, inner = s.groups == 1 ? in.stride : given;
+  const int64_t given = in.channels / s.groups, inner = s.groups == 1 ? in.whole_groups() : given;
   const int64_t outer = s.out_channels / s.groups, blocks = (outer + 15) / 16, taps = int64_t(s.kernel_y) * s.kernel_x;
   s.packed.assign(static_cast<size_t>(s.groups * blocks * taps * (inner / kGroup) * kLanes * 4), 0);
   for (int64_t k = 0; k < s.out_channels; ++k) {

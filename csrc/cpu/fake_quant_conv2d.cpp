@@ -123,11 +123,10 @@ bool make_step(const FakeQuantConv2d& a, Step& step) {
 Program make_program(const FakeQuantConv2d& a, const Step& step, int32_t zero) {
   Plane plane;
   plane.height = a.height, plane.width = a.width, plane.channels = a.channels;
-  plane.stride = (a.channels + 3) / 4 * 4;
+  plane.stride = plane.room = plane.whole_groups();
   plane.frame_y = a.pad_y, plane.frame_x = a.pad_x;
   plane.zero_point = zero;
   Program program;
-  program.classes = a.out_channels;
   program.arena_bytes = plane.bytes() + kSlack;
   program.planes.push_back(plane), program.steps.push_back(step);
   prepare_program(program);

@@ -63,29 +63,42 @@ DFQ_INLINE inline Vec real(const View2d& v, const uint8_t* from) {
   return __builtin_convertvector(whole, Vec) * v.plane->scale;
 }
 
-DFQ_INLINE inline Vec activate(Vec t, int activation) {
-  if (activation == kReLU) return max_keeping_nan(t, Vec{});
-  return activation == kReLU6 ? clamp(t, Vec{}, broadcast(6.0f)) : t;
+// An activation that is no clamp. Numbers of a clamp are its bounds.
+inline bool bends(int activation) { return activation >= kLeakyReLU; }
+
+DFQ_INLINE inline Vec bend(const Step& s, Vec t) {
+  if (s.activation == kLeakyReLU) return select(t > Vec{}, t, t * s.a);
+  const Vec gate = clamp(t + 3.0f, Vec{}, broadcast(6.0f)) * (1.0f / 6.0f);
+  return s.activation == kHardSwish ? t * gate : gate;
+}
+
+DFQ_INLINE inline Vec activate(const Step& s, Vec t) {
+  if (s.activation == kIdentity) return t;
+  return bends(s.activation) ? bend(s, t) : clamp(t, broadcast(s.a), broadcast(s.b));
 }
 
 // Added to a number of at most 2^21 in magnitude, this leaves no room behind the point: the sum is rounded half to even,
 // its lowest bits are the integer, and taking it away again is exact.
 constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23
 
-// One result of a step. Bounds before rounding are bounds after it: they are integers, or what an activation's bound
-// becomes, and all of this is monotone. So the activation costs nothing.
+// One result of a step. Bounds before rounding are bounds after it: they are integers, or what a clamp's bounds become,
+// and all of this is monotone. So a clamp costs nothing.
 struct Sink {
   View2d view;
   uint8_t* row = nullptr;
   float inverse = 1, zero_point = 0, low = 0, high = 0;
+  int64_t room = 0;  // 0 where nothing is stored
   uint8_t shift = 0;
 
   Sink() = default;
-  Sink(const Plane& p, uint8_t* arena, int activation)
+  Sink(const Plane& p, uint8_t* arena, const Step& s)
       : view(p, arena), inverse(p.inverse), zero_point(static_cast<float>(p.zero_point)),
-        low(static_cast<float>(p.quant_min)), high(static_cast<float>(p.quant_max)), shift(static_cast<uint8_t>(p.shift)) {
-    if (activation != kIdentity) low = std::max(low, zero_point);
-    if (activation == kReLU6) high = std::min(high, 6.0f * inverse + zero_point);
+        low(static_cast<float>(p.quant_min)), high(static_cast<float>(p.quant_max)), room(p.kept ? p.room : 0),
+        shift(static_cast<uint8_t>(p.shift)) {
+    if (s.activation == kIdentity || bends(s.activation)) return;
+    const float least = low, most = high;
+    low = std::min(std::max(s.a * inverse + zero_point, least), most);
+    high = std::min(std::max(s.b * inverse + zero_point, least), most);
   }
   // The integer, plus kToInteger.
   DFQ_INLINE Vec round(Vec t) const {
@@ -94,70 +107,125 @@ struct Sink {
   DFQ_INLINE Bytes stored(Vec rounded) const {  // q + 128 is q with its highest bit turned
     return lowest_bytes((VecInt)rounded) ^ shift;
   }
+  DFQ_INLINE void write(Bytes bytes, int64_t x, int64_t channel) const {
+    uint8_t* to = row + x * view.pixel + channel;
+    if (channel + kWidth <= room) std::memcpy(to, &bytes, sizeof bytes);
+    else if (channel < room) std::memcpy(to, &bytes, static_cast<size_t>(room - channel));
+  }
   DFQ_INLINE Vec put(Vec t, int64_t x, int64_t channel) const {
     const Vec rounded = round(t);
-    const Bytes bytes = stored(rounded);
-    const int64_t count = std::min<int64_t>(kWidth, view.pixel - channel);
-    std::memcpy(row + x * view.pixel + channel, &bytes, static_cast<size_t>(count));
+    write(stored(rounded), x, channel);
     return rounded;
   }
 };
 
 DFQ_INLINE inline Vec normalize(const Step& s, Vec t, int64_t channel) {
-  if (s.mean.empty()) return t;
-  return (t - load_vec(&s.mean[channel])) * load_vec(&s.mult[channel]) + load_vec(&s.bias[channel]);
+  if (!s.mean.empty())
+    t = (t - load_vec(&s.mean[channel])) * load_vec(&s.mult[channel]) + load_vec(&s.bias[channel]);
+  return s.slope.empty() ? t : select(t > Vec{}, t, t * load_vec(&s.slope[channel]));
 }
 
-// A rescale step that reads a result of the step before out of registers.
+// A step's second value: of the same shape, one pixel for all pixels, or one channel for all channels.
+struct Other {
+  View2d view;
+  bool single = false;
+
+  Other() = default;
+  Other(const Program& program, const Step& s, uint8_t* arena) {
+    if (s.other < 0) return;
+    const Plane& p = program.planes[s.other];
+    view = View2d(p, arena), single = p.channels == 1 && s.out_channels > 1;
+    if (p.height == 1 && p.width == 1) view.row = view.pixel = 0;
+  }
+  DFQ_INLINE VecInt integers(const uint8_t* row, int64_t x, int64_t channel) const {
+    const uint8_t* from = row + x * view.pixel;
+    const VecInt stored = single ? VecInt{} + int32_t(*from) : load_bytes(from + channel);
+    return stored - view.plane->stored_zero();
+  }
+};
+
+// float((a - zero_point) * (b - zero_point)) * scale; both sides are below 2^8, so that their product is exact
+DFQ_INLINE inline Vec multiplied(const Step& s, Vec a, VecInt b) { return a * __builtin_convertvector(b, Vec) * s.scale; }
+
+// A step that reads a result of the step before out of registers.
 struct Chain {
   const Step* step = nullptr;
   int source = 0, count = 0;
   float scale = 1, zero = kToInteger;  // zero: the zero point as Sink::round gives it
+  Other other;
+  const uint8_t* other_row = nullptr;
   Sink outs[kMostOuts];
 
-  DFQ_INLINE Vec real(Vec rounded) const { return (rounded - zero) * scale; }
+  // What the step computes of a rounded result, before its activation.
+  DFQ_INLINE Vec value(Vec rounded, int64_t x, int64_t channel) const {
+    const Vec whole = rounded - zero;
+    if (step->kind == kMultiply) return multiplied(*step, whole, other.integers(other_row, x, channel));
+    if (step->kind == kAdd)
+      return whole * scale + __builtin_convertvector(other.integers(other_row, x, channel), Vec) * other.view.plane->scale;
+    return normalize(*step, whole * scale, channel);
+  }
+  DFQ_INLINE void run(Vec rounded, Bytes stored, int64_t x, int64_t channel) const {
+    if (step->kind == kTable) {
+      for (int i = 0; i < count; ++i) {
+        const uint8_t* table = &step->tables[static_cast<size_t>(i * kCodes)];
+        Bytes found;
+        for (int lane = 0; lane < kWidth; ++lane) found[lane] = table[stored[lane]];
+        outs[i].write(found, x, channel);
+      }
+      return;
+    }
+    Vec t = value(rounded, x, channel);
+    if (bends(step->activation)) t = bend(*step, t);
+    for (int i = 0; i < count; ++i) outs[i].put(t, x, channel);
+  }
 };
 
-// What ends every step: activation, each result on its grid, and what is chained to it; or the logits.
+// What ends every step: activation, each result on its grid, and what is chained to it; or its real results.
 struct Finish {
-  int activation, count = 0, chains = 0;
+  const Step* step;
+  int count = 0, chains = 0;
+  bool bent;
   Sink outs[kMostOuts];
   Chain chained[kMostChained];
-  float *logits, *logit_row = nullptr;
-  int32_t classes, width;
+  float *real, *real_row = nullptr;
+  int32_t channels, width;
 
-  Finish(const Program& program, const Step& step, uint8_t* arena, float* to)
-      : activation(step.activation), logits(to), classes(program.classes), width(step.out_width) {
-    for (int out : step.outs) outs[count++] = Sink(program.planes[out], arena, activation);
-    for (const Step& next : step.chained) {
+  Finish(const Program& program, const Step& s, uint8_t* arena, float* to)
+      : step(&s), bent(bends(s.activation)), real(to), channels(s.out_channels), width(s.out_width) {
+    for (int out : s.outs) outs[count++] = Sink(program.planes[out], arena, s);
+    for (const Step& next : s.chained) {
       Chain& chain = chained[chains++];
       chain.step = &next;
-      while (step.outs[chain.source] != next.x) ++chain.source;
+      while (s.outs[chain.source] != next.x) ++chain.source;
       chain.scale = program.planes[next.x].scale;
       chain.zero = kToInteger + static_cast<float>(program.planes[next.x].zero_point);
-      for (int out : next.outs) chain.outs[chain.count++] = Sink(program.planes[out], arena, next.activation);
+      chain.other = Other(program, next, arena);
+      for (int out : next.outs) chain.outs[chain.count++] = Sink(program.planes[out], arena, next);
     }
   }
   void begin_row(int64_t y) {
-    logit_row = logits + y * width * classes;
+    real_row = real + y * width * channels;
     for (int i = 0; i < count; ++i) outs[i].row = outs[i].view.at(y, 0);
-    for (int c = 0; c < chains; ++c)
-      for (int i = 0; i < chained[c].count; ++i) chained[c].outs[i].row = chained[c].outs[i].view.at(y, 0);
+    for (int c = 0; c < chains; ++c) {
+      Chain& chain = chained[c];
+      if (chain.other.view.plane) chain.other_row = chain.other.view.at(y, 0);
+      for (int i = 0; i < chain.count; ++i) chain.outs[i].row = chain.outs[i].view.at(y, 0);
+    }
   }
   DFQ_INLINE void operator()(Vec t, int64_t x, int64_t channel) const {
+    if (count == 0) return give_real(activate(*step, t), x, channel);
+    if (bent) t = bend(*step, t);
     for (int i = 0; i < count; ++i) {
-      const Vec rounded = outs[i].put(t, x, channel);
+      const Vec rounded = outs[i].round(t);
+      const Bytes stored = outs[i].stored(rounded);
+      outs[i].write(stored, x, channel);
       for (int c = 0; c < chains; ++c)
-        if (chained[c].source == i) run_chain(chained[c], rounded, x, channel);
+        if (chained[c].source == i) chained[c].run(rounded, stored, x, channel);
     }
-    if (count || channel >= classes) return;
-    t = activate(t, activation);
-    const int64_t lanes = std::min<int64_t>(kWidth, classes - channel);
-    std::memcpy(logit_row + x * classes + channel, &t, static_cast<size_t>(lanes) * sizeof(float));
   }
-  DFQ_INLINE static void run_chain(const Chain& chain, Vec rounded, int64_t x, int64_t channel) {
-    const Vec t = normalize(*chain.step, chain.real(rounded), channel);
-    for (int i = 0; i < chain.count; ++i) chain.outs[i].put(t, x, channel);
+  DFQ_INLINE void give_real(Vec t, int64_t x, int64_t channel) const {
+    const int64_t lanes = std::min<int64_t>(kWidth, channels - channel);
+    std::memcpy(real_row + x * channels + channel, &t, static_cast<size_t>(lanes) * sizeof(float));
   }
 };
 
@@ -166,14 +234,15 @@ struct Work {
   const Step& step;
   uint8_t* arena;
   const float* image;
-  float* logits;
+  const uint8_t* pixels;  // of the image, where it comes in bytes
+  float* real;
   std::atomic<bool>* has_nan;
 };
 
 // t_of(y, x, channel) for every pixel and every kWidth channels of some rows, and its end.
 template <class Values>
 DFQ_INLINE inline void each_pixel(const Work& w, int64_t begin, int64_t end, int64_t channels, const Values& t_of) {
-  Finish finish(w.program, w.step, w.arena, w.logits);
+  Finish finish(w.program, w.step, w.arena, w.real);
   for (int64_t y = begin; y < end; ++y) {
     finish.begin_row(y);
     for (int64_t x = 0; x < w.step.out_width; ++x)

@@ -5,125 +5,43 @@
 //           else the rows of each step
 #include "../common/parallel.h"
 #include "convolve.h"
+#include "move.h"
+#include "steps.h"
 
 namespace dfq {
 namespace DFQ_ISA {
 namespace {
 
-constexpr int64_t kFewChannels = 4;
-
-// Images of few channels: lanes are neighbours of a row, not channels. What is behind the channels in a pixel stays as it
-// is: weights are 0 there.
-void quantize_rows(const Work& w, int64_t begin, int64_t end) {
-  const int64_t channels = w.program.image_channels, height = w.program.image_height, width = w.program.image_width;
-  Finish finish(w.program, w.step, w.arena, w.logits);
-  VecInt nan{};
-  for (int64_t y = begin; y < end; ++y) {
-    finish.begin_row(y);
-    for (int64_t x = 0; x < width; x += kWidth)
-      for (int64_t c = 0; c < channels; ++c) {
-        const float* from = w.image + (c * height + y) * width + x;
-        const int64_t lanes = std::min<int64_t>(kWidth, width - x);
-        Vec t{};
-        if (lanes == kWidth) t = load_vec(from);
-        else std::memcpy(&t, from, static_cast<size_t>(lanes) * sizeof(float));
-        nan |= t != t;
-        for (int i = 0; i < finish.count; ++i) {
-          const Sink& sink = finish.outs[i];
-          const Bytes bytes = sink.stored(sink.round(t));
-          uint8_t* to = sink.row + x * sink.view.pixel + c;
-          for (int64_t lane = 0; lane < lanes; ++lane) to[lane * sink.view.pixel] = bytes[lane];
-        }
-      }
-  }
-  for (int i = 0; i < kWidth; ++i)
-    if (nan[i]) w.has_nan->store(true);
-}
-
-void quantize(const Work& w, int64_t begin, int64_t end) {
-  const int64_t channels = w.program.image_channels, height = w.program.image_height, width = w.program.image_width;
-  bool nan = false;
-  each_pixel(w, begin, end, channels, [&](int64_t y, int64_t x, int64_t c) {
-    Vec t{};
-    const int64_t count = std::min<int64_t>(kWidth, channels - c);
-    for (int64_t i = 0; i < count; ++i) {
-      t[i] = w.image[((c + i) * height + y) * width + x];
-      nan |= t[i] != t[i];
-    }
-    return t;
-  });
-  if (nan) w.has_nan->store(true);
-}
-
-void rescale(const Work& w, int64_t begin, int64_t end) {
-  const View2d in(w.program.planes[w.step.x], w.arena);
-  each_pixel(w, begin, end, w.step.out_channels, [&](int64_t y, int64_t x, int64_t c) DFQ_INLINE {
-    return normalize(w.step, real(in, in.at(y, x) + c), c);
-  });
-}
-
-void add(const Work& w, int64_t begin, int64_t end) {
-  const View2d in(w.program.planes[w.step.x], w.arena), other(w.program.planes[w.step.other], w.arena);
-  each_pixel(w, begin, end, w.step.out_channels, [&](int64_t y, int64_t x, int64_t c) DFQ_INLINE {
-    return normalize(w.step, real(in, in.at(y, x) + c), c) + real(other, other.at(y, x) + c);
-  });
-}
-
-void average_pool(const Work& w, int64_t begin, int64_t end) {
-  const Step& s = w.step;
-  const View2d in(w.program.planes[s.x], w.arena);
-  const int32_t *rows = s.windows.data(), *columns = rows + 2 * s.out_height;
-  each_pixel(w, begin, end, s.out_channels, [&](int64_t y, int64_t x, int64_t c) DFQ_INLINE {
-    VecInt sum{};
-    for (int64_t r = rows[2 * y]; r < rows[2 * y + 1]; ++r)
-      for (int64_t k = columns[2 * x]; k < columns[2 * x + 1]; ++k)
-        sum += load_bytes(in.at(r, k) + c) - in.plane->stored_zero();
-    return __builtin_convertvector(sum, Vec) * s.mult[y * s.out_width + x];
-  });
-}
-
-// The first tap of a window that begins at `begin` and is not above or left of the map.
-int64_t first_inside(int64_t begin, int64_t dilation) { return begin < 0 ? (-begin + dilation - 1) / dilation : 0; }
-
-void max_pool(const Work& w, int64_t begin, int64_t end) {
-  const Step& s = w.step;
-  const View2d in(w.program.planes[s.x], w.arena), out(w.program.planes[s.outs[0]], w.arena);
-  for (int64_t y = begin; y < end; ++y)
-    for (int64_t x = 0; x < s.out_width; ++x) {
-      uint8_t* to = out.at(y, x);
-      std::memset(to, 0, static_cast<size_t>(out.pixel));
-      const int64_t top = y * s.stride_y - s.pad_y, left = x * s.stride_x - s.pad_x;
-      for (int64_t r = first_inside(top, s.dilation_y); r < s.kernel_y && top + r * s.dilation_y < in.plane->height; ++r)
-        for (int64_t k = first_inside(left, s.dilation_x); k < s.kernel_x && left + k * s.dilation_x < in.plane->width; ++k) {
-          const uint8_t* from = in.at(top + r * s.dilation_y, left + k * s.dilation_x);
-          for (int64_t c = 0; c < out.pixel; ++c) to[c] = std::max(to[c], from[c]);
-        }
-    }
-}
-
 void run_rows(const Work& w, int64_t begin, int64_t end) {
   switch (w.step.kind) {
-    case kQuantize:
-      if (w.program.image_channels <= kFewChannels && w.step.chained.empty() && !w.step.outs.empty())
-        return quantize_rows(w, begin, end);
-      return quantize(w, begin, end);
+    case kQuantize: return quantize(w, begin, end);
     case kConvolve: return convolve(w, begin, end);
     case kRescale: return rescale(w, begin, end);
     case kAdd: return add(w, begin, end);
     case kAveragePool: return average_pool(w, begin, end);
     case kMaxPool: return max_pool(w, begin, end);
+    case kTable: return look_up(w, begin, end);
+    case kMultiply: return multiply(w, begin, end);
+    case kMove: return move(w, begin, end);
+    case kResize: return resize(w, begin, end);
     default: __builtin_trap();  // Runner refuses any other
   }
 }
 
+// Zero points around a plane; of a slice only its own bytes, for its neighbours may be done already.
 void fill_frame(const Plane& p, uint8_t* arena) {
-  if (!p.frame_y && !p.frame_x) return;
+  if ((!p.frame_y && !p.frame_x) || !p.kept) return;
+  const auto fill = [&](uint8_t* to, int64_t pixels) {
+    const bool whole = p.room == p.stride;
+    const int64_t count = whole ? 1 : pixels, bytes = whole ? pixels * p.stride : p.room;
+    for (int64_t x = 0; x < count; ++x, to += p.stride) std::memset(to, p.stored_zero(), static_cast<size_t>(bytes));
+  };
   uint8_t* frame = arena + p.offset;
-  const int64_t row = p.row_bytes(), side = int64_t(p.frame_x) * p.stride;
-  for (int64_t y = 0; y < p.height + 2 * p.frame_y; ++y) {
+  const int64_t row = p.row_bytes(), columns = p.width + 2 * p.frame_x;
+  for (int64_t y = 0; y < p.height + 2 * p.frame_y; ++y, frame += row) {
     const bool inside = y >= p.frame_y && y < p.frame_y + p.height;
-    std::memset(frame + y * row, p.stored_zero(), static_cast<size_t>(inside ? side : row));
-    if (inside) std::memset(frame + (y + 1) * row - side, p.stored_zero(), static_cast<size_t>(side));
+    fill(frame, inside ? p.frame_x : columns);
+    if (inside) fill(frame + row - int64_t(p.frame_x) * p.stride, p.frame_x);
   }
 }
 
@@ -174,29 +92,45 @@ constexpr double kWorthSharing = 3e4;  // products that take longer than a barri
 // Products and other operations of a step, roughly.
 double work_of(const Program& program, const Step& s) {
   const double outs = double(s.out_height) * s.out_width * s.out_channels;
+  if (s.kind == kMove) return s.index.empty() ? outs : 2 * outs;
+  if (s.kind == kTable && s.chained.empty() && !s.outs.empty()) return outs;
+  if (s.kind == kResize) return 24 * outs;
   if (s.kind != kConvolve) return 8 * outs;
   return outs * (s.kernel_y * s.kernel_x * double(program.planes[s.x].channels) / s.groups + 8);
+}
+
+// False of a step with nothing to do.
+bool prepare_step(const Program& program, Step& step) {
+  for (Step& next : step.chained) prepare_step(program, next);
+  if (step.kind == kMove) return prepare_move(program, step);
+  if (step.kind == kConvolve) prepare_convolution(program, step);
+  if (step.kind == kTable) add_tables(program, step, step.values.data(), 1);
+  if (step.kind == kQuantize && !program.pixel_values.empty())
+    add_tables(program, step, program.pixel_values.data(), program.image_channels);
+  return true;
 }
 
 }  // namespace
 
 void prepare_program(Program& program) {
-  for (Step& step : program.steps)
-    if (step.kind == kConvolve) prepare_convolution(program, step);
+  const auto idle = [&](Step& step) { return !prepare_step(program, step); };
+  program.steps.erase(std::remove_if(program.steps.begin(), program.steps.end(), idle), program.steps.end());
 }
 
 void convolve_image(const Program& program, uint8_t* arena, float* out) {
   const Step& step = program.steps[0];
   fill_frame(program.planes[step.x], arena);
-  convolve({program, step, arena, nullptr, out, nullptr}, 0, step.out_height);
+  convolve({program, step, arena, nullptr, nullptr, out, nullptr}, 0, step.out_height);
 }
 
 void run_program(const ProgramRun& run) {
   const Program& program = *run.program;
   const int64_t pixels = int64_t(program.image_channels) * program.image_height * program.image_width;
-  const int64_t logits = int64_t(program.classes) * program.logit_pixels;
   const auto work_on = [&](const Step& step, int64_t index, uint8_t* arena) {
-    return Work{program, step, arena, run.images + index * pixels, run.logits + index * logits, run.has_nan};
+    const int64_t results = int64_t(step.out_height) * step.out_width * step.out_channels;
+    float* const real = step.outs.empty() ? run.reals[step.real] + index * results : nullptr;
+    const uint8_t* const bytes = run.pixels ? run.pixels + index * pixels : nullptr;
+    return Work{program, step, arena, run.pixels ? nullptr : run.images + index * pixels, bytes, real, run.has_nan};
   };
   if (run.count >= run.threads) {
     parallel_for(run.threads, 1, run.threads, [&](int64_t begin, int64_t end) {

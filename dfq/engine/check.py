@@ -3,42 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from dfq.engine.graph import (
-    ACTIVATIONS,
-    IMAGES,
-    Add,
-    AveragePool,
-    Grid,
-    IntegerGraph,
-    Layer,
-    MaxPool,
-    Quantize,
-    Rescale,
-    Step,
-    inputs,
-)  # fmt: skip
-from dfq_kernels.int_pool.schema import largest_window, out_sides, windows_meet
+from dfq.engine.graph import IMAGES, IntegerGraph, MaxPool, Move, Output, Quantize, Step, as_map, inputs
+from dfq.engine.rules import (
+    LARGEST_SIDE,
+    GraphError,
+    Shape,
+    check_activation,
+    check_grid,
+    check_places,
+    check_size,
+    require,
+)
+from dfq.engine.shapes import shape_of
 
-Shape = tuple[int, ...]
-LARGEST = 2**31 - 1  # elements of a value, for one image; sums of a layer
-LARGEST_SIDE = 2**16
+__all__ = ["GraphError", "Shape", "check_graph"]
+
 MOST_OUTS = 4  # results of one step
-
-
-class GraphError(ValueError):
-    """A graph that is no network."""
-
-
-def require(ok: bool, name: str, rule: str, value: Any) -> None:
-    """Raises `integer graph: <name> must be <rule>, got <value>` unless `ok`."""
-    if not ok:
-        raise GraphError(f"integer graph: {name} must be {rule}, got {value!r}")
+MOST_AXES = 8  # of an image
+FUNCTIONS = (None, "softmax", "log_softmax")
 
 
 def check_graph(graph: IntegerGraph) -> dict[str, Shape]:
@@ -47,198 +33,83 @@ def check_graph(graph: IntegerGraph) -> dict[str, Shape]:
     Raises:
         GraphError: a value that is read before it is made, shapes that do not fit, numbers out of their ranges.
     """
-    _sides("input_shape", graph.input_shape, 3, least=1)
-    require(type(graph.num_classes) is int and graph.num_classes >= 1, "num_classes", "at least 1", graph.num_classes)
-    if graph.normalization is not None:
-        mean, std = graph.normalization
-        fits = len(mean) == len(std) == graph.input_shape[0] and all(math.isfinite(value) for value in (*mean, *std))
-        require(fits and min(std) > 0, "normalization", "a mean and a deviation > 0 per channel", graph.normalization)
-    shapes: dict[str, Shape] = {IMAGES: graph.input_shape}
-    require(IMAGES not in graph.grids, "the images", "without a grid", "one")
+    _check_images(graph)
     for name, grid in graph.grids.items():
-        _check_grid(name, grid)
+        check_grid(name, grid)
     require(bool(graph.steps), "steps", "at least one", 0)
+    shapes: dict[str, Shape] = {IMAGES: as_map(graph.input_shape)}
     for step in graph.steps:
         for name in inputs(step):
             known = isinstance(name, str) and name in shapes and (name in graph.grids or isinstance(step, Quantize))
             require(known, "an input", "a quantized value of an earlier step", name)
-        require(step.activation in ACTIVATIONS, "activation", "None, relu or relu6", step.activation)
-        shape = _SHAPES[type(step)](step, shapes, graph)
-        size = math.prod(shape)
-        require(0 < size <= LARGEST, f"the shape of {step.outs}", f"of 1 to {LARGEST} elements", shape)
-        some = isinstance(step.outs, tuple) and 1 <= len(step.outs) <= MOST_OUTS
-        require(some, "outs", f"1 to {MOST_OUTS} results", step.outs)
-        integers_or_logits = graph.output not in step.outs or step.outs == (graph.output,)
-        require(integers_or_logits, "the output's step", "of the output alone", step.outs)
-        for out in step.outs:
-            require(isinstance(out, str) and out not in shapes, "a result", "a new name", out)
-            require(out in graph.grids or out == graph.output, out, "on a grid, or the output", "neither")
-            shapes[out] = shape
-    require(
-        graph.output in shapes and graph.output not in graph.grids, "output", "a result without a grid", graph.output
-    )
-    logits = shapes[graph.output]
-    one_each = logits[0] == graph.num_classes and math.prod(logits) == graph.num_classes
-    require(one_each, "logits", f"[{graph.num_classes}]", logits)
+        check_activation(step.activation)
+        _check_outs(step, shapes, graph)
+        shape = shape_of(step, shapes, graph)
+        check_size(f"the shape of {step.outs}", shape)
+        shapes |= dict.fromkeys(step.outs, shape)
+    require(isinstance(graph.outputs, tuple) and bool(graph.outputs), "outputs", "at least one", graph.outputs)
+    for output in graph.outputs:
+        _check_output(output, shapes, graph)
+    _check_structure(graph)
     return shapes
 
 
-def _check_grid(name: str, grid: Grid) -> None:
-    integers = (grid.zero_point, grid.quant_min, grid.quant_max)
-    require(all(type(value) is int for value in integers), f"the grid of {name}", "integers", integers)
-    low, high = (-128, 127) if grid.quant_min < 0 else (0, 255)
-    require(low <= grid.quant_min < grid.quant_max <= high, f"the grid of {name}", "of 8 bits at most", integers)
-    inside = grid.quant_min <= grid.zero_point <= grid.quant_max
-    require(inside, f"the zero point of {name}", "on its grid", grid.zero_point)
-    scale = grid.scale
-    normal = isinstance(scale, float) and 2.0**-126 <= scale <= 2.0**64
-    require(normal, f"the scale of {name}", "in [2^-126, 2^64]", scale)
+def _check_images(graph: IntegerGraph) -> None:
+    shape = graph.input_shape
+    axes = isinstance(shape, tuple) and 1 <= len(shape) <= MOST_AXES
+    ok = axes and all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in shape)
+    require(ok, "input_shape", f"1 to {MOST_AXES} integers in [1, {LARGEST_SIDE}]", shape)
+    check_size("input_shape", shape)
+    require(IMAGES not in graph.grids, "the images", "without a grid", "one")
+    if graph.normalization is not None:
+        mean, std = graph.normalization
+        fits = len(mean) == len(std) == shape[0] and all(math.isfinite(value) for value in (*mean, *std))
+        require(fits and min(std) > 0, "normalization", "a mean and a deviation > 0 per channel", graph.normalization)
 
 
-def _sides(name: str, value: Any, length: int, least: int) -> None:
-    numbers = isinstance(value, tuple) and len(value) == length and all(type(side) is int for side in value)
-    ok = numbers and all(least <= side <= LARGEST_SIDE for side in value)
-    require(ok, name, f"{length} integers in [{least}, {LARGEST_SIDE}]", value)
+def _check_outs(step: Step, shapes: dict[str, Shape], graph: IntegerGraph) -> None:
+    """New names: all of integers, or one of real numbers."""
+    outs = step.outs
+    some = isinstance(outs, tuple) and 1 <= len(outs) <= MOST_OUTS
+    require(some, "outs", f"1 to {MOST_OUTS} results", outs)
+    new = all(isinstance(out, str) and out not in shapes for out in outs) and len(set(outs)) == len(outs)
+    require(new, "the results of a step", "new names", outs)
+    integers = all(out in graph.grids for out in outs)
+    require(integers or len(outs) == 1, "the results of a step", "on grids, or a real one alone", outs)
+    whole = isinstance(step, (Quantize, MaxPool, Move))
+    require(integers or not whole, f"the result of a {step.kind} step", "on a grid", outs)
 
 
-def _tensor(name: str, value: Any, dtype: torch.dtype, shape: Shape | None = None) -> None:
-    fits = isinstance(value, Tensor) and value.dtype == dtype and (shape is None or tuple(value.shape) == shape)
-    got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else value
-    require(fits, name, f"{str(dtype).removeprefix('torch.')} {'' if shape is None else shape}".strip(), got)
-    if dtype.is_floating_point:
-        largest = float(value.abs().max()) if value.numel() else 0.0  # NaN, if there is one
-        require(largest <= 2.0**64, name, "at most 2^64 in magnitude", largest)  # no step makes NaN of them
-
-
-def _quantize(step: Quantize, shapes: dict[str, Shape], graph: IntegerGraph) -> Shape:
-    require(step.x == IMAGES, "a quantize step's input", IMAGES, step.x)
-    return graph.input_shape
-
-
-def _layer(step: Layer, shapes: dict[str, Shape], graph: IntegerGraph) -> Shape:
-    require(isinstance(step.name, str), "a layer's name", "text", step.name)
-    name, x = f"layer {step.name}", shapes[step.x]
-    _tensor(f"{name}: weight", step.weight, torch.int8)
-    require(
-        step.weight.dim() in (2, 4) and step.weight.numel() > 0, f"{name}: weight", "of 2 or 4 axes", step.weight.shape
-    )
-    out = step.weight.shape[0]
-    for key in ("mult", "bias"):
-        _tensor(f"{name}: {key}", getattr(step, key), torch.float32, (out,))
-    bits = step.weight_bits
-    require(type(bits) is int and 2 <= bits <= 8, f"{name}: weight_bits", "in [2, 8]", bits)
-    low, high = int(step.weight.min()), int(step.weight.max())
-    require(-(2 ** (bits - 1)) <= low and high < 2 ** (bits - 1), f"{name}: weight", f"of {bits} bits", (low, high))
-    grid = graph.grids[step.x]
-    largest = max(grid.quant_max - grid.zero_point, grid.zero_point - grid.quant_min)
-    bound = largest * int(step.weight.flatten(1).abs().sum(1, dtype=torch.int64).max())
-    require(bound <= LARGEST, f"{name}: the largest sum", "below 2^31", bound)
-    if step.weight.dim() == 2:
-        geometry = step.stride, step.padding, step.dilation, step.groups
-        require(geometry == ((1, 1), (0, 0), (1, 1), 1), f"{name}: geometry", "none of a linear layer", geometry)
-        require(math.prod(x) == step.weight.shape[1], f"{name}: weight", f"[out, {math.prod(x)}]", step.weight.shape)
-        shape: Shape = (out,)
+def _check_output(output: Output, shapes: dict[str, Shape], graph: IntegerGraph) -> None:
+    value, shape = output.value, output.shape
+    real = isinstance(value, str) and value in shapes and value not in graph.grids and value != IMAGES
+    require(real, "an output", "a result without a grid", value)
+    sides = isinstance(shape, tuple) and all(type(side) is int and side >= 1 for side in shape)
+    require(sides, "an output's shape", "integers above 0", shape)
+    size = math.prod(shapes[value])
+    if output.order is None:
+        require(math.prod(shape) == size, "an output's shape", f"of {size} elements", shape)
     else:
-        shape = _convolved(name, step, x)
-    if step.residual is not None:
-        require(
-            _flat(shapes[step.residual]) == _flat(shape),
-            f"{name}: residual",
-            f"of shape {shape}",
-            shapes[step.residual],
-        )
-    return shape
+        check_size("an output's shape", shape)
+        check_places("an output's order", output.order, (math.prod(shape),), 0, size, torch.int64)
+    require(output.function in FUNCTIONS, "an output's function", "None, softmax or log_softmax", output.function)
+    inside = type(output.axis) is int and (output.function is None or 1 <= output.axis <= len(shape))
+    require(inside, "an output's axis", f"in [1, {len(shape)}]", output.axis)
 
 
-def _convolved(name: str, step: Layer, x: Shape) -> Shape:
-    require(len(x) == 3, f"{name}: input", "(C, H, W)", x)
-    groups, (out, inner, *kernel) = step.groups, step.weight.shape
-    divides = type(groups) is int and groups >= 1 and out % groups == 0 and inner * groups == x[0]
-    require(divides, f"{name}: groups", f"a divisor of {x[0]} and {out} channels that fits the weight", groups)
-    return out, *_window(name, x, tuple(kernel), step.stride, step.padding, step.dilation)
-
-
-def _window(
-    name: str, x: Shape, kernel: Shape, stride: Shape, padding: Shape, dilation: Shape, ceil: bool = False
-) -> Shape:
-    """Height and width of what a window makes."""
-    for key, value, least in (
-        ("kernel", kernel, 1),
-        ("stride", stride, 1),
-        ("padding", padding, 0),
-        ("dilation", dilation, 1),
-    ):
-        _sides(f"{name}: {key}", value, 2, least)
-    for side, k, s, p, d in zip(x[1:], kernel, stride, padding, dilation, strict=True):
-        span = side + 2 * p - d * (k - 1) - 1 + (s - 1 if ceil else 0)
-        require(span >= 0, f"{name}: kernel", f"within {side} and its padding", k)
-    return tuple(out_sides(x[1:], kernel, stride, padding, dilation, ceil))
-
-
-def _rescale(step: Rescale, shapes: dict[str, Shape], graph: IntegerGraph) -> Shape:
-    constants = (step.mean, step.mult, step.bias)
-    together = all(item is None for item in constants) or all(item is not None for item in constants)
-    require(together, "mean, mult and bias of a rescale step", "given together", "some of them")
-    for key in () if step.mean is None else step.tensors:
-        _tensor(f"rescale: {key}", getattr(step, key), torch.float32, (shapes[step.x][0],))
-    return shapes[step.x]
-
-
-def _add(step: Add, shapes: dict[str, Shape], graph: IntegerGraph) -> Shape:
-    require(
-        _flat(shapes[step.x]) == _flat(shapes[step.other]),
-        "the sides of an addition",
-        "of one shape",
-        shapes[step.other],
-    )
-    return shapes[step.x]
-
-
-def _average_pool(step: AveragePool, shapes: dict[str, Shape], graph: IntegerGraph) -> Shape:
-    x = shapes[step.x]
-    require(len(x) == 3, "the input of a pool", "(C, H, W)", x)
-    grid = graph.grids[step.x]
-    largest = max(grid.quant_max - grid.zero_point, grid.zero_point - grid.quant_min)
-    if step.kernel is not None:
-        _half_padding(step.kernel, step.padding)
-        bound = largest * math.prod(step.kernel)
-        require(bound <= LARGEST, "average pool: the largest sum", "below 2^31", bound)
-        return x[0], *_window("average pool", x, step.kernel, step.stride, step.padding, (1, 1))
-    geometry = step.stride, step.padding
-    require(geometry == ((1, 1), (0, 0)), "average pool: geometry", "none of an adaptive pool", geometry)
-    _sides("average pool: output", step.output, 2, 1)
-    fits = all(parts <= side for parts, side in zip(step.output, x[1:], strict=True))
-    require(fits, "average pool: output", f"at most {x[1:]}", step.output)
-    bound = largest * math.prod(largest_window(x[1:], step.output))
-    require(bound <= LARGEST, "average pool: the largest sum", "below 2^31", bound)
-    return x[0], *step.output
-
-
-def _max_pool(step: MaxPool, shapes: dict[str, Shape], graph: IntegerGraph) -> Shape:
-    x = shapes[step.x]
-    require(len(x) == 3, "the input of a pool", "(C, H, W)", x)
-    require(type(step.ceil_mode) is bool, "max pool: ceil_mode", "true or false", step.ceil_mode)
-    _half_padding(step.kernel, step.padding)
-    same = len(step.outs) == 1 and graph.grids.get(step.outs[0]) == graph.grids[step.x]
-    require(same and step.activation is None, "the result of a max pool", "one on the grid of its input", step.outs)
-    counts = _window("max pool", x, step.kernel, step.stride, step.padding, step.dilation, step.ceil_mode)
-    meets = windows_meet(x[1:], counts, step.kernel, step.stride, step.padding, step.dilation)
-    require(meets, "max pool: every window", "one that meets the map", step.kernel)
-    return x[0], *counts
-
-
-def _flat(shape: Shape) -> Shape:
-    """A map of one pixel is its channels."""
-    return shape[:1] if shape[1:] == (1, 1) else shape
-
-
-def _half_padding(kernel: Shape, padding: Shape) -> None:
-    _sides("a pool's kernel", kernel, 2, 1)
-    _sides("a pool's padding", padding, 2, 0)
-    half = all(2 * p <= k for p, k in zip(padding, kernel, strict=True))
-    require(half, "a pool's padding", "at most half of its kernel", padding)
-
-
-_SHAPES: dict[type[Step], Callable[..., Shape]] = {
-    Quantize: _quantize, Layer: _layer, Rescale: _rescale, Add: _add, AveragePool: _average_pool, MaxPool: _max_pool,
-}  # fmt: skip
+def _check_structure(graph: IntegerGraph) -> None:
+    """Every output stands in it once."""
+    found: list[int] = []
+    rest: list[Any] = [graph.structure]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, dict):
+            require(all(isinstance(key, str) for key in item), "the keys of structure", "text", list(item))
+            rest += item.values()
+        elif isinstance(item, list):
+            rest += item
+        else:
+            require(type(item) is int, "structure", "of lists, dicts and numbers of outputs", item)
+            found.append(item)
+    once = sorted(found) == list(range(len(graph.outputs)))
+    require(once, "structure", f"of every output once, 0 to {len(graph.outputs) - 1}", graph.structure)

@@ -3,6 +3,7 @@
     metadata: {"dfq_integer_graph": JSON, with its "version"}; one entry, so that a network is always the same bytes
     tensors:  "grids.scale" fp32 [n]; "grids" int16 [n, 3]: zero_point, quant_min, quant_max, in the order of the names
               "<step>.<field>" of every step's tensors; weights packed by `dfq_kernels.pack_bits` in 8, 4 or 2 bits
+              "outputs.<output>.order" int64, of the outputs that have one
 
 A reader computes no constant, and checks everything before it uses anything (`check_graph`).
 """
@@ -21,15 +22,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dfq.checkpoint import CheckpointError, write_atomic
-from dfq.engine.check import GraphError, check_graph
-from dfq.engine.graph import STEPS, Grid, IntegerGraph, Layer, Step
+from dfq.engine.check import check_graph
+from dfq.engine.graph import STEPS, Grid, IntegerGraph, Layer, Output, Step
+from dfq.engine.rules import GraphError
 from dfq.errors import first_line
 from dfq_kernels.packing import pack_bits, stored_bits, unpack_bits
 
 # what reading bytes raises that are not those of a network
 _DAMAGED = (SafetensorError, GraphError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
             RecursionError)  # fmt: skip
-KEY, VERSION = "dfq_integer_graph", 1
+KEY, VERSION = "dfq_integer_graph", 2
 
 
 def save_graph(graph: IntegerGraph, path: Path) -> None:
@@ -49,12 +51,16 @@ def save_graph(graph: IntegerGraph, path: Path) -> None:
         fields, own = _to_json(step)
         steps.append(fields)
         tensors |= {f"{index}.{name}": tensor for name, tensor in own.items()}
-    structure = {
-        "version": VERSION, "input_shape": graph.input_shape, "num_classes": graph.num_classes,
-        "grids": list(graph.grids), "steps": steps, "output": graph.output, "bounds": graph.bounds,
-        "normalization": graph.normalization,
+    outputs = []
+    for index, output in enumerate(graph.outputs):
+        outputs.append({"value": output.value, "shape": output.shape, "function": output.function, "axis": output.axis})
+        if output.order is not None:
+            tensors[_order_of(index)] = output.order.clone(memory_format=torch.contiguous_format)
+    data = {
+        "version": VERSION, "input_shape": graph.input_shape, "grids": list(graph.grids), "steps": steps,
+        "outputs": outputs, "structure": graph.structure, "bounds": graph.bounds, "normalization": graph.normalization,
     }  # fmt: skip
-    text = json.dumps(structure, separators=(",", ":"))
+    text = json.dumps(data, separators=(",", ":"))
     write_atomic(path, save(tensors, metadata={KEY: text}))
 
 
@@ -70,10 +76,10 @@ def load_graph(path: Path) -> IntegerGraph:
             if text is None:
                 raise CheckpointError(f"engine: {path} must be an exported integer network, got another file")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        structure = json.loads(text)
-        if structure["version"] != VERSION:
-            raise CheckpointError(f"engine: {path} must be of version {VERSION}, got {structure['version']!r}")
-        graph = _graph(structure, tensors)
+        data = json.loads(text)
+        if data["version"] != VERSION:
+            raise CheckpointError(f"engine: {path} must be of version {VERSION}, got {data['version']!r}")
+        graph = _graph(data, tensors)
         check_graph(graph)
     except CheckpointError:
         raise
@@ -91,7 +97,7 @@ def _to_json(step: Step) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for item in dataclasses.fields(step):
         value = getattr(step, item.name)
         if isinstance(value, Tensor):
-            tensors[item.name] = value.contiguous()
+            tensors[item.name] = value.clone(memory_format=torch.contiguous_format)  # steps may share one
         elif value != item.default:
             fields[item.name] = value
     if isinstance(step, Layer):
@@ -109,15 +115,26 @@ def _graph(data: dict[str, Any], tensors: dict[str, Tensor]) -> IntegerGraph:
     rows = zip(names, scales.tolist(), integers.tolist(), strict=True)
     grids = {str(name): Grid(scale, *row) for name, scale, row in rows}
     steps = tuple(_step(index, fields, tensors) for index, fields in enumerate(data["steps"]))
+    outputs = tuple(_output(index, fields, tensors) for index, fields in enumerate(data["outputs"]))
     if tensors:
-        raise GraphError(f"every tensor must be of a step, got {next(iter(tensors))}")
+        raise GraphError(f"every tensor must be of a step or an output, got {next(iter(tensors))}")
     bounds = {str(name): float(value) for name, value in data["bounds"].items()}
     normalization = data.get("normalization")
     if normalization is not None:
         mean, std = (tuple(float(value) for value in part) for part in normalization)
         normalization = mean, std
-    sizes = tuple(data["input_shape"]), data["num_classes"]
-    return IntegerGraph(*sizes, grids, steps, data["output"], bounds, normalization)
+    shape = tuple(data["input_shape"])
+    return IntegerGraph(shape, grids, steps, outputs, bounds, normalization, data["structure"])
+
+
+def _output(index: int, fields: dict[str, Any], tensors: dict[str, Tensor]) -> Output:
+    fields = fields | {"shape": tuple(fields["shape"])}
+    return Output(**fields, order=tensors.pop(_order_of(index), None))
+
+
+def _order_of(index: int) -> str:
+    """The name of an output's tensor."""
+    return f"outputs.{index}.order"
 
 
 def _step(index: int, fields: dict[str, Any], tensors: dict[str, Tensor]) -> Step:

@@ -9,27 +9,35 @@ import torch
 from torch import Tensor
 
 from dfq.engine.check import check_graph
-from dfq.engine.graph import Add, AveragePool, IntegerGraph, Layer, MaxPool, Quantize, Rescale, Step
-from dfq.engine.memory import Group, Place, fuse, plan_memory
+from dfq.engine.fusion import Group, fuse
+from dfq.engine.graph import (
+    IMAGES,
+    Add,
+    AveragePool,
+    IntegerGraph,
+    Layer,
+    MaxPool,
+    Move,
+    Multiply,
+    Quantize,
+    Rescale,
+    Resize,
+    Step,
+    Table,
+    as_map,
+)
+from dfq.engine.memory import Place, plan_memory
+from dfq.engine.pixels import pixel_values
+from dfq.engine.shapes import pool_multipliers
+from dfq_kernels import programs
 from dfq_kernels.extension import native
 from dfq_kernels.int_pool.schema import spans
-from dfq_kernels.programs import (
-    ADD,
-    AVERAGE_POOL,
-    CONVOLVE,
-    MAX_POOL,
-    QUANTIZE,
-    RESCALE,
-    make_plane,
-    make_step,
-    set_average,
-    set_layer,
-    set_norm,
-    set_window,
-)
+from dfq_kernels.integers import Constants
 
 _KINDS: dict[type[Step], int] = {
-    Quantize: QUANTIZE, Layer: CONVOLVE, Rescale: RESCALE, Add: ADD, AveragePool: AVERAGE_POOL, MaxPool: MAX_POOL,
+    Quantize: programs.QUANTIZE, Layer: programs.CONVOLVE, Rescale: programs.RESCALE, Add: programs.ADD,
+    AveragePool: programs.AVERAGE_POOL, MaxPool: programs.MAX_POOL, Table: programs.TABLE, Multiply: programs.MULTIPLY,
+    Move: programs.MOVE, Resize: programs.RESIZE,
 }  # fmt: skip
 
 
@@ -43,41 +51,58 @@ class NativeNetwork:
 
     def __init__(self, graph: IntegerGraph, *, keep: bool = False) -> None:
         self.graph, self.shapes = graph, check_graph(graph)
-        groups = fuse(graph)
+        groups = fuse(graph, self.shapes)
         self.places, arena = plan_memory(graph, groups, self.shapes, reuse=not keep)
         self.index = {name: position for position, name in enumerate(self.places)}
+        self.reals = [out for group in groups for out in group.outs if out not in graph.grids]
         program = native().Program()
-        program.planes = [
-            make_plane(graph.grids[name], place.channels, place.height, place.width, place.frame, place.offset)
-            for name, place in self.places.items()
-        ]
+        program.planes = [self._plane(name, place) for name, place in self.places.items()]
         program.steps = [self._group(group) for group in groups]
-        program.arena_bytes, program.classes = arena, graph.num_classes
-        program.image_channels, program.image_height, program.image_width = graph.input_shape
+        program.arena_bytes = arena
+        program.image_channels, program.image_height, program.image_width = self.shapes[IMAGES]
+        if graph.normalization is not None:
+            program.pixel_values = pixel_values(graph.normalization).flatten().tolist()
         self.runner = native().Runner(program)
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Logits `[N, num_classes]` of images `[N, C, H, W]`, both fp32 on the CPU."""
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Every real value, by its name, fp32: `[N, C, H, W]`, channels-last, or `[N, C]` where it is a vector.
+
+        images: `[N, *input_shape]`, fp32 on the CPU, or uint8 where the graph says what pixels are.
+        """
         images = images.contiguous()
-        logits = torch.empty(len(images), self.graph.num_classes)
-        self.runner.run(images.data_ptr(), len(images), logits.data_ptr(), torch.get_num_threads())
-        return logits
+        reals = self._reals(len(images))
+        addresses = [real.data_ptr() for real in reals.values()]
+        bytewise = images.dtype == torch.uint8
+        self.runner.run(images.data_ptr(), len(images), addresses, torch.get_num_threads(), bytewise)
+        return reals
 
     def values(self, image: Tensor) -> dict[str, Tensor]:
-        """Every integer value of one image `[1, C, H, W]`, as int64; of a network that keeps them."""
-        image, logits = image.float().contiguous(), torch.empty(1, self.graph.num_classes)
-        arena = torch.frombuffer(
-            bytearray(self.runner.trace(image.data_ptr(), logits.data_ptr())), dtype=torch.uint8
-        )  # fmt: skip
-        found = {name: self._read(name, place, arena) for name, place in self.places.items()}
-        return found | {self.graph.output: logits}
+        """Every value of one image `[1, *input_shape]`, integers as int64; of a network that keeps them."""
+        image, reals = image.float().contiguous(), self._reals(1)
+        addresses = [real.data_ptr() for real in reals.values()]
+        arena = torch.frombuffer(bytearray(self.runner.trace(image.data_ptr(), addresses)), dtype=torch.uint8)
+        return {name: self._read(name, place, arena) for name, place in self.places.items()} | reals
+
+    def _reals(self, count: int) -> dict[str, Tensor]:
+        """Room for the real values of so many images."""
+        made = {}
+        for name in self.reals:
+            channels, height, width = as_map(self.shapes[name])
+            room = torch.empty(count, height, width, channels).permute(0, 3, 1, 2)
+            made[name] = room if len(self.shapes[name]) == 3 else room[:, :, 0, 0]
+        return made
 
     def _read(self, name: str, place: Place, arena: Tensor) -> Tensor:
-        rows, columns = place.height + 2 * place.frame[0], place.width + 2 * place.frame[1]
-        whole = arena[place.offset : place.offset + place.size].view(rows, columns, place.stride)
-        top, left = place.frame
-        inside = whole[top : top + place.height, left : left + place.width, : place.channels].long()
-        return (inside - 128 * self.graph.grids[name].signed).permute(2, 0, 1).reshape(1, *self.shapes[name])
+        row = (place.width + 2 * place.frame[1]) * place.stride
+        first = place.offset + place.frame[0] * row + place.frame[1] * place.stride
+        sides = place.channels, place.height, place.width
+        inside = arena.as_strided(sides, (1, row, place.stride), first).long()
+        return (inside - programs.shift_of(self.graph.grids[name])).reshape(1, *self.shapes[name])
+
+    def _plane(self, name: str, place: Place) -> Any:
+        stride = 0 if place.root == name else place.stride
+        sides = place.channels, place.height, place.width
+        return programs.make_plane(self.graph.grids[name], *sides, place.frame, place.offset, stride, place.kept)
 
     def _group(self, group: Group) -> Any:
         made = self._step(group.step)
@@ -85,9 +110,11 @@ class NativeNetwork:
         return made
 
     def _step(self, step: Step) -> Any:
-        shape = (*self.shapes[step.outs[0]], 1, 1)[:3]
+        shape = as_map(self.shapes[step.outs[0]])
         outs = [self.index[out] for out in step.outs if out in self.index]
-        made = make_step(_KINDS[type(step)], step.activation, shape, self.index.get(step.x, -1), outs)
+        made = programs.make_step(_KINDS[type(step)], step.activation, shape, self.index.get(step.x, -1), outs)
+        if not outs:
+            made.real = self.reals.index(step.outs[0])
         _FILL[type(step)](made, step, self)
         return made
 
@@ -100,32 +127,58 @@ def _layer(made: Any, step: Layer, network: NativeNetwork) -> None:
     place, weight = network.places[step.x], step.weight
     if weight.dim() == 2:  # a window as large as the map
         weight = weight.reshape(len(weight), place.channels, place.height, place.width)
-    set_layer(made, weight, step.mult, step.bias, step.groups)
-    set_window(made, step.stride, step.padding, step.dilation)
+    programs.set_layer(made, weight, step.mult, step.bias, step.groups)
+    programs.set_window(made, step.stride, step.padding, step.dilation)
     made.other = -1 if step.residual is None else network.index[step.residual]
 
 
 def _rescale(made: Any, step: Rescale, network: NativeNetwork) -> None:
-    set_norm(made, [vector for vector in (step.mean, step.mult, step.bias) if vector is not None])
+    constants = Constants(step.mean, step.mult, step.bias, step.slope)
+    programs.set_constants(made, constants, network.graph.grids[step.x])
+
+
+def _table(made: Any, step: Table, network: NativeNetwork) -> None:
+    programs.set_table(made, step.values, network.graph.grids[step.x])
 
 
 def _add(made: Any, step: Add, network: NativeNetwork) -> None:
     made.other = network.index[step.other]
 
 
+def _multiply(made: Any, step: Multiply, network: NativeNetwork) -> None:
+    made.other, made.scale = network.index[step.other], step.scale
+
+
 def _average_pool(made: Any, step: AveragePool, network: NativeNetwork) -> None:
-    sides, outs = network.shapes[step.x][1:], (made.out_height, made.out_width)
+    sides, counts = as_map(network.shapes[step.x])[1:], (made.out_height, made.out_width)
     kernel, adaptive = ((1, 1), step.output) if step.kernel is None else (step.kernel, ())
-    set_window(made, step.stride, step.padding)
-    scale = network.graph.grids[step.x].scale
-    set_average(made, scale, spans(sides, outs, kernel, step.stride, step.padding, adaptive))
+    factors = pool_multipliers(step, network.graph.grids[step.x].scale, sides, counts)
+    programs.set_average(made, factors, spans(sides, counts, kernel, step.stride, step.padding, adaptive))
 
 
 def _max_pool(made: Any, step: MaxPool, network: NativeNetwork) -> None:
+    if step.kernel is None:
+        sides, none = as_map(network.shapes[step.x])[1:], (1, 1)
+        programs.set_windows(made, spans(sides, step.output, none, none, (0, 0), step.output))
+        return
     made.kernel_y, made.kernel_x = step.kernel
-    set_window(made, step.stride, step.padding, step.dilation)
+    programs.set_window(made, step.stride, step.padding, step.dilation)
+
+
+def _move(made: Any, step: Move, network: NativeNetwork) -> None:
+    made.sources = [network.index[name] for name in (step.x, *step.others)]
+    made.fill = step.fill + programs.shift_of(network.graph.grids[step.outs[0]])
+    for name in step.tensors:
+        places = getattr(step, name)
+        setattr(made, name, [] if places is None else places.tolist())
+
+
+def _resize(made: Any, step: Resize, network: NativeNetwork) -> None:
+    scale = network.graph.grids[step.x].scale
+    programs.set_resize(made, step.rows, step.row_weights, step.columns, step.column_weights, scale)
 
 
 _FILL: dict[type[Step], Callable[..., None]] = {
-    Quantize: _quantize, Layer: _layer, Rescale: _rescale, Add: _add, AveragePool: _average_pool, MaxPool: _max_pool,
+    Quantize: _quantize, Layer: _layer, Rescale: _rescale, Table: _table, Add: _add, Multiply: _multiply,
+    AveragePool: _average_pool, MaxPool: _max_pool, Move: _move, Resize: _resize,
 }  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfq.engine.check import check_graph
+from dfq.engine.check import Shape, check_graph
 from dfq.engine.graph import (
     Add,
     AveragePool,
@@ -66,7 +66,7 @@ class OperatorNetwork:
         self.graph, self.shapes, self.execution = graph, check_graph(graph), execution
         plain = backend == "reference"
         self.settings: dict[str, Any] = {"backend": backend, "packed": not plain}
-        self.calls = [(step, None) for step in graph.steps] if plain else _calls(graph)
+        self.calls = [(step, None) for step in graph.steps] if plain else _calls(graph, self.shapes)
         self.lock, self.sizes = threading.Lock(), set[int]()
         moves = [step for step in graph.steps if isinstance(step, Move)]
         self._placements = {step.outs: Placement(step, graph.grids[step.outs[0]], device) for step in moves}
@@ -210,12 +210,14 @@ _OPERATORS: dict[type[Step], Callable[..., Any]] = {
 }  # fmt: skip
 
 
-def _calls(graph: IntegerGraph) -> list[tuple[Step, Rescale | None]]:
-    """The steps in their order, and with each the rescale step that its operator computes from its first result."""
-    calls: list[tuple[Step, Rescale | None]] = []
-    for group in fuse(graph):
-        follows = isinstance(group.step, _FOLLOWED)
-        taken = next((other for other in group.chained if follows and other.x == group.step.outs[0]), None)
+def _calls(graph: IntegerGraph, shapes: dict[str, Shape]) -> list[tuple[Step, Rescale | Table | None]]:
+    """The steps in their order, and with each the step that its operator computes from its first result."""
+    calls: list[tuple[Step, Rescale | Table | None]] = []
+    for group in fuse(graph, shapes):
+        follows, first = isinstance(group.step, _FOLLOWED), group.step.outs[0]
+        taken = next(
+            (one for one in group.chained if follows and isinstance(one, (Rescale, Table)) and one.x == first), None
+        )
         calls.append((group.step, taken))
         calls += [(other, None) for other in group.chained if other is not taken]
     return calls

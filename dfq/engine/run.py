@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dfq.engine.graph import IntegerGraph
+from dfq.engine.graph import IntegerGraph, Output
 from dfq.engine.io import load_graph
 from dfq.engine.native import NativeNetwork
 from dfq.engine.operators import OperatorNetwork
+from dfq.engine.pixels import normalized
 from dfq.errors import check
 from dfq.execution import Execution
 from dfq_kernels import dispatch, extension
@@ -61,47 +63,81 @@ class Engine:
         capturable = found == "triton" or capture in ("auto", "off")
         check("engine", "capture", capture, f"auto or off where {found} runs", capturable)
         self.backend, self._network = found, self._make(found, capture)
+        orders = [output.order for output in graph.outputs]
+        self._orders = [None if order is None else order.to(self.device) for order in orders]
         self._arguments = graph, str(device), backend, capture
 
     def __reduce__(self) -> tuple[type[Engine], tuple[IntegerGraph, str, str | None, str]]:
         return Engine, self._arguments
 
-    def _make(self, backend: str, capture: str) -> Callable[[Tensor], Tensor]:
+    def _make(self, backend: str, capture: str) -> Callable[[Tensor], dict[str, Tensor]]:
         if backend == "native":
             return NativeNetwork(self.graph)
         execution = Execution(capture if backend == "triton" else "off", self.device)
         return OperatorNetwork(self.graph, self.device, backend, execution)
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Logits, fp32 `[N, num_classes]`.
+    def __call__(self, images: Tensor) -> Any:
+        """What the network returns, fp32: of a classifier logits `[N, num_classes]`; of several outputs a list or a dict,
+        as the network that was exported.
 
         Args:
-            images: floating point `[N, C, H, W]`, normalised as the teacher's (`normalize`).
+            images: `[N, *input_shape]`, floating point, normalised as the teacher's (`normalize`); or pixels in uint8,
+                where the network knows their mean and deviation.
 
         Raises:
             ValueError: images of another shape or type, or with NaN in them.
         """
-        shape = tuple(images.shape)
-        check("engine", "images", shape, f"[N, {', '.join(map(str, self.graph.input_shape))}]",
-              len(shape) == 4 and shape[1:] == self.graph.input_shape)  # fmt: skip
-        check("engine", "images", images.dtype, "floating point (see normalize)", images.is_floating_point())
-        images = images.detach().to(self.device).float()
-        if self.backend == "reference":
-            return torch.cat([self._network(part) for part in images.split(REFERENCE_BATCH)])
-        return self._network(images)
+        shape, wanted = tuple(images.shape), self.graph.input_shape
+        check("engine", "images", shape, f"[N, {', '.join(map(str, wanted))}]", shape[1:] == wanted and len(shape) > 1)
+        pixels = images.dtype == torch.uint8 and self.graph.normalization is not None
+        check("engine", "images", images.dtype, "floating point (see normalize)", pixels or images.is_floating_point())
+        images = images.detach().to(self.device)
+        if pixels and self.backend != "native":
+            images = self.normalize(images)
+        images = images if images.dtype == torch.uint8 else images.float()
+        parts = images.split(REFERENCE_BATCH) if self.backend == "reference" else [images]
+        found = [self._outputs(self._network(part)) for part in parts]
+        return nested(self.graph.structure, [torch.cat(same) if len(same) > 1 else same[0] for same in zip(*found)])
+
+    def _outputs(self, reals: dict[str, Tensor]) -> list[Tensor]:
+        return [
+            output_of(item, reals[item.value], order) for item, order in zip(self.graph.outputs, self._orders, strict=True)
+        ]
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """uint8 pixels `[N, C, H, W]` to the network's input: `(pixels / 255 - mean) / std`, fp32.
+        """uint8 pixels `[N, *input_shape]` to the network's input: `(pixels / 255 - mean) / std`, fp32.
 
         Raises:
             ValueError: a network whose file holds no mean and deviation, because nobody said them.
         """
+        known = self.graph.normalization
         check("engine", "images", "pixels", "normalised: the network was exported without --mean and --std",
-              self.graph.normalization is not None)  # fmt: skip
-        assert self.graph.normalization is not None
-        mean, std = (torch.tensor(part, device=pixels.device).view(-1, 1, 1) for part in self.graph.normalization)
-        full = torch.full((), 255.0, device=pixels.device)  # a GPU multiplies by the reciprocal of a number
-        return (pixels.float() / full - mean) / std
+              known is not None)  # fmt: skip
+        assert known is not None
+        return normalized(pixels, known)
+
+
+def output_of(output: Output, real: Tensor, order: Tensor | None) -> Tensor:
+    """One result `[N, *shape]` of the real numbers that it is made of; order: of `Output`, on their device."""
+    shape = (len(real), *output.shape)
+    if order is not None:
+        real = real.flatten(1).index_select(1, order)
+    real = real if tuple(real.shape) == shape else real.reshape(shape)
+    if output.function is None:
+        return real
+    return _FUNCTIONS[output.function](real, dim=output.axis)
+
+
+def nested(structure: Any, outputs: list[Tensor]) -> Any:
+    """Outputs in the places of their numbers."""
+    if isinstance(structure, dict):
+        return {key: nested(item, outputs) for key, item in structure.items()}
+    if isinstance(structure, list):
+        return [nested(item, outputs) for item in structure]
+    return outputs[structure]
+
+
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {"softmax": torch.softmax, "log_softmax": torch.log_softmax}
 
 
 def load(path: str | Path, device: torch.device | str = "cpu", backend: str | None = None) -> Engine:
