@@ -265,7 +265,7 @@ class Exporter:
             fill = int(torch.tensor(item.fill).mul(grid.inverse).add(grid.zero_point).round().clamp(
                 grid.quant_min, grid.quant_max))  # fmt: skip
             step = Move(bases[0], (), None, shape, tuple(bases[1:]), fill=fill,
-                        **factored(flat.view(shape[0], -1), sizes))  # fmt: skip
+                        **factored(flat.view(shape[0], -1), shape, sizes))  # fmt: skip
             opened = Open(step, shape)
             self.order.append(opened)
             self.gathered[key] = self.named(opened, grid, name)

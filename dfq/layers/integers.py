@@ -56,15 +56,16 @@ class Integers(Protocol):
         """Adds a step of two operands of one shape, or the second spread over the first; see `Add`."""
 
 
-def factored(order: Tensor, sizes: list[tuple[int, int, int]]) -> dict[str, Any]:
+def factored(order: Tensor, shape: tuple[int, int, int], sizes: list[tuple[int, int, int]]) -> dict[str, Any]:
     """The fields of a `Move` that gathers `order`.
 
     Args:
         order: int64 `[C, H * W]`, of elements of the inputs one after the other, or -1.
+        shape: `(C, H, W)` of the result.
         sizes: `(C, H, W)` of the inputs.
     """
     places = [height * width for _, height, width in sizes]
-    if len(set(places)) == 1 and places[0] > 0:
+    if len({size[1:] for size in sizes}) == 1:
         inside = order >= 0
         channel = torch.where(inside, order // places[0], -1)
         pixel = torch.where(inside, order % places[0], -1)
@@ -72,7 +73,7 @@ def factored(order: Tensor, sizes: list[tuple[int, int, int]]) -> dict[str, Any]
         both = (channels[:, None] >= 0) & (pixels[None, :] >= 0)
         product = torch.where(both, channels[:, None] * places[0] + pixels[None, :], -1)
         if torch.equal(product, order):
-            same_pixels = len(pixels) == places[0] and torch.equal(pixels, torch.arange(len(pixels)))
+            same_pixels = shape[1:] == sizes[0][1:] and torch.equal(pixels, torch.arange(len(pixels)))
             count = sum(size[0] for size in sizes)
             same_channels = len(channels) == count and torch.equal(channels, torch.arange(count))
             return {
