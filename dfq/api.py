@@ -32,6 +32,7 @@ from dfq.evaluate import check_test_images
 from dfq.execution import Execution
 from dfq.loop import Observer, run_loop
 from dfq.models import ModelSpec, build_model
+from dfq.network import capture as capture_network
 from dfq.profiling import Profiled
 from dfq.quant import freeze_ranges, prepare
 from dfq.result import Result, finish
@@ -116,14 +117,17 @@ def quantize(
         raise ValueError("quantize: config must be given without preset and overrides, got both")
     normalization = check_normalization("quantize", normalization, input_shape[0], test_images)
     where = resolve_device(device)
-    students = [prepare(_copy("quantize", model), config) for _ in range(recipe.students)]
-    task = DataFreeTraining(
-        _copy("quantize", model), list(students), recipe, quant=config, input_shape=input_shape,
-        num_classes=num_classes, steps=steps, seed=seed, device=where, precision=resolve_precision(precision, where),
-        execution=Execution(capture, where, compiled=compile),
-    )  # fmt: skip
+    teacher = check_weights(_copy("quantize", model), owner="quantize", name="model").to(where)
+    network = capture_network(teacher, input_shape, "quantize")
+    students = [copy.deepcopy(prepare(network, config=config)) for _ in range(recipe.students)]
+    fresh = copy.deepcopy(students[0])
     if integers and config.integers:
-        check_integers(_copy("quantize", model), config, input_shape, num_classes)
+        check_integers(fresh)
+    task = DataFreeTraining(
+        teacher, list(students), recipe, quant=config, input_shape=input_shape,
+        num_classes=num_classes, steps=steps, seed=seed, device=where, precision=resolve_precision(precision, where),
+        execution=Execution(capture, where, compiled=compile), network=network,
+    )  # fmt: skip
     settings = {
         "command": "quantize", "weights": weights_digest(model), "model": to_json(spec),
         "input_shape": list(input_shape), "num_classes": num_classes,
@@ -136,7 +140,7 @@ def quantize(
         run_loop(steps_to_run, folder, resume=resume, observer=observer)
         student = students[0]
         freeze_ranges(student)
-        calibrated = prepare(_copy("quantize", model), config).to(where)
+        calibrated = fresh.to(where)
         calibrated.load_state_dict(task.calibrated)
         freeze_ranges(calibrated)
         models = {"teacher": task.teacher, "DF-Q": calibrated.eval(), "DF-QAT-KD": student.eval()}
@@ -287,7 +291,8 @@ def load_run(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Modul
     model = named if model is None else _copy("load_run", model)
     assert model is not None
     if quant is not None:
-        model = prepare(check_weights(model, owner="load_run", name="model"), quant)
+        shape = tuple(config["input_shape"])
+        model = prepare(check_weights(model, owner="load_run", name="model"), shape, quant)
     if not (folder / "model.safetensors").exists():
         raise CheckpointError(
             f"run: {folder} must hold a finished run, model.safetensors is missing; continue with --resume"

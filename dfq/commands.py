@@ -13,7 +13,7 @@ from dfq import embedded, engine
 from dfq.api import load_run
 from dfq.config import PRESETS, RECIPES, to_json
 from dfq.data import DATASETS, Images, load_images
-from dfq.deploy import classify, integer_graph, normalization_of
+from dfq.deploy import classify, normalization_of
 from dfq.device import resolve_device, resolve_precision
 from dfq.engine.inspect import facts
 from dfq.errors import check
@@ -22,6 +22,7 @@ from dfq.models import MODEL_NAMES
 from dfq.onnx_export import save_onnx
 from dfq.options import Backend, DataRoot, Device, Json, Mean, Std, normalization
 from dfq.quant import layer_bounds
+from dfq.student import integer_graph
 from dfq.report import accuracy_table, bounds_table, engine_tables, model_bytes
 from dfq.run_folder import versions
 from dfq_kernels import extension
@@ -92,7 +93,7 @@ def export(
     check("export", "data", data, "given without --mean and --std", data is None or said is None)
     model, config = load_run(run)
     said = said or (normalization_of(data) if data is not None else config.get("normalization"))
-    graph = integer_graph(model, tuple(config["input_shape"]), config["num_classes"], said)
+    graph = integer_graph(model, said)
     if onnx is not None:
         save_onnx(graph, onnx)
     engine.save_graph(graph, out)

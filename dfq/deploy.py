@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import zipfile
 from collections.abc import Callable
@@ -10,39 +11,17 @@ from statistics import median
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from dfq.checkpoint import CheckpointError
-from dfq.config import QuantConfig
-from dfq.data import DATASETS, Normalization, check_normalization
-from dfq.engine import Engine, IntegerGraph
+from dfq.data import DATASETS, Normalization
+from dfq.engine import Engine
 from dfq.errors import check, first_line
-from dfq.export import ExportError, export
-from dfq.quant import freeze_ranges, prepare, set_adapting
+from dfq.export import check_floats, export
+from dfq.quant import freeze_ranges, prepared_of, set_adapting
 from dfq.readers import read_image
 
 TOP = 3  # classes that are named
-
-
-def integer_graph(
-    model: nn.Module, input_shape: tuple[int, int, int], num_classes: int, normalization: Normalization | None = None
-) -> IntegerGraph:
-    """The integer network of a run's product.
-
-    Args:
-        model: of `load_run`, on the CPU.
-        input_shape, num_classes: of the run's config.
-        normalization: what makes the network's input of pixels; None: nobody says it, and it takes no pixels.
-
-    Raises:
-        ExportError: a float network, or one that is no integer network.
-        ValueError: a normalization of other channels.
-    """
-    if not isinstance(model, fx.GraphModule):
-        raise ExportError("export: the run must be of a quantized network, got a float one")
-    channels, height, width = input_shape
-    normalization = check_normalization("export", normalization, channels)
-    return export(model, (channels, height, width), num_classes, normalization=normalization)
 
 
 def normalization_of(data: str) -> Normalization:
@@ -52,21 +31,22 @@ def normalization_of(data: str) -> Normalization:
 
 
 @torch.no_grad()
-def check_integers(model: nn.Module, config: QuantConfig, input_shape: tuple[int, int, int], num_classes: int) -> None:
-    """Exports the untrained student: what no integer network has is known before the first step, not after the last.
+def check_integers(student: fx.GraphModule) -> None:
+    """Exports an untrained student: what no integer network has is known before the first step, not after the last.
 
     Args:
-        model: the float network; it is taken apart.
+        student: of `dfq.quant.prepare`; a copy of it is calibrated on noise.
 
     Raises:
         ExportError: it has no integer network; names the part.
     """
-    student = prepare(model.cpu(), config).train()
+    check_floats(student)
+    student, shape = copy.deepcopy(student).cpu().train(), prepared_of(student).input_shape
     set_adapting(student, True, batch_norms=False)
-    student(torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0)))
+    student(torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)))
     set_adapting(student, False)
     freeze_ranges(student)
-    Engine(integer_graph(student.eval(), input_shape, num_classes), backend="reference")
+    Engine(export(student.eval()), backend="reference")
 
 
 def milliseconds(model: Callable[[Tensor], Tensor], input_shape: tuple[int, int, int], seconds: float = 0.1) -> float:

@@ -10,7 +10,8 @@ from typing import Any
 WHERE = {
     "distill": "api", "load_run": "api", "quantize": "api", "teach": "api", "Result": "result",
     "LayerBits": "config", "QuantConfig": "config", "Recipe": "config", "quant_config": "config",
-    "accuracy": "evaluate", "ModelSpec": "models", "build_model": "models", "prepare": "quant",
+    "accuracy": "evaluate", "ModelSpec": "models", "build_model": "models",
+    "prepare": "student", "calibrate": "student", "export_integers": "student", "export_onnx": "student",
 }  # fmt: skip
 
 

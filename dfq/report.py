@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dfq.checkpoint import write_atomic
 from dfq.quant.exactness import LayerBound
-from dfq.quant.modules import QuantBatchNorm
+from dfq.layers.batch_norm import QuantBatchNorm
 from dfq.quant.quantizers import ActivationQuantizer, WeightQuantizers, weight_layers
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def model_bytes(model: nn.Module) -> int:
     for _, quantizer, weight in weight_layers(model):
         total += weight.numel() * quantizer.bits / 8 + 8 * weight.shape[0]
     for module in model.modules():
-        if isinstance(module, QuantBatchNorm) and module.bn is not None:
-            total += 16 * module.bn.num_features
+        if isinstance(module, QuantBatchNorm) and module.tail.bn is not None:
+            total += 16 * module.tail.bn.running_mean.numel()
         elif isinstance(module, ActivationQuantizer):
             total += 8
     return round(total)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,13 @@ from torch import nn
 from dfq.checkpoint import save_weights
 from dfq.config import to_json
 from dfq.data import Images, Normalization
-from dfq.deploy import integer_graph, milliseconds
+from dfq.deploy import milliseconds
 from dfq.engine import Engine, save_graph
 from dfq.evaluate import accuracy
 from dfq.quant import layer_bounds
 from dfq.report import model_bytes, save_curves, save_image_grid
 from dfq.run_folder import RunFolder
+from dfq.student import integer_graph
 from dfq.trainer import DataFreeTraining
 
 SHOWN = 10  # images of each member of the pool in a run's picture
@@ -104,7 +104,7 @@ def _integers(
     if not task.quant.integers:
         return None, task.quant.why_no_integers
     try:
-        graph = integer_graph(copy.deepcopy(product).cpu(), task.input_shape, task.num_classes, normalization)
+        graph = integer_graph(product, normalization)
         engine = Engine(graph)
     except ValueError as error:  # an ExportError: training took a sum past int32
         return None, str(error)

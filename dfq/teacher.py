@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from copy import copy
-
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 import dfq_kernels
-from dfq.quant.graph import Kind, PrepareError, activation_of, kind_or_none, traced
+from dfq.layers import BatchNorm as BatchNormKind
+from dfq.layers import kind_of
+from dfq.layers.batch_norm import stored_norm
+from dfq.layers.tail import FUSED, StoredNorm
+from dfq.network import Call, Network
+from dfq.network.calls import is_value
 
-BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | StoredNorm
+_MULTIPLIES = ("aten.conv1d.default", "aten.conv2d.default", "aten.conv2d.padding", "aten.linear.default",
+               "aten.conv_transpose2d.input")  # fmt: skip
 
 
 class BatchNormAct(nn.Module):
@@ -37,75 +43,71 @@ def freeze(teacher: nn.Module) -> nn.Module:
     return teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def fused(teacher: nn.Module, images: Tensor) -> nn.Module:
-    """The frozen teacher as a graph with a `BatchNormAct` for every batch norm and the activation that alone reads it.
+def teacher_graph(network: Network, dtype: torch.dtype | None = None) -> fx.GraphModule:
+    """The captured, frozen teacher with a `BatchNormAct` for every batch norm and the activation that alone reads it.
 
-    Modules are shared with `teacher`, which stays as it is. A teacher that cannot be traced is given back itself, and
-    so is one whose graph is not the same function: other logits of the images, another gradient, other batch norms.
+    Args:
+        network: of the teacher, whose tensors it shares.
+        dtype: what autocast would cast the weights of convolutions and linear layers to at every call; they are frozen,
+            so once is enough, and the results are the same bits.
     """
-    try:
-        graph = traced(teacher)
-    except PrepareError:
-        return teacher
-    norms = {node: graph.get_submodule(str(node.target)) for node in graph.graph.nodes
-             if kind_or_none(node, graph) is Kind.BATCH_NORM}  # fmt: skip
-    if set(norms.values()) != _called_norms(teacher, images):
-        return teacher
-    for node, norm in norms.items():
-        owner = str(node.target).rpartition(".")[0]
-        if owner and graph.get_submodule(owner) is teacher.get_submodule(owner):
-            return teacher  # the norm hangs on a layer, which is the teacher's
-        reader, activation = next(iter(node.users)), None
-        if len(node.users) == 1 and kind_or_none(reader, graph) is Kind.ACTIVATION:
-            activation = activation_of(reader, graph)
-            reader.replace_all_uses_with(node)
-            graph.graph.erase_node(reader)
-        graph.set_submodule(str(node.target), BatchNormAct(norm, activation))  # type: ignore[arg-type]
-    graph.recompile()
-    return graph if _same_function(graph, teacher, images) else teacher
-
-
-def with_weights_in(graph: nn.Module, teacher: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`graph`, which `fused` made, with the weights that autocast would cast to `dtype` at every call.
-
-    They are frozen, so once is enough, and the results are the same bits. The teacher keeps its own weights; what is no
-    graph stays as it is.
-    """
-    nodes = list(graph.graph.nodes) if isinstance(graph, fx.GraphModule) and graph is not teacher else []
-    read = {str(node.target).rpartition(".")[0] for node in nodes if node.op == "get_attr"}
-    for name in {str(node.target) for node in nodes if node.op == "call_module"} - read:
-        layer, owner = graph.get_submodule(name), name.rpartition(".")[0]
-        watched = layer._forward_hooks or layer._forward_pre_hooks
-        shared = owner and graph.get_submodule(owner) is teacher.get_submodule(owner)
-        if type(layer) not in (nn.Conv2d, nn.Linear) or watched or shared or layer.weight.dtype != torch.float32:
+    root, graph = nn.Module(), fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    cast = _cast_once(network, dtype)
+    for node in network.graph.nodes:
+        if node in new:
             continue
-        own = copy(layer)
-        own._parameters = {
-            key: value if value is None else nn.Parameter(value.to(dtype), requires_grad=False)
-            for key, value in layer._parameters.items()
-        }
-        graph.set_submodule(name, own)
-    return graph
+        if node.op == "get_attr":
+            new[node] = _held(root, graph, network, node, cast.get(node))
+        elif node.op == "output":
+            nested = pytree.tree_unflatten([new[item] if isinstance(item, fx.Node) else item for item in node.args[0]],
+                                           network.structure)  # fmt: skip
+            graph.output(nested)
+        elif (end := _batch_norm(network, node)) is not None:
+            norm, activation, last = end
+            root.add_module(f"norm_{node.name}", BatchNormAct(norm, activation))
+            new[node] = new[last] = graph.call_module(f"norm_{node.name}", (new[node.args[0]],))  # type: ignore[index]
+        else:
+            new[node] = graph.node_copy(node, lambda item: new[item])
+    return fx.GraphModule(root, graph).requires_grad_(False).eval()
 
 
-def _called_norms(teacher: nn.Module, images: Tensor) -> set[nn.Module]:
-    called: set[nn.Module] = set()
-    norms = [module for module in teacher.modules() if isinstance(module, BatchNorm)]
-    handles = [norm.register_forward_hook(lambda module, *_: called.add(module)) for norm in norms]
-    with torch.no_grad():
-        teacher(images)
-    for handle in handles:
-        handle.remove()
-    return called
+def _batch_norm(network: Network, node: fx.Node) -> tuple[StoredNorm, str | None, fx.Node] | None:
+    """A batch norm's parameters, the activation that alone reads it, and the last of both calls; None: another call."""
+    if node.op != "call_function" or not is_value(node):
+        return None
+    call = Call(node, network.tensors)
+    if not isinstance(kind_of(call), BatchNormKind):
+        return None
+    readers = list(node.users)
+    reader = Call(readers[0], network.tensors) if len(readers) == 1 and readers[0].op == "call_function" else None
+    kind = None if reader is None else kind_of(reader)
+    text = kind.text(reader) if kind is not None and reader is not None and kind.activation else None
+    fused = text is not None and text in FUSED
+    return stored_norm(call, None), text if fused else None, readers[0] if fused else node
 
 
-def _same_function(one: nn.Module, other: nn.Module, images: Tensor) -> bool:
-    """Logits, and a gradient of the images, but for rounding."""
-    results = []
-    for model in (one, other):
-        x = images.detach().clone().requires_grad_()
-        logits = model(x)
-        if not logits.requires_grad:
-            return False
-        results.append((logits, *torch.autograd.grad(logits.square().sum(), x)))
-    return all(bool((a - b).norm() <= 1e-3 * b.norm()) for a, b in zip(*results, strict=True))
+def _cast_once(network: Network, dtype: torch.dtype | None) -> dict[fx.Node, torch.dtype]:
+    """The weights and biases that only multiplying calls read."""
+    if dtype is None:
+        return {}
+    nodes = [node for node in network.graph.nodes if node.op == "get_attr"]
+    return {
+        node: dtype
+        for node in nodes
+        if all(reader.op == "call_function" and str(reader.target) in _MULTIPLIES for reader in node.users)
+        and network.tensors[str(node.target)].dtype == torch.float32
+    }
+
+
+def _held(root: nn.Module, graph: fx.Graph, network: Network, node: fx.Node, dtype: torch.dtype | None) -> fx.Node:
+    name, value = f"tensor_{node.name}", network.tensors[str(node.target)]
+    if isinstance(value, nn.Module):
+        root.add_module(name, value)
+        return graph.get_attr(name)
+    value = value if dtype is None else value.detach().to(dtype)
+    if isinstance(value, nn.Parameter):
+        root.register_parameter(name, value)
+    else:
+        root.register_buffer(name, value)
+    return graph.get_attr(name)

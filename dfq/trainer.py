@@ -27,9 +27,10 @@ from dfq.generator import Generator
 from dfq.losses import batch_negentropy, distillation, instance_entropy, label_cross_entropy
 from dfq.optimizers import adam, cosine, load_optimizer, set_learning_rate, sgd
 from dfq.pool import ImagePool
-from dfq.quant import check_traced, learn_ranges, range_parameters, set_adapting
+from dfq.network import Network, capture
+from dfq.quant import learn_ranges, range_parameters, set_adapting
 from dfq.seeds import seeded_initialisation
-from dfq.teacher import freeze, fused, with_weights_in
+from dfq.teacher import freeze, teacher_graph
 
 
 @dataclass
@@ -54,6 +55,7 @@ class DataFreeTraining:
         steps: student steps.
         seed: of everything random.
         execution: who runs the steps, as they are or as CUDA graphs; None: as they are.
+        network: the teacher, captured on its device; None: it is captured here.
 
     Raises:
         ValueError: a teacher without batch norms, or with other outputs than `[N, num_classes]`.
@@ -73,18 +75,18 @@ class DataFreeTraining:
         device: torch.device,
         precision: str,
         execution: Execution | None = None,
+        network: Network | None = None,
     ) -> None:
         owner, name = ("quantize", "model") if quant else ("distill", "teacher")
         check_weights(teacher, owner=owner, name=name)
         self.teacher = freeze(teacher.to(device))
-        self.bn_statistics = BnStatistics(self.teacher)
         self.recipe, self.quant, self.steps, self.seed = recipe, quant, steps, seed
         self.input_shape, self.num_classes, self.device, self.precision = input_shape, num_classes, device, precision
         self.execution = execution or Execution("off", device)
         self.students = [student.requires_grad_(True).to(device) for student in students]
         for student in self.students:
             student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._check_models(owner, name)
+        self._check_models(owner, name, network)
         self.sources = [self._source(index, config) for index, config in enumerate(recipe.generators)]
         self.pool = ImagePool(
             self.execution, batch_size=recipe.batch_size, seed=seed, device=device, precision=precision
@@ -239,18 +241,15 @@ class DataFreeTraining:
         optimizer = adam(generator.parameters(), recipe.generator_learning_rate, betas=(0.5, 0.999))
         return Source(config, generator, optimizer, index)
 
-    def _check_models(self, owner: str, name: str) -> None:
+    def _check_models(self, owner: str, name: str, network: Network | None) -> None:
         sizes = {"input_shape": self.input_shape, "num_classes": self.num_classes, "device": self.device}
         logits = check_classifier(self.teacher, **sizes, owner=owner, name=name)  # type: ignore[arg-type]
         if not bool(torch.isfinite(logits).all()):
             raise ValueError(f"{owner}: {name} must have finite weights, got NaN or infinite logits")
-        images = torch.randn(4, *self.input_shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-        if self.quant:
-            check_traced(self.teacher, images)
-        self.fused_teacher = fused(self.teacher, images)
-        if self.precision == "bf16":
-            self.fused_teacher = with_weights_in(self.fused_teacher, self.teacher, torch.bfloat16)
+        network = network or capture(self.teacher, self.input_shape, owner)
+        self.fused_teacher = teacher_graph(network, torch.bfloat16 if self.precision == "bf16" else None)
         self.bn_statistics = BnStatistics(self.fused_teacher)
+        images = torch.randn(4, *self.input_shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         with torch.no_grad(), self.bn_statistics as statistics, autocast(self.device, self.precision):
             self.fused_teacher(images)
             statistics.loss()  # its kernels are there

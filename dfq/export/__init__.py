@@ -1,5 +1,6 @@
 """A quantized network in other forms: integers, ONNX."""
 
-from dfq.export.integers import ExportError, export
+from dfq.export.integers import check_floats, export
+from dfq.export.items import ExportError
 
-__all__ = ["ExportError", "export"]
+__all__ = ["ExportError", "check_floats", "export"]

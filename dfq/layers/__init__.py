@@ -17,12 +17,13 @@ from dfq.layers import (
     table,
     transposed,
 )
+from dfq.layers.batch_norm import BatchNorm
 from dfq.layers.kind import AS_IT_IS, ON_A_GRID, STREAM, Float, Kind, Layer, kind_of, register
 from dfq.layers.tail import Tail
 from dfq.layers.weighted import QuantLayer, Weighted
 
 __all__ = [
-    "AS_IT_IS", "ON_A_GRID", "STREAM", "Float", "Kind", "Layer", "QuantLayer", "Tail", "Weighted", "activation", "add",
+    "AS_IT_IS", "BatchNorm", "ON_A_GRID", "STREAM", "Float", "Kind", "Layer", "QuantLayer", "Tail", "Weighted", "activation", "add",
     "average_pool", "batch_norm", "convolution", "kind_of", "linear", "max_pool", "moves", "multiply", "prelu",
     "register", "resize", "scale", "softmax", "table", "transposed",
 ]  # fmt: skip
