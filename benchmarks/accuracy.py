@@ -26,16 +26,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.machine import UNKNOWN, machine_line
-from dfq.checkpoint import load_tree, save_tree, write_atomic
-from dfq.cli import keep_freed_memory
+from dfq.running.checkpoint import load_tree, save_tree, write_atomic
+from dfq.cli.app import keep_freed_memory
 from dfq.config import RECIPES, GeneratorConfig, Recipe, quant_config, to_json
-from dfq.data import Batches, load_images
-from dfq.embedded import INPUT_SHAPE, load_teacher
-from dfq.evaluate import accuracy
-from dfq.optimizers import load_optimizer
+from dfq.data.images import Batches, load_images
+from dfq.models.embedded import INPUT_SHAPE, load_teacher
+from dfq.results.evaluate import accuracy
+from dfq.running.optimizers import load_optimizer
 from dfq.quant import freeze_ranges, prepare
-from dfq.seeds import random_source
-from dfq.trainer import DataFreeTraining, Source
+from dfq.running.seeds import random_source
+from dfq.method.trainer import DataFreeTraining, Source
 
 PARTS = Path("runs/accuracy")
 RESULT = Path("benchmarks/results/accuracy-fashion-mnist.json")

@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import RESULTS
-from dfq.checkpoint import write_atomic
+from dfq.running.checkpoint import write_atomic
 
 AGES = RESULTS / "ages.json"
 ROOT = RESULTS.parent.parent
 OPERATORS = ("dfq_kernels", "csrc/cpu", "csrc/common")
-TRAINING = ("dfq/quant", "dfq/generator.py", "dfq/losses.py", "dfq/trainer.py", "dfq/pool.py", "dfq/bn_stats.py",
-            "dfq/teacher.py", "dfq/optimizers.py")  # fmt: skip
+TRAINING = ("dfq/quant", "dfq/method/generator.py", "dfq/method/losses.py", "dfq/method/trainer.py", "dfq/method/pool.py", "dfq/method/bn_stats.py",
+            "dfq/method/teacher.py", "dfq/running/optimizers.py")  # fmt: skip
 # a change of these may change a table's numbers
 MEASURED = {
-    "accuracy": (*TRAINING, "dfq/config.py", "dfq/seeds.py", "dfq/evaluate.py", "dfq/assets", *OPERATORS),
+    "accuracy": (*TRAINING, "dfq/config.py", "dfq/running/seeds.py", "dfq/results/evaluate.py", "dfq/assets", *OPERATORS),
     "kernels": OPERATORS,
-    "steps": (*TRAINING, "dfq/execution.py", *OPERATORS),
-    "integer": ("dfq/engine", "dfq/export.py", "dfq/onnx_export.py", *OPERATORS),
-    "onnx": ("dfq/onnx_export.py", "dfq/export.py"),
+    "steps": (*TRAINING, "dfq/running/execution.py", *OPERATORS),
+    "integer": ("dfq/engine", "dfq/export.py", "dfq/export/onnx.py", *OPERATORS),
+    "onnx": ("dfq/export/onnx.py", "dfq/export.py"),
 }
 # inside of them, what no CPU runs
 ELSEWHERE = tuple(f":(exclude)dfq_kernels/{name}" for name in ("*/triton.py", "tiles.py", "integer_tiles.py",

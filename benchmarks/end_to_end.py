@@ -1,6 +1,6 @@
 """Whole training steps against torch.ao and forward hooks: `python -m benchmarks.end_to_end [--out FILE] [--compiled]`.
 
-One generator step and one student step of recipe `paper`, the loop of `dfq.trainer` in all variants. On a CPU:
+One generator step and one student step of recipe `paper`, the loop of `dfq.method.trainer` in all variants. On a CPU:
 WRN-16-1, batch 128. On a GPU: networks at CIFAR and ImageNet size, steps as they are, captured and compiled. What a
 step must launch and move at least is computed (`benchmarks.predicted`) and stands beside as `predicted`.
 """
@@ -30,15 +30,15 @@ from benchmarks.outcome import finish
 from benchmarks.predicted import predicted
 from benchmarks.timing import interleaved
 from benchmarks.torch_ao import HookStatistics, TorchAo
-from dfq.cli import keep_freed_memory
+from dfq.cli.app import keep_freed_memory
 from dfq.config import quant_config, recipe_named
-from dfq.embedded import INPUT_SHAPE, load_teacher
+from dfq.models.embedded import INPUT_SHAPE, load_teacher
 from dfq.errors import first_line
-from dfq.execution import WARM_UP, Execution
+from dfq.running.execution import WARM_UP, Execution
 from dfq.models import ModelSpec, build_model
 from dfq.quant import prepare
-from dfq.seeds import seeded_initialisation
-from dfq.trainer import DataFreeTraining
+from dfq.running.seeds import seeded_initialisation
+from dfq.method.trainer import DataFreeTraining
 
 OURS = "dfq-kernels"
 PRECISIONS = ("bf16", "fp32", "tf32")  # tf32: fp32 in which a GPU multiplies with 10 bits of mantissa

@@ -24,16 +24,16 @@ from torch import Tensor, nn
 
 from benchmarks.machine import results_file, write_results
 from benchmarks.timing import interleaved, record
-from dfq.cli import keep_freed_memory
+from dfq.cli.app import keep_freed_memory
 from dfq.config import quant_config
-from dfq.embedded import load_teacher
+from dfq.models.embedded import load_teacher
 from dfq.engine import Engine, IntegerGraph
 from dfq.export import export
 from dfq.models import ModelSpec, build_model
-from dfq.onnx_export import save_onnx
+from dfq.export.onnx import save_onnx
 from dfq.quant import freeze_ranges, prepare, set_adapting
 from dfq.quant.quantizers import learn_ranges
-from dfq.seeds import seeded_initialisation
+from dfq.running.seeds import seeded_initialisation
 
 Calls = dict[str, Callable[[Tensor], Any]]
 Chosen = Callable[[str], bool]  # whether a variant is measured

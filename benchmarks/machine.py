@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from dfq.checkpoint import write_atomic
-from dfq.run_folder import versions
+from dfq.running.checkpoint import write_atomic
+from dfq.running.run_folder import versions
 
 RESULTS = Path(__file__).parent / "results"
 UNKNOWN = "unknown"  # a commit without git, a date that nobody noted

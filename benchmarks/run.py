@@ -23,7 +23,7 @@ from benchmarks.baselines import Row, resnet18_weights, rows, torch_weights
 from benchmarks.machine import results_file
 from benchmarks.outcome import finish
 from benchmarks.timing import Seconds, captured, interleaved, per_graph
-from dfq.cli import keep_freed_memory
+from dfq.cli.app import keep_freed_memory
 from dfq_kernels.bn_stats import native as bn_stats
 from dfq_kernels.dispatch import missing
 from dfq_kernels.fake_quant import native as fake_quant

@@ -19,7 +19,7 @@ from torch.ao.quantization import (
 )
 from torch.nn import functional as F
 
-from dfq.bn_stats import BnStatistics
+from dfq.method.bn_stats import BnStatistics
 
 
 class HookStatistics(BnStatistics):

@@ -19,7 +19,7 @@ from triton.runtime.errors import OutOfResources
 from benchmarks.baselines import Row, resnet18_weights, rows
 from benchmarks.run import LAYOUTS, SHAPES, backward_of
 from benchmarks.timing import PER_GRAPH, captured, interleaved
-from dfq.checkpoint import write_atomic
+from dfq.running.checkpoint import write_atomic
 from dfq_kernels import Grid, fake_quant_weights, int_conv2d, pack_weight, quantize, requantize, tiles
 
 CHOICES = {"elements": (512, 1024, 2048, 4096, 8192), "warps": (4, 8, 16), "channels": (64, 128)}

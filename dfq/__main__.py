@@ -1,5 +1,5 @@
 """`python -m dfq` is the command `dfq`."""
 
-from dfq.cli import main
+from dfq.cli.app import main
 
 main()

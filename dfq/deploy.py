@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from dfq.checkpoint import CheckpointError
-from dfq.data import DATASETS, Normalization
+from dfq.running.checkpoint import CheckpointError
+from dfq.data.images import DATASETS, Normalization
 from dfq.engine import Engine
 from dfq.errors import check, first_line
 from dfq.export import check_floats, export
 from dfq.quant import freeze_ranges, prepared_of, set_adapting
-from dfq.readers import read_image
+from dfq.data.readers import read_image
 
 TOP = 3  # classes that are named
 

@@ -8,9 +8,9 @@ from typing import Any
 
 # name -> the module that has it
 WHERE = {
-    "distill": "api", "load_run": "api", "quantize": "api", "teach": "api", "Result": "result",
+    "distill": "api", "load_run": "api", "quantize": "api", "teach": "api", "Result": "results.finish",
     "LayerBits": "config", "QuantConfig": "config", "Recipe": "config", "quant_config": "config",
-    "accuracy": "evaluate", "ModelSpec": "models", "build_model": "models",
+    "accuracy": "results.evaluate", "ModelSpec": "models", "build_model": "models",
     "prepare": "student", "calibrate": "student", "export_integers": "student", "export_onnx": "student",
 }  # fmt: skip
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from dfq import quant
-from dfq.classifier import check_weights
+from dfq.network.classifier import check_weights
 from dfq.config import QuantConfig, quant_config
-from dfq.data import Normalization, check_normalization
+from dfq.data.images import Normalization, check_normalization
 from dfq.engine import Engine, IntegerGraph, save_graph
 from dfq.errors import check
 from dfq.export import export
-from dfq.onnx_export import save_onnx
+from dfq.export.onnx import save_onnx
 
 
 def prepare(

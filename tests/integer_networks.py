@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from dfq.config import quant_config
-from dfq.embedded import load_teacher
+from dfq.models.embedded import load_teacher
 from dfq.engine import IntegerGraph
 from dfq.engine.operators import OperatorNetwork
-from dfq.execution import Execution
+from dfq.running.execution import Execution
 from dfq.export import export
 from dfq.models import ModelSpec, build_model
 from dfq.quant import freeze_ranges, prepare, set_adapting

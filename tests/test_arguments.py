@@ -12,8 +12,8 @@ from torch.nn.utils import prune
 
 import dfq
 from dfq.config import QuantConfig
-from dfq.data import DataError, Images
-from dfq.device import resolve_precision
+from dfq.data.images import DataError, Images
+from dfq.running.device import resolve_precision
 from dfq.models import ModelSpec
 from tests.conftest import SMALL_RECIPE, small_net
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dfq.checkpoint import CheckpointError, load_tree, load_weights, save_tree, save_weights, write_atomic
+from dfq.running.checkpoint import CheckpointError, load_tree, load_weights, save_tree, save_weights, write_atomic
 from tests.conftest import small_net
 
 TREE = {

@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import dfq_kernels
-from dfq.checkpoint import save_weights
+from dfq.running.checkpoint import save_weights
 from tests.conftest import small_net
 
 RUN = """
@@ -24,7 +24,7 @@ import dataclasses, sys
 import dfq.config
 from tests.conftest import SMALL_RECIPE
 dfq.config.RECIPES["default"] = dataclasses.replace(SMALL_RECIPE, name="default")
-from dfq.cli import main
+from dfq.cli.app import main
 main()
 """
 FACTORY = ["--model", "tests.conftest:small_net", "--input-shape", "1,12,12", "--num-classes", "4"]
@@ -285,7 +285,7 @@ def test_the_version_and_the_backend_in_force() -> None:
 def test_help_documents_every_option(command: str) -> None:
     import typer.main
 
-    from dfq.cli import app
+    from dfq.cli.app import app
 
     click_command = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
     shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dfq.data import DATASETS, Batches, DataError, augment, load_images
-from dfq.readers import image_folder, read_image
+from dfq.data.images import DATASETS, Batches, DataError, augment, load_images
+from dfq.data.readers import image_folder, read_image
 
 COUNT = 6
 

@@ -14,9 +14,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 from dfq import engine
-from dfq.checkpoint import CheckpointError
-from dfq.cli import app
-from dfq.data import Images, load_images
+from dfq.running.checkpoint import CheckpointError
+from dfq.cli.app import app
+from dfq.data.images import Images, load_images
 from dfq.deploy import classify, integer_graph, milliseconds, normalization_of, read_images
 from dfq.export import ExportError
 from dfq.models import ModelSpec

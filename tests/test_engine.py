@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from dfq import engine
 from dfq.config import quant_config
-from dfq.data import load_images
+from dfq.data.images import load_images
 from dfq.engine.check import GraphError, check_graph
 from dfq.engine.graph import (
     IMAGES,

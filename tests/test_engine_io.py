@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save, save_file
 
 from dfq import engine
-from dfq.checkpoint import CheckpointError, save_weights
+from dfq.running.checkpoint import CheckpointError, save_weights
 from dfq.engine.check import check_graph
 from dfq.engine.io import KEY
 from dfq.engine.memory import fuse, plan_memory

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dfq.config import quant_config
-from dfq.execution import WARM_UP, Execution, ExecutionError
+from dfq.running.execution import WARM_UP, Execution, ExecutionError
 from dfq.models import ModelSpec, build_model
-from dfq.profiling import PROFILED_STEPS, TABLE, TRACE
-from dfq.trainer import DataFreeTraining
+from dfq.running.profiling import PROFILED_STEPS, TABLE, TRACE
+from dfq.method.trainer import DataFreeTraining
 from tests.conftest import SMALL_RECIPE, small_net
 from tests.recorded_steps import ForbidHostReads, RecordedSteps
 from tests.test_trainer import task, to_live_step
@@ -103,7 +103,7 @@ def test_a_step_that_takes_a_number_from_python_is_noticed(monkeypatch: pytest.M
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * value
 
-    monkeypatch.setattr("dfq.trainer.set_learning_rate", numbers)
+    monkeypatch.setattr("dfq.method.trainer.set_learning_rate", numbers)
     eager, replayed = task(LONGER, steps=12), recorded(task(LONGER, steps=12))
     differ = [
         index

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dfq.data import Images
+from dfq.data.images import Images
 from dfq_kernels.specs import all_specs
 from tests.conftest import SEED
 from tests.gpu_settings import refuse_interpreter

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import dfq
-from dfq.checkpoint import CheckpointError, load_tree, save_tree
-from dfq.loop import NonFiniteError, run_loop
-from dfq.run_folder import RunFolder
+from dfq.running.checkpoint import CheckpointError, load_tree, save_tree
+from dfq.running.loop import NonFiniteError, run_loop
+from dfq.running.run_folder import RunFolder
 from dfq_kernels import BackendError
 from tests.conftest import SMALL_RECIPE, SmallNet, small_net
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from dfq.bn_stats import BnStatistics
-from dfq.losses import batch_negentropy, distillation, instance_entropy, label_cross_entropy
-from dfq.teacher import freeze
+from dfq.method.bn_stats import BnStatistics
+from dfq.method.losses import batch_negentropy, distillation, instance_entropy, label_cross_entropy
+from dfq.method.teacher import freeze
 from tests.conftest import small_net
 
 TERMS = {

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from dfq.data import load_images
+from dfq.data.images import load_images
 from dfq.engine import Engine, IntegerGraph
 from dfq.engine.check import check_graph
 from dfq.engine.graph import IMAGES, AveragePool, Grid, Layer, Quantize
 from dfq.export import ExportError, export
-from dfq.onnx_export import save_onnx
+from dfq.export.onnx import save_onnx
 from tests.integer_networks import NETWORKS, exported, input_shape, quantized, reference_values
 from tests.random_networks import networks
 

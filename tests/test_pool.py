@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from dfq.execution import Execution
-from dfq.generator import Generator
-from dfq.pool import ImagePool
+from dfq.running.execution import Execution
+from dfq.method.generator import Generator
+from dfq.method.pool import ImagePool
 
 
 def test_each_purpose_keeps_its_round() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import benchmarks.readme as readme
-from dfq import embedded
+from dfq.models import embedded
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -48,7 +48,7 @@ def test_commands_of_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"make ([\w-]+)", TEXT):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    from dfq.cli import app
+    from dfq.cli.app import app
 
     known = {command.callback.__name__ for command in app.registered_commands if command.callback}
     assert set(re.findall(r"^dfq (\w+)", TEXT, re.MULTILINE)) <= known

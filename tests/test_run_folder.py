@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dfq.checkpoint import CheckpointError
-from dfq.run_folder import RunFolder, read_config
+from dfq.running.checkpoint import CheckpointError
+from dfq.running.run_folder import RunFolder, read_config
 
 SETTINGS = {"command": "test", "model": None, "quant": {"bits": {"weights": 4}, "ranges": "lsq"}, "seed": 0,
             "input_shape": [1, 2, 3], "num_classes": 4}  # fmt: skip
@@ -58,7 +58,7 @@ def test_importing_dfq_leaves_matplotlib_alone() -> None:
 
 def test_importing_dfq_does_not_import_the_compiler() -> None:
     """It takes longer than everything else together."""
-    code = "import dfq.cli, sys; print('torch._dynamo' in sys.modules)"
+    code = "import dfq.cli.app, sys; print('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 

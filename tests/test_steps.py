@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from dfq.config import GeneratorConfig, quant_config
-from dfq.losses import distillation
-from dfq.optimizers import cosine
+from dfq.method.losses import distillation
+from dfq.running.optimizers import cosine
 from dfq.quant.quantizers import ActivationQuantizer
 from tests.conftest import SMALL_RECIPE
 from tests.test_trainer import task, to_live_step

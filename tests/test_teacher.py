@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dfq_kernels
-from dfq.bn_stats import BnStatistics
+from dfq.method.bn_stats import BnStatistics
 from dfq.models import ModelSpec, build_model
-from dfq.teacher import BatchNormAct, freeze, fused, with_weights_in
+from dfq.method.teacher import BatchNormAct, freeze, fused, with_weights_in
 from tests.conftest import small_net
 
 

@@ -16,15 +16,15 @@ import pytest
 import torch
 
 import dfq
-from dfq.checkpoint import CheckpointError, load_tree
+from dfq.running.checkpoint import CheckpointError, load_tree
 from dfq.config import RECIPES, GeneratorConfig, LayerBits, quant_config
-from dfq.data import Images
-from dfq.loop import Interrupted, NonFiniteError
+from dfq.data.images import Images
+from dfq.running.loop import Interrupted, NonFiniteError
 from dfq.models import ModelSpec
-from dfq.optimizers import cosine, one_cycle
+from dfq.running.optimizers import cosine, one_cycle
 from dfq.quant import prepare
 from dfq.quant.quantizers import weight_layers
-from dfq.trainer import DataFreeTraining
+from dfq.method.trainer import DataFreeTraining
 from tests.conftest import SMALL_RECIPE, small_net
 
 
@@ -204,7 +204,7 @@ def read_metrics(folder: Path) -> list[dict]:
 
 KILLED = """
 import sys
-import dfq, dfq.loop
+import dfq, dfq.running.loop
 from tests.conftest import SMALL_RECIPE, small_net
 class Slow:
     def on_step(self, phase, index, total, metrics):

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfq.data import load_images
+from dfq.data.images import load_images
 from dfq.engine import IntegerGraph
 from dfq.engine.native import NativeNetwork
 from dfq.engine.operators import OperatorNetwork
-from dfq.execution import Execution
+from dfq.running.execution import Execution
 from tests.conftest import widen_tiles
 from tests.integer_networks import PRESETS, exact_values, exported
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dfq.checkpoint import CheckpointError, write_atomic
+from dfq.running.checkpoint import CheckpointError, write_atomic
 from dfq.engine.check import check_graph
 from dfq.engine.graph import STEPS, Grid, IntegerGraph, Layer, Output, Step
 from dfq.engine.rules import GraphError

@@ -28,7 +28,7 @@ from dfq.engine.graph import (
 )
 from dfq.engine.memory import fuse
 from dfq.engine.moves import Placement
-from dfq.execution import Execution
+from dfq.running.execution import Execution
 from dfq_kernels import (
     Grid,
     PackedWeight,

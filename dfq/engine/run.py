@@ -15,7 +15,7 @@ from dfq.engine.native import NativeNetwork
 from dfq.engine.operators import OperatorNetwork
 from dfq.engine.pixels import normalized
 from dfq.errors import check
-from dfq.execution import Execution
+from dfq.running.execution import Execution
 from dfq_kernels import dispatch, extension
 from dfq_kernels.dispatch import BackendError
 
@@ -40,7 +40,7 @@ class Engine:
         graph: the network.
         device: `cpu`, or a GPU, where a CUDA graph is captured for every batch size (for the first 16 of them).
         backend: `native` (C++ on the CPU), `triton` or `reference`; None takes the best that is there.
-        capture: `auto`, `on` or `off`, as in `dfq.execution.Execution`.
+        capture: `auto`, `on` or `off`, as in `dfq.running.execution.Execution`.
 
     Raises:
         ValueError: an unknown backend, a capture that cannot be, or a graph that is no network.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from dfq.classifier import evaluation
+from dfq.network.classifier import evaluation
 from dfq.errors import first_line
 from dfq.network.calls import MODULE, is_size
 from dfq.network.normalize import normalize

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.integer import integers
 from dfq.engine import Engine
-from dfq.execution import WARM_UP, Execution
+from dfq.running.execution import WARM_UP, Execution
 from tools.gpu_check.notes import arguments
 from tools.gpu_check.place import Place, place
 

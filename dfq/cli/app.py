@@ -16,16 +16,18 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from dfq import api, commands, embedded
-from dfq.checkpoint import load_weights
+from dfq import api
+from dfq.cli import commands
+from dfq.models import embedded
+from dfq.running.checkpoint import load_weights
 from dfq.config import PRESETS, RECIPES, LayerBits, TeachConfig
-from dfq.data import DATASETS, Images, load_images
-from dfq.execution import MODES, ExecutionError
-from dfq.loop import Interrupted, NonFiniteError
+from dfq.data.images import DATASETS, Images, load_images
+from dfq.running.execution import MODES, ExecutionError
+from dfq.running.loop import Interrupted, NonFiniteError
 from dfq.models import MODEL_NAMES, ModelSpec, build_model
-from dfq.options import Data, DataRoot, Device, Json, Mean, Std, normalization
-from dfq.progress import ProgressBar, Silent
-from dfq.report import accuracy_table
+from dfq.cli.options import Data, DataRoot, Device, Json, Mean, Std, normalization
+from dfq.running.progress import ProgressBar, Silent
+from dfq.results.report import accuracy_table
 from dfq_kernels import BackendError, __version__
 
 app = typer.Typer(

@@ -1,7 +1,7 @@
 """The one training loop: steps, metrics, the non-finite guard, checkpoints, interruption, resume.
 
 Whoever trains supplies an object with `step(index) -> metrics`, `state_dict()` and `load_state_dict()`. All randomness
-of a step is a function of its index (`dfq.seeds`), so a run that resumes from a checkpoint repeats the same bits.
+of a step is a function of its index (`dfq.running.seeds`), so a run that resumes from a checkpoint repeats the same bits.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dfq.checkpoint import CheckpointError, load_tree, save_tree
+from dfq.running.checkpoint import CheckpointError, load_tree, save_tree
 from dfq.errors import first_line
-from dfq.run_folder import RunFolder
+from dfq.running.run_folder import RunFolder
 
 
 class Trainable(Protocol):

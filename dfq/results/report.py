@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from dfq.checkpoint import write_atomic
+from dfq.running.checkpoint import write_atomic
 from dfq.quant.exactness import LayerBound
 from dfq.layers.batch_norm import QuantBatchNorm
 from dfq.quant.quantizers import ActivationQuantizer, WeightQuantizers, weight_layers

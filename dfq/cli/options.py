@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dfq.data import DATASETS, Normalization
+from dfq.data.images import DATASETS, Normalization
 from dfq.errors import check
 
 Data = Annotated[

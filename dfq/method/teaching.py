@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfq.classifier import check_classifier
+from dfq.network.classifier import check_classifier
 from dfq.config import TeachConfig
-from dfq.data import Batches, Images
-from dfq.device import autocast
-from dfq.optimizers import load_optimizer, one_cycle, set_learning_rate, sgd
-from dfq.seeds import seeded_initialisation
+from dfq.data.images import Batches, Images
+from dfq.running.device import autocast
+from dfq.running.optimizers import load_optimizer, one_cycle, set_learning_rate, sgd
+from dfq.running.seeds import seeded_initialisation
 
 
 class TeacherTraining:

@@ -12,7 +12,7 @@ SHOWN_TERMS = 4
 
 
 class ProgressBar:
-    """Context that draws one bar for a whole run; an `Observer` of `dfq.loop`."""
+    """Context that draws one bar for a whole run; an `Observer` of `dfq.running.loop`."""
 
     def __init__(self, console: Console) -> None:
         self.progress = Progress(

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfq.checkpoint import write_atomic
+from dfq.running.checkpoint import write_atomic
 from dfq.engine.check import Shape, check_graph
 from dfq.engine.graph import IMAGES, Add, AveragePool, Grid, IntegerGraph, Layer, MaxPool, Quantize, Rescale, Step
 from dfq.errors import first_line

@@ -8,8 +8,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from dfq.classifier import evaluation
-from dfq.data import Images
+from dfq.network.classifier import evaluation
+from dfq.data.images import Images
 from dfq.errors import first_line
 
 

@@ -8,7 +8,7 @@ from types import TracebackType
 from torch import Tensor, nn
 
 import dfq_kernels
-from dfq.teacher import BatchNorm, BatchNormAct, measured
+from dfq.method.teacher import BatchNorm, BatchNormAct, measured
 
 Layer = BatchNorm | BatchNormAct
 

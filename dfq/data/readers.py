@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dfq.errors import first_line
-from dfq.matlab import read_mat
+from dfq.data.matlab import read_mat
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp")
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from dfq.checkpoint import write_atomic
-from dfq.loop import Trainable
+from dfq.running.checkpoint import write_atomic
+from dfq.running.loop import Trainable
 
 PROFILED_STEPS = 10
 TRACE, TABLE = "trace.json", "profile.txt"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
-from dfq.checkpoint import CheckpointError, load_weights
+from dfq.running.checkpoint import CheckpointError, load_weights
 from dfq.models import ModelSpec, build_model
 
 ASSETS = Path(str(resources.files("dfq") / "assets"))

@@ -9,22 +9,23 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from dfq import embedded, engine
+from dfq import engine
+from dfq.models import embedded
 from dfq.api import load_run
 from dfq.config import PRESETS, RECIPES, to_json
-from dfq.data import DATASETS, Images, load_images
+from dfq.data.images import DATASETS, Images, load_images
 from dfq.deploy import classify, normalization_of
-from dfq.device import resolve_device, resolve_precision
+from dfq.running.device import resolve_device, resolve_precision
 from dfq.engine.inspect import facts
 from dfq.errors import check
-from dfq.evaluate import accuracy, check_test_images
+from dfq.results.evaluate import accuracy, check_test_images
 from dfq.models import MODEL_NAMES
-from dfq.onnx_export import save_onnx
-from dfq.options import Backend, DataRoot, Device, Json, Mean, Std, normalization
+from dfq.export.onnx import save_onnx
+from dfq.cli.options import Backend, DataRoot, Device, Json, Mean, Std, normalization
 from dfq.quant import layer_bounds
 from dfq.student import integer_graph
-from dfq.report import accuracy_table, bounds_table, engine_tables, model_bytes
-from dfq.run_folder import versions
+from dfq.results.report import accuracy_table, bounds_table, engine_tables, model_bytes
+from dfq.running.run_folder import versions
 from dfq_kernels import extension
 from dfq_kernels.dispatch import TABLE, chosen
 

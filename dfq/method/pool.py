@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dfq.device import autocast
-from dfq.execution import Execution
-from dfq.generator import Generator
-from dfq.seeds import random_source
+from dfq.running.device import autocast
+from dfq.running.execution import Execution
+from dfq.method.generator import Generator
+from dfq.running.seeds import random_source
 
 
 class ImagePool:

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfq import readers
+from dfq.data import readers
 from dfq.errors import check
-from dfq.seeds import random_source
+from dfq.running.seeds import random_source
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dfq.checkpoint import CheckpointError, write_atomic
+from dfq.running.checkpoint import CheckpointError, write_atomic
 from dfq_kernels import __version__
 from dfq_kernels.dispatch import chosen
 

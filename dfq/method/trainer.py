@@ -18,19 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfq.bn_stats import BnStatistics
-from dfq.classifier import check_classifier, check_learns, check_weights
+from dfq.method.bn_stats import BnStatistics
+from dfq.network.classifier import check_classifier, check_learns, check_weights
 from dfq.config import GeneratorConfig, QuantConfig, Recipe
-from dfq.device import autocast
-from dfq.execution import Execution
-from dfq.generator import Generator
-from dfq.losses import batch_negentropy, distillation, instance_entropy, label_cross_entropy
-from dfq.optimizers import adam, cosine, load_optimizer, set_learning_rate, sgd
-from dfq.pool import ImagePool
+from dfq.running.device import autocast
+from dfq.running.execution import Execution
+from dfq.method.generator import Generator
+from dfq.method.losses import batch_negentropy, distillation, instance_entropy, label_cross_entropy
+from dfq.running.optimizers import adam, cosine, load_optimizer, set_learning_rate, sgd
+from dfq.method.pool import ImagePool
 from dfq.network import Network, capture
 from dfq.quant import learn_ranges, range_parameters, set_adapting
-from dfq.seeds import seeded_initialisation
-from dfq.teacher import freeze, teacher_graph
+from dfq.running.seeds import seeded_initialisation
+from dfq.method.teacher import freeze, teacher_graph
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Source:
 
 
 class DataFreeTraining:
-    """The task that `dfq.loop.run_loop` drives.
+    """The task that `dfq.running.loop.run_loop` drives.
 
     Args:
         teacher: float classifier with batch norms; is frozen.

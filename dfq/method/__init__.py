@@ -1,0 +1,1 @@
+"""The paper: generators, losses, the teacher, the alternating loop."""

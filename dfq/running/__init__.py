@@ -1,0 +1,1 @@
+"""How a run runs: its loop, its folder, its checkpoints, its device."""
