@@ -175,7 +175,7 @@ def run(row: Row) -> Mapping[str, Any]:
     started = time.monotonic()
     teacher, test = load_teacher(), load_images("fashion-mnist", "test")
     config = quant_config(row.preset, ranges=row.recipe.ranges)
-    students: list[nn.Module] = [prepare(copy.deepcopy(teacher), config) for _ in range(row.recipe.students)]
+    students: list[nn.Module] = [prepare(copy.deepcopy(teacher), embedded.INPUT_SHAPE, config) for _ in range(row.recipe.students)]
     kind = LabelTraining if row.images == "QAT" else DataFreeTraining
     task = kind(
         teacher, students, row.recipe, quant=config, input_shape=INPUT_SHAPE, num_classes=10, steps=row.steps,
@@ -190,7 +190,7 @@ def run(row: Row) -> Mapping[str, Any]:
     values: dict[str, Any] = {}
     task.step(task.warm_up_steps)
     if row.table != "ablation" and row.seed == 0:
-        calibrated = prepare(copy.deepcopy(teacher), config)
+        calibrated = prepare(copy.deepcopy(teacher), embedded.INPUT_SHAPE, config)
         calibrated.load_state_dict(task.calibrated)
         freeze_ranges(calibrated)
         values["calibrated"] = accuracy(calibrated, test, device=CPU)

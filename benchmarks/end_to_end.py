@@ -86,7 +86,7 @@ def calibrated(work: Workload, execution: Execution | None = None, device: str =
     quant, net = quant_config(work.preset, ranges=work.ranges), teacher(work)
     classes = net(torch.zeros(1, *work.image_shape)).shape[1]
     task = DataFreeTraining(
-        net, [prepare(teacher(work), quant)], recipe, quant=quant, input_shape=work.image_shape, num_classes=classes,
+        net, [prepare(teacher(work), work.image_shape, quant)], recipe, quant=quant, input_shape=work.image_shape, num_classes=classes,
         steps=10**6, seed=0, device=torch.device(device), precision="bf16" if work.precision == "bf16" else "fp32",
         execution=execution,
     )  # fmt: skip

@@ -44,7 +44,7 @@ def float_network(name: str) -> nn.Module:
 def quantized(model: nn.Module, shape: tuple[int, int, int], preset: str, ranges: str = "minmax") -> fx.GraphModule:
     """`model` with ranges that have seen noise, as it is evaluated."""
     config = quant_config(preset, ranges=ranges)
-    prepared = prepare(copy.deepcopy(model), config).train()
+    prepared = prepare(copy.deepcopy(model), shape, config).train()
     set_adapting(prepared, True, batch_norms=False)
     with torch.no_grad(), torch.random.fork_rng(devices=()):
         torch.manual_seed(SEED + 1)
@@ -88,7 +88,7 @@ def reference_values(graph: IntegerGraph, images: Tensor) -> dict[str, Tensor]:
 
 def exported(name: str, preset: str) -> tuple[fx.GraphModule, IntegerGraph]:
     model = quantized(float_network(name), input_shape(name), preset, "lsq" if preset == "W4A4" else "minmax")
-    return model, export(model, input_shape(name), 10)
+    return model, export(model)
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:

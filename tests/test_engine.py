@@ -277,7 +277,7 @@ def test_what_is_no_integer_network_is_not_exported(preset: str, text: str | Non
 
 def test_affine_weights_are_not_exported() -> None:
     config = replace(quant_config("W4A4"), weight_scheme="affine")
-    model = prepare(small_net(), config)
+    model = prepare(small_net(), (1, 12, 12), config)
     set_adapting(model, True)
     model(torch.randn(2, 1, 12, 12))
     freeze_ranges(model)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import dfq_kernels as k
 from dfq.config import quant_config
 from dfq.quant import prepare
-from dfq.quant.modules import QuantConv2d
+from dfq.layers.convolution import QuantConv
 from dfq_kernels.dispatch import missing
 from tests.conftest import small_net
 
@@ -210,7 +210,7 @@ def test_layers_that_torch_is_faster_at_are_torch_s(
 
 def test_where_no_values_are_shapes_are() -> None:
     """A student on the meta device."""
-    student = prepare(small_net(), quant_config("W4A4")).train()
+    student = prepare(small_net(), (1, 12, 12), quant_config("W4A4")).train()
     expected = student(torch.randn(20, 1, 12, 12))
     found = student.to("meta")(torch.empty(20, 1, 12, 12, device="meta"))
     assert found.is_meta and found.shape == expected.shape
@@ -218,13 +218,13 @@ def test_where_no_values_are_shapes_are() -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated", "ignore::torch.jit.TracerWarning")
 def test_a_training_student_can_be_traced() -> None:
-    student, images = prepare(small_net(), quant_config("W4A4")).train(), torch.randn(20, 1, 12, 12)
+    student, images = prepare(small_net(), (1, 12, 12), quant_config("W4A4")).train(), torch.randn(20, 1, 12, 12)
     assert torch.equal(torch.jit.trace(student, (images,), check_trace=False)(images), student(images))
 
 
 def test_a_student_convolves_by_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     """All its layers whose input is quantized; autocast says which type their results have."""
-    student = prepare(small_net(), quant_config("W4A4")).train()
+    student = prepare(small_net(), (1, 12, 12), quant_config("W4A4")).train()
     seen: list[Any] = []
 
     def call(x: Tensor, x_scale: Tensor, weight: Tensor, *rest: Any, **settings: Any) -> Tensor:
@@ -234,7 +234,7 @@ def test_a_student_convolves_by_the_operator(monkeypatch: pytest.MonkeyPatch) ->
     whole = k.fake_quant_conv2d
     monkeypatch.setattr(k, "fake_quant_conv2d", call)
     images = torch.randn(2, 1, 12, 12)
-    layers = [module for module in student.modules() if isinstance(module, QuantConv2d)]
+    layers = [module for module in student.modules() if isinstance(module, QuantConv)]
     logits = student(images)
     assert seen == [None] * len(layers) and logits.dtype == torch.float32
     seen.clear()

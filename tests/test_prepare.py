@@ -267,5 +267,5 @@ def test_a_model_in_training_is_traced_as_in_evaluation() -> None:
 
 def test_gdfq_gives_a_relu_the_bits_that_its_layers_agree_on() -> None:
     config = quant_config("gdfq-W4A4", overrides={"conv3": LayerBits(4, 7)})
-    modules = dict(prepare(small_net(), config).named_modules())
+    modules = dict(prepare(small_net(), (1, 12, 12), config).named_modules())
     assert modules["conv2.tail.quantizer"].bits == 7 and modules["conv1.tail.quantizer"].bits == 4

@@ -15,7 +15,7 @@ from torch import nn
 from dfq.config import quant_config
 from dfq.export import ExportError, export
 from dfq.quant import freeze_ranges, learn_ranges, prepare, set_adapting
-from dfq.quant.modules import Tail
+from dfq.layers import Tail
 from dfq.quant.quantizers import FIXED, LEARNED, ActivationQuantizer
 from tests.conftest import SEED, small_net
 from tests.test_quant import calibrated
@@ -28,7 +28,7 @@ def test_a_state_puts_a_fresh_network_into_its_phase() -> None:
     config = quant_config("W2A4", **LSQ)
     student = calibrated(small_net(), config, x)
     for phase in (LEARNED, FIXED):
-        fresh = prepare(small_net(), config)
+        fresh = prepare(small_net(), (1, 12, 12), config)
         fresh.load_state_dict(student.state_dict())
         found = {
             module.source for module in fresh.modules() if isinstance(module, ActivationQuantizer) and module.bits < 8
@@ -44,12 +44,12 @@ def test_a_state_puts_a_fresh_network_into_its_phase() -> None:
 def test_a_state_of_other_bits_is_refused(saved: str, loaded: str) -> None:
     state = calibrated(small_net(), quant_config(saved), torch.randn(4, 1, 12, 12)).state_dict()
     with pytest.raises(RuntimeError, match=r"grid must be of the integers \[-?\d+, \d+\], got \[-?\d+, \d+\]"):
-        prepare(small_net(), quant_config(loaded)).load_state_dict(state)
+        prepare(small_net(), (1, 12, 12), quant_config(loaded)).load_state_dict(state)
 
 
 @pytest.mark.parametrize("seen", ["nothing", "in evaluation", "NaN", "infinity"])
 def test_a_network_that_saw_no_finite_image_is_not_frozen_learned_or_exported(seen: str) -> None:
-    student = prepare(small_net(), quant_config("W4A4", **LSQ)).train(seen != "in evaluation")
+    student = prepare(small_net(), (1, 12, 12), quant_config("W4A4", **LSQ)).train(seen != "in evaluation")
     images = torch.randn(4, 1, 12, 12)
     if seen != "nothing":
         set_adapting(student, True)
@@ -59,7 +59,7 @@ def test_a_network_that_saw_no_finite_image_is_not_frozen_learned_or_exported(se
         with pytest.raises(ValueError, match="model must have seen finite images in training mode"):
             call(student)
     with pytest.raises(ExportError, match="must have fixed ranges"):
-        export(student.eval(), (1, 12, 12), 4)
+        export(student.eval())
 
 
 @pytest.mark.parametrize("factor", [1e-9, 1e-5, 1e5, 1e9])
@@ -102,7 +102,7 @@ def _train(rank: int, folder: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     torch.manual_seed(0)
-    student = prepare(small_net(), quant_config("W8A8")).train()
+    student = prepare(small_net(), (1, 12, 12), quant_config("W8A8")).train()
     model = nn.parallel.DistributedDataParallel(student)
     set_adapting(student, True)
     for step in range(3):

@@ -68,7 +68,7 @@ def test_affine_weights_reach_both_ends_of_their_range(random: torch.Generator) 
 
 def test_first_and_last_layers_have_their_own_bits() -> None:
     config = replace(quant_config("W4A4"), first=LayerBits(7, 6), last=LayerBits(5, 3))
-    student = prepare(small_net(), config)
+    student = prepare(small_net(), (1, 12, 12), config)
     bits = {name: quantizer.bits for name, quantizer, _ in weight_layers(student)}
     assert (bits["conv1"], bits["conv2"], bits["fc"]) == (7, 4, 5)
     modules = dict(student.named_modules())

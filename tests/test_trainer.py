@@ -30,7 +30,7 @@ from tests.conftest import SMALL_RECIPE, small_net
 
 def task(recipe=SMALL_RECIPE, quant=None, steps=4, seed=0, device="cpu") -> DataFreeTraining:
     quant = quant or quant_config("W3A3", ranges=recipe.ranges)
-    students = [prepare(small_net(), quant) for _ in range(recipe.students)]
+    students = [prepare(small_net(), (1, 12, 12), quant) for _ in range(recipe.students)]
     return DataFreeTraining(
         small_net(), students, recipe, quant=quant, input_shape=(1, 12, 12), num_classes=4, steps=steps, seed=seed,
         device=torch.device(device), precision="fp32",

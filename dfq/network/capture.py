@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from dfq.network.classifier import evaluation
 from dfq.errors import first_line
-from dfq.network.calls import MODULE, is_size
+from dfq.network.calls import MODULE, is_size, target_of
 from dfq.network.normalize import normalize
 
 BATCH = 2  # images of the example: torch.export takes a batch of 1 for a constant
@@ -75,6 +75,7 @@ def capture(model: nn.Module, example: tuple[int, ...] | Tensor, owner: str = "p
         log.disabled = False
     graph, tensors = _lifted(program, model)
     normalize(graph, tensors)
+    graph = _named(graph)
     assert program.call_spec.out_spec is not None
     network = Network(graph, tensors, program.call_spec.out_spec, tuple(images.shape[1:]), dict(model.named_modules()))
     _check_same(network, images, pytree.tree_leaves(expected), owner)
@@ -188,6 +189,22 @@ def _lifted(program: torch.export.ExportedProgram, model: nn.Module) -> tuple[fx
             new[node].meta[MODULE] = _module_name(node)
     _fold(graph, tensors)
     return graph, tensors
+
+
+def _named(graph: fx.Graph) -> fx.Graph:
+    """The same graph with names that say what is called where: `layer1_0_add`."""
+    named = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        name = node.name
+        if node.op == "call_function":
+            where = str(node.meta.get(MODULE, "")).replace(".", "_")
+            call = target_of(node).removeprefix("aten.").split(".")[0].strip("_")
+            name = f"{where}_{call}" if where else call
+        arguments, keywords = fx.map_arg((node.args, node.kwargs), lambda item: new[item])
+        new[node] = named.create_node(node.op, node.target, arguments, keywords, name)
+        new[node].meta |= node.meta
+    return named
 
 
 def _module_name(node: fx.Node) -> str:
