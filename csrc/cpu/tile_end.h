@@ -29,7 +29,7 @@ void finish_lanes(const Step& s, const Finish& finish, const View2d& residual, c
                   int pixels, int64_t y, int64_t x, int64_t channel) {
   const Sink sink = finish.outs[0];
   const Chain& chain = finish.chained[0];
-  const Sink next = chain.outs[0];
+  const Sink next = kChain == kNothing ? sink : chain.outs[0];
   const Vec mult = load_vec(&s.mult[channel]), bias = load_vec(&s.bias[channel]);
   const bool bent = finish.bent, next_bent = kChain != kNothing && bends(chain.step->activation);
   const bool normalized = kChain == kRescaled && !chain.step->mean.empty();
