@@ -95,15 +95,22 @@ class QuantLayer(Layer):
         return acc * per_channel(mult, acc, axis) + per_channel(bias, acc, axis)
 
     def accumulate_integers(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The exact accumulators as fp32; float64 where partial sums could pass 2^24, and always on a GPU.
+        """The exact accumulators as fp32.
 
-        (cuDNN may pick a Winograd or a TF32 algorithm for fp32; its float64 results are off by far less than a half.)
+        In fp32 on a CPU where no partial sum can pass 2^24; else of the weight's halves of 4 bits one after the other,
+        where theirs cannot; else, and always on a GPU, in float64. (cuDNN may pick a Winograd or a TF32 algorithm for
+        fp32; its float64 results are off by far less than a half.)
         """
-        rows = weight.detach().flatten(1).abs().sum(1)
-        bound = float(x.detach().abs().max()) * float(rows.max()) if x.numel() else 0.0
-        if bound < EXACT_LIMIT and x.device.type == "cpu":
-            with torch.backends.nnpack.flags(enabled=False):  # its Winograd convolutions are not exact
-                return self.accumulate(x, weight, None)
+        largest = float(x.detach().abs().max()) if x.numel() else 0.0
+        if x.device.type == "cpu":
+            high = torch.round(weight / 16)
+            for parts in ((weight,), (weight - 16 * high, high)):
+                rows = max(float(part.detach().flatten(1).abs().sum(1).max()) for part in parts)
+                if largest * rows >= EXACT_LIMIT:
+                    continue
+                with torch.backends.nnpack.flags(enabled=False):  # its Winograd convolutions are not exact
+                    low, *rest = (self.accumulate(x, part, None) for part in parts)
+                return low if not rest else (rest[0].double() * 16 + low.double()).float()
         return torch.round(self.accumulate(x.double(), weight.double(), None)).float()
 
     def constants_for(self, to: Integers, x: str, wide: tuple[int, ...]) -> dict[str, Any]:
