@@ -12,7 +12,8 @@ from torch.nn import functional as F
 import dfq
 from dfq.config import LayerBits, quant_config
 from dfq.quant import PrepareError, freeze_ranges, prepare
-from dfq.quant.pooling import QuantAveragePool
+from dfq.layers import Tail
+from dfq.layers.average_pool import QuantAveragePool
 from tests.conftest import small_net
 from tests.test_quant import calibrated
 
@@ -85,7 +86,7 @@ def test_unusual_networks_are_the_same_function_at_eight_bits(random: torch.Gene
 
 
 def test_dropout_is_gone_from_the_student() -> None:
-    student = prepare(Unusual("view"), quant_config("W4A4")).train()
+    student = prepare(Unusual("view"), (1, 12, 12), quant_config("W4A4")).train()
     assert not any(isinstance(module, nn.Dropout) for module in student.modules())
 
 
@@ -100,7 +101,7 @@ def test_in_place_calls_whose_result_is_unused_are_refused(call) -> None:
             return self.head(x)
 
     with pytest.raises(PrepareError, match="must be used .* got an in-place call"):
-        prepare(InPlace("view"), quant_config("W4A4"))
+        prepare(InPlace("view"), (1, 12, 12), quant_config("W4A4"))
 
 
 @pytest.mark.parametrize(
@@ -153,11 +154,11 @@ def accumulate(net: Unusual, x: torch.Tensor) -> torch.Tensor:
 def test_a_value_that_is_read_after_its_change_in_place_is_refused(change) -> None:
     """Traced as it stands, the network would read the old value: another function."""
     with pytest.raises(PrepareError, match="add must read the result of .* changed in place"):
-        prepare(Reads(change), quant_config("W4A4"))
+        prepare(Reads(change), (1, 12, 12), quant_config("W4A4"))
 
 
 def test_what_is_in_place_in_the_model_is_not_in_the_student() -> None:
-    student = prepare(Unusual("in-place sum"), quant_config("W4A4"))
+    student = prepare(Unusual("in-place sum"), (1, 12, 12), quant_config("W4A4"))
     targets = [node.target for node in student.graph.nodes if node.op == "call_function"]
     assert operator.add in targets and operator.iadd not in targets
     assert not any(getattr(module, "inplace", False) for module in student.modules())
@@ -169,7 +170,7 @@ def test_what_no_output_depends_on_is_left_out() -> None:
             self.bn4(self.other(self.bn(self.conv(x)))).flatten(1)  # an auxiliary head that is not used
             return super().forward(x)
 
-    student = prepare(Branch("view"), quant_config("W4A4"))
+    student = prepare(Branch("view"), (1, 12, 12), quant_config("W4A4"))
     assert "other" not in dict(student.named_modules()) and "grouped" in dict(student.named_modules())
 
 
@@ -178,7 +179,7 @@ def test_names_of_the_new_graph_are_refused() -> None:
         model = nn.Sequential()
         model.add_module(name, nn.Conv2d(1, 4, 3))
         with pytest.raises(PrepareError, match=f"a submodule must not have a name .* got '{name}'"):
-            prepare(model, quant_config("W4A4"))
+            prepare(model, (1, 12, 12), quant_config("W4A4"))
 
 
 def test_a_weight_that_no_optimizer_can_train_is_refused() -> None:
@@ -187,7 +188,7 @@ def test_a_weight_that_no_optimizer_can_train_is_refused() -> None:
     del model[0].weight
     model[0].weight = weight
     with pytest.raises(PrepareError, match=r"weight of 0 must be an nn\.Parameter, got Tensor"):
-        prepare(model, quant_config("W4A4"))
+        prepare(model, (1, 12, 12), quant_config("W4A4"))
 
 
 def test_batch_norms_over_tokens_are_refused_before_training(tmp_path) -> None:
@@ -209,12 +210,12 @@ def test_batch_norms_over_tokens_are_refused_before_training(tmp_path) -> None:
 def test_modes_are_as_they_were() -> None:
     model = small_net().train()
     model.bn1.eval()
-    prepare(model, quant_config("W4A4"))
+    prepare(model, (1, 12, 12), quant_config("W4A4"))
     assert model.training and model.conv1.training and not model.bn1.training
     for forward in (lambda net, x: x if x.sum() > 0 else -x, lambda net, x: net.conv(x[range(x)])):
         broken = type("Broken", (Unusual,), {"forward": forward})("view").train()
         with pytest.raises(PrepareError, match="traceable"):
-            prepare(broken, quant_config("W4A4"))
+            prepare(broken, (1, 12, 12), quant_config("W4A4"))
         assert broken.training
 
 
@@ -222,7 +223,7 @@ def test_a_forward_that_is_not_the_class_s_is_refused() -> None:
     model = small_net()
     model.relu.forward = lambda x: x
     with pytest.raises(PrepareError, match="relu must have its class.s forward"):
-        prepare(model, quant_config("W4A4"))
+        prepare(model, (1, 12, 12), quant_config("W4A4"))
 
 
 @pytest.mark.parametrize(
@@ -239,7 +240,7 @@ def test_calls_that_would_be_traced_as_something_else_are_refused(read, text: st
             return self.head(read(self, x, self.bn(self.conv(x))))
 
     with pytest.raises(PrepareError, match=text):
-        prepare(Reading("view"), quant_config("W4A4"))
+        prepare(Reading("view"), (1, 12, 12), quant_config("W4A4"))
 
 
 @pytest.mark.parametrize("size", [lambda f: f.size(0), lambda f: f.shape[0]])
@@ -262,7 +263,7 @@ def test_a_model_in_training_is_traced_as_in_evaluation() -> None:
             x = F.dropout(self.bn(self.conv(x)), 0.5, self.training)
             return self.head(self.other(x) if self.training else x)
 
-    assert "other" not in dict(prepare(Mode("view").train(), quant_config("W4A4")).named_modules())
+    assert "other" not in dict(prepare(Mode("view").train(), (1, 12, 12), quant_config("W4A4")).named_modules())
 
 
 def test_gdfq_gives_a_relu_the_bits_that_its_layers_agree_on() -> None:

@@ -13,7 +13,7 @@ from dfq.config import LayerBits, QuantConfig, quant_config
 from dfq.models import ModelSpec, build_model
 from dfq.quant import PrepareError, freeze_ranges, learn_ranges, prepare, prepared_of, range_parameters, set_adapting
 from dfq.quant.exactness import layer_bounds
-from dfq.layers import QuantLayer
+from dfq.layers import QuantLayer, Tail
 from dfq.layers.batch_norm import QuantBatchNorm
 from dfq.layers.convolution import QuantConv
 from dfq.quant.quantizers import ActivationQuantizer, least_squares_scale, weight_layers
@@ -122,7 +122,7 @@ def double_forward(student: nn.Module, x: torch.Tensor) -> torch.Tensor:
         if name == "fc":
             acc = F.linear(q.double(), integers[name])
         else:
-            acc = F.conv2d(q.double(), integers[name], None, module.stride, module.padding)
+            acc = F.conv2d(q.double(), integers[name], None, module.geometry["stride"], module.geometry["padding"])
         factor, shift = torch.ones_like(weight_scales[name]), torch.zeros_like(weight_scales[name])
         if module.bias is not None:
             shift = module.bias.detach()
@@ -136,9 +136,9 @@ def double_forward(student: nn.Module, x: torch.Tensor) -> torch.Tensor:
     residual, residual_scale = quantize(layer("shortcut", out), "shortcut.tail.quantizer")
     middle = quantize(layer("conv2", out).relu(), "conv2.tail.quantizer")
     total = (layer("conv3", middle) + residual * residual_scale).relu()
-    q, scale = quantize(total, "quantizers.relu_2_8")
+    q, scale = quantize(total, "calls.add.tail.quantizer")
     pooled = q.long().sum((2, 3), keepdim=True).float() * (scale / (q.shape[2] * q.shape[3]))
-    q, scale = quantize(pooled, "quantizers.pool_8")
+    q, scale = quantize(pooled, "calls.pool_adaptive_avg_pool2d.tail.quantizer")
     return layer("fc", (q.flatten(1), scale))
 
 
@@ -152,23 +152,24 @@ def test_exact_forward_is_integer_arithmetic(random: torch.Generator, preset: st
     assert torch.equal(student.eval()(x), double_forward(student, x))
 
 
-def test_exact_forward_switches_to_float64_where_fp32_is_not_exact() -> None:
-    layer = nn.Linear(4096, 1, bias=False)
-    with torch.no_grad():
-        layer.weight.fill_(127.0)
-    module = QuantLayerProbe(layer)
-    x = torch.full((1, 4096), 255.0)
+@pytest.mark.parametrize(
+    ("count", "used"), [(100, ["fp32"]), (4096, ["fp32", "fp32"]), (20000, ["float64"])]
+)  # fmt: skip
+def test_exact_forward_is_exact_where_fp32_is_not(count: int, used: list[str]) -> None:
+    """Sums below 2^24 at once, larger ones of the weight's halves, the largest in float64."""
+    module = QuantLayerProbe(torch.full((1, count), 127.0))
+    x = torch.full((1, count), 255.0)
     x[0, 0] = 254.0
-    assert float(module.accumulate_integers(x, layer.weight)) == pytest.approx(127 * (255 * 4095 + 254), rel=6e-8)
-    assert module.used == [torch.float64]
-    module.accumulate_integers(x[:, :100] * 0 + 1, layer.weight[:, :100])
-    assert module.used == [torch.float64, torch.float32]
+    exact = torch.tensor(float(127 * (255 * (count - 1) + 254)), dtype=torch.float64).float()
+    assert float(module.accumulate_integers(x, module.weight)) == float(exact)
+    assert module.used == [{"fp32": torch.float32, "float64": torch.float64}[name] for name in used]
 
 
 def test_exact_forward_does_not_meet_winograd(random: torch.Generator) -> None:
     x = torch.randint(-255, 256, (32, 16, 32, 32), generator=random).float()
     weight = torch.randint(-127, 128, (16, 16, 3, 3), generator=random).float()
-    layer = QuantConv(nn.Conv2d(16, 16, 3, padding=1), None, None, None, train_batch_norm=False)
+    geometry = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "after": (0, 0)}
+    layer = QuantConv(nn.Parameter(weight), None, Tail(), geometry)
     with torch.backends.mkldnn.flags(enabled=False):  # as on machines without oneDNN
         found = layer.accumulate_integers(x, weight)
     assert torch.equal(found.double(), F.conv2d(x.double(), weight.double(), padding=1))
@@ -177,8 +178,8 @@ def test_exact_forward_does_not_meet_winograd(random: torch.Generator) -> None:
 class QuantLayerProbe(QuantLayer):
     """Notes in which type the accumulators were computed."""
 
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__(layer, None, None, None, train_batch_norm=False)
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__(nn.Parameter(weight), None, Tail())
         self.used: list[torch.dtype] = []
 
     def accumulate(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
