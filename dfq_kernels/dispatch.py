@@ -36,7 +36,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "requantize": _INTEGERS,
     "int_conv2d": _INTEGERS,
     "int_pool": _INTEGERS,
-    "int_resize": {"cuda": ("reference",), "cpu": ("reference",)},
+    "int_resize": _INTEGERS,
 }
 READS_INTEGERS = ("requantize", "int_conv2d", "int_pool", "int_resize")
 _FOR_ALL = os.environ.get("DFQ_BACKEND")

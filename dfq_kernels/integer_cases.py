@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfq_kernels.integers import Grid, QuantizedTensor, Requantize, pack_channels, storage_width
+from dfq_kernels.integers import Constants, Grid, QuantizedTensor, Requantize, pack_channels, storage_width
 from dfq_kernels.specs import nbytes
 
 Arguments = tuple[dict[str, Any], dict[str, Any]]
@@ -38,6 +38,9 @@ ENDS: dict[str, dict[str, Any]] = {
     "one": {"outs": (grid(8),), "activation": "relu"},
     "packed": {"outs": (grid(4), grid(2, True, 0, 0.5)), "packed": True, "activation": "relu6"},
     "real": {"outs": ()},
+    "gated": {"outs": (grid(8, True, 3),), "activation": "hardswish"},
+    "leaky": {"outs": (grid(8, True, -20), grid(4)), "packed": True, "activation": "leaky_relu(0.3)"},
+    "clipped": {"outs": (), "activation": "hardtanh(-0.7,1.3)"},
 }
 
 
@@ -48,9 +51,11 @@ def following(generator: torch.Generator, channels: int) -> Requantize:
 
 def on_device(then: Requantize | None, like: Tensor) -> Requantize | None:
     """What follows, where its operator runs."""
-    if then is None or then.mean is None or then.mult is None or then.bias is None:
-        return then
-    return replace(then, mean=then.mean.to(like.device), mult=then.mult.to(like.device), bias=then.bias.to(like.device))
+    if then is None:
+        return None
+    moved = [None if vector is None else vector.to(like.device) for vector in then.constants]
+    changes: dict[str, Any] = dict(zip(Constants._fields, moved, strict=True))
+    return replace(then, **changes)
 
 
 def as_tensors(results: Any) -> Any:

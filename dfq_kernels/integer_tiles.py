@@ -9,45 +9,60 @@ Launches switch off the fusion of products and sums, because every operation is 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dfq_kernels.integers import Epilogue, Grid
-from dfq_kernels.memory import ACTIVATIONS, fp32
-from dfq_kernels.tiles import INTERPRETED, activate, tuning
+from dfq_kernels.activations import activation_of
+from dfq_kernels.integers import Constants, Epilogue, Grid, fp32_of
+from dfq_kernels.memory import fp32, optional
+from dfq_kernels.tiles import INTERPRETED, tuning
 
 FLOAT = 32  # "bits" of a result that is no integer
+SIXTH = tl.constexpr(fp32_of(1 / 6))
 MULTIPROCESSORS = 128  # about; a grid that leaves some idle is cut finer
 SWAR = not INTERPRETED.value and torch.version.hip is None  # four bytes in a register, by NVIDIA's instructions
 
 
 class Ending:
-    """The last arguments of a kernel, and its compile-time ones, from an epilogue and the results' memory.
+    """The last two arguments of a kernel, `first` and `then`, and its compile-time ones, from an epilogue and the
+    results' memory. Numbers of activations are values like all others: a kernel serves all of them.
 
     bits: of the integers that the kernel reads a block of columns of; a block has as many planes as any of them.
     """
 
     def __init__(self, epilogue: Epilogue, results: list[Tensor], *bits: int) -> None:
         count, then = max(1, len(epilogue.outs)), epilogue.then
-        first = epilogue.outs[0] if epilogue.outs else Grid(1.0, 0, 0, 1)
-        norm = [fp32(vector) for vector in then.norm] if then else []
-        nexts = then.outs if then else ()
-        self.arguments = (
-            tuple(as_bytes(out) for out in results[:count]),
-            tuple(number for grid in epilogue.outs for number in _numbers(grid)) or (0.0,),
-            tuple(as_bytes(out) for out in results[count:]) or None,
-            tuple(number for grid in nexts for number in _numbers(grid)) or None,
-            first.scale, float(first.zero_point), *(norm or (None, None, None)),
-        )  # fmt: skip
+        self.arguments: tuple[Any, Any] = (_end(results[:count], epilogue.outs, epilogue.activation), None)
+        if then is not None:
+            following = _end(results[count:], then.outs, then.activation)
+            self.arguments = (self.arguments[0], (*following, meaning(epilogue.outs[0], then.constants)))
         self.planes = 8 // min((8, *bits, *epilogue.bits, *epilogue.next_bits))
         self.constants = {
-            "P": self.planes, "ACTIVATION": ACTIVATIONS[epilogue.activation],
-            "NEXT_ACTIVATION": ACTIVATIONS[then.activation] if then else 0,
+            "P": self.planes, "ACTIVATION": activation_of(epilogue.activation).code,
+            "NEXT_ACTIVATION": activation_of(then.activation).code if then else 0,
             "BITS": epilogue.bits or (FLOAT,), "NEXT_BITS": epilogue.next_bits,
         }  # fmt: skip
+
+
+def _end(results: Sequence[Tensor], grids: Sequence[Grid], activation: str | None) -> tuple[Any, ...]:
+    """Results, the numbers of their grids, those of the activation."""
+    known = activation_of(activation)
+    numbers = tuple(number for grid in grids for number in _numbers(grid)) or (0.0,)
+    return tuple(as_bytes(out) for out in results), numbers, (known.a, known.b)
+
+
+def meaning(grid: Grid, constants: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """What makes real numbers of a grid's integers, as `meant` reads it: scale, zero point, norm, slope, table; the
+    lowest and the highest integer of the table."""
+    given = Constants(*constants)
+    norm = tuple(fp32(vector) for vector in given.norm) or None
+    return (grid.scale, float(grid.zero_point), norm, optional(given.slope), optional(given.table),
+            float(grid.quant_min), float(grid.quant_max))  # fmt: skip
 
 
 def _numbers(grid: Grid) -> tuple[float, float, float, float]:
@@ -134,6 +149,41 @@ def integers(
 def real(q, zero, scale):
     """`(q - zero_point) * scale`."""
     return (q.to(tl.float32) - zero) * scale
+
+
+@triton.jit
+def meant(q, c, there, known, meaning):
+    """What integers of channels stand for, with a batch norm, a slope, or a table; q: int32, or whole fp32."""
+    scale, zero, norm, slope, table, low, high = meaning
+    if table is not None:  # an integer beyond the grid is read from the table's end
+        place = tl.minimum(tl.maximum(q.to(tl.float32), low), high) - low
+        t = tl.load(table + place.to(tl.int32), mask=there, other=0.0)
+    else:
+        t = real(q, zero, scale)
+        if norm is not None:
+            t = t - tl.load(norm[0] + c, mask=known, other=0.0)
+            t = t * tl.load(norm[1] + c, mask=known, other=0.0) + tl.load(norm[2] + c, mask=known, other=0.0)
+        if slope is not None:
+            t = tl.where(t > 0, t, tl.load(slope + c, mask=known, other=0.0) * t)
+    return t
+
+
+@triton.jit
+def activated(t, numbers, ACTIVATION: tl.constexpr):
+    """An activation by its code in `dfq_kernels.activations`."""
+    tl.static_assert(ACTIVATION <= 6, "an activation that no kernel knows")
+    if ACTIVATION == 1:
+        t = tl.maximum(t, 0.0)
+    elif ACTIVATION == 2:
+        t = tl.minimum(tl.maximum(t, 0.0), 6.0)
+    elif ACTIVATION == 3:
+        t = tl.minimum(tl.maximum(t, numbers[0]), numbers[1])
+    elif ACTIVATION == 4:
+        t = tl.where(t > 0, t, t * numbers[0])
+    elif ACTIVATION >= 5:
+        gate = tl.minimum(tl.maximum(t + 3.0, 0.0), 6.0) * SIXTH
+        t = gate if ACTIVATION == 5 else t * gate
+    return t
 
 
 @triton.constexpr_function
@@ -229,12 +279,13 @@ def keep(
 
 @triton.jit
 def finish(
-    t, pixel, c, rows, known, block, outs, numbers, nexts, next_numbers, scale, zero, mean, factor, shift,
+    t, pixel, c, rows, known, block, first, then,
     CHANNELS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr, ACTIVATION: tl.constexpr,
     NEXT_ACTIVATION: tl.constexpr, BITS: tl.constexpr, NEXT_BITS: tl.constexpr,
 ):  # fmt: skip
     """Activation, rounding to every result's grid, and what follows the first of them."""
-    t = activate(t, ACTIVATION)
+    outs, numbers, activation = first
+    t = activated(t, activation, ACTIVATION)
     if BITS[0] == 32:
         tl.store(outs[0] + pixel * CHANNELS + c, t, mask=rows & known)
     else:
@@ -242,11 +293,9 @@ def finish(
             q = rounded(t, numbers, k).to(tl.int32, bitcast=True)
             keep(outs[k], q, pixel, c, rows, known, block, CHANNELS, R, B, P, BITS[k])
         if len(NEXT_BITS) > 0:
-            t = ((rounded(t, numbers, 0) - 12582912.0) - zero) * scale
-            if mean is not None:
-                t = t - tl.load(mean + c, mask=known, other=0.0)
-                t = t * tl.load(factor + c, mask=known, other=0.0) + tl.load(shift + c, mask=known, other=0.0)
-            t = activate(t, NEXT_ACTIVATION)
+            nexts, next_numbers, activation, meaning = then
+            t = meant(rounded(t, numbers, 0) - 12582912.0, c, rows & known, known, meaning)
+            t = activated(t, activation, NEXT_ACTIVATION)
             for k in tl.static_range(len(NEXT_BITS)):
                 q = rounded(t, next_numbers, k).to(tl.int32, bitcast=True)
                 keep(nexts[k], q, pixel, c, rows, known, block, CHANNELS, R, B, P, NEXT_BITS[k])

@@ -134,6 +134,11 @@ class Requantize:
         """As an argument of a torch operator: see `Constants`."""
         return [self.mean, self.mult, self.bias, self.slope, self.table]
 
+    @property
+    def norm(self) -> list[Tensor]:
+        """mean, mult and bias, or nothing."""
+        return Constants(*self.constants).norm
+
 
 class Constants(NamedTuple):
     """What makes real numbers of integers, besides their grid; mean, mult and bias are given together or not at all."""

@@ -13,8 +13,8 @@ from dfq_kernels.specs import all_specs
 
 ROOT = Path(__file__).parent.parent
 # references are built on one another: a fault may be in the file that the operator's own one imports
-TESTS = ("tests/test_reference.py", "tests/test_integers.py")
-FILES = [f"dfq_kernels/{op}/reference.py" for op in all_specs()]
+TESTS = ("tests/test_reference.py", "tests/test_integers.py", "tests/test_integer_functions.py")
+FILES = [*(f"dfq_kernels/{op}/reference.py" for op in all_specs()), "dfq_kernels/int_pool/schema.py"]
 
 
 def survives(folder: Path, op: str, old: str, new: str) -> bool:

@@ -112,7 +112,9 @@ def call_integers() -> None:
         k.int_conv2d(x, pixels, vectors["mult"], vectors["bias"], **kept)
         k.quantize(torch.zeros(64, 64, 16, 16), grid, **kept)
         k.requantize(x, other=x, **vectors, **ends)
+        call_functions(x, kept)
         k.int_pool(x, grid, output_size=1, **kept)
+        k.int_pool(x, grid, kernel_size=3, stride=2, padding=1, count_include_pad=False, **kept)
         one = k.QuantizedTensor(x.q[:1, :, :8, :8], grid, bits)
         weight = k.pack_weight(torch.ones(64, 64, 3, 3, dtype=torch.int8), weight_bits)
         k.int_conv2d(one, weight, vectors["mult"], vectors["bias"], padding=1, **kept)
@@ -120,6 +122,20 @@ def call_integers() -> None:
     images = k.quantize(torch.zeros(64, 3, 32, 32), k.Grid(0.5, 128, 0, 255), backend="triton")
     stem = k.pack_weight(torch.ones(64, 3, 3, 3, dtype=torch.int8))
     k.int_conv2d(images, stem, vectors["mult"], vectors["bias"], padding=1, backend="triton")
+
+
+def call_functions(x: k.QuantizedTensor, kept: dict[str, Any]) -> None:
+    """Tables, slopes, products and resizes, with activations that have numbers."""
+    table, slope, grid = torch.ones(x.grid.levels), torch.ones(64), x.grid
+    k.requantize(x, grid, table=table, then=k.Requantize((grid,), table=table, activation="leaky_relu(0.1)"), **kept)
+    k.requantize(x, grid, slope=slope, then=k.Requantize((grid,), slope=slope, activation="hardsigmoid"), **kept)
+    vector = k.QuantizedTensor(x.q[:, :, :1, :1], grid, x.bits)
+    k.requantize(x, grid, other=vector, product_scale=0.5, activation="hardswish", **kept)
+    k.requantize(x, grid, other=vector, activation="hardtanh(-1,1)", **kept)
+    one = k.QuantizedTensor(torch.zeros(64, 1, 16, 16, dtype=torch.uint8), k.Grid(0.5, 0, 0, 255))
+    k.requantize(x, grid, other=one, product_scale=0.5, **kept)
+    places, weights = torch.arange(16, dtype=torch.int32).expand(2, 16), torch.ones(16)
+    k.int_resize(x, grid, rows=places, row_weights=weights, columns=places, column_weights=weights, **kept)
 
 
 COUNTED = "sm_90"  # the architecture whose instructions are held to bounds; disassembling takes as long as compiling

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import triton
@@ -49,7 +48,7 @@ def scaled(
 @triton.jit
 def dense_kernel(
     x, weight, sums, mult, bias, residual, pixels, x_origin, pad, residual_zero, residual_scale,
-    outs, numbers, nexts, next_numbers, scale, zero, mean, factor, shift,
+    first, then,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr,
     INNER: tl.constexpr, OUTER: tl.constexpr, GROUPS: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
     SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr,
@@ -108,14 +107,14 @@ def dense_kernel(
     pixel, rows, c, known = pixel[:, None], rows[:, None], c[None, :], known[None, :]
     t = scaled(acc, mult, bias, residual, pixel, c, rows, known, residual_zero, residual_scale,
                CHANNELS, R_BITS, R_SIGNED, B, P)  # fmt: skip
-    finish(t, pixel, c, rows, known, block, outs, numbers, nexts, next_numbers, scale, zero, mean, factor, shift,
+    finish(t, pixel, c, rows, known, block, first, then,
            CHANNELS, R, B, P, ACTIVATION, NEXT_ACTIVATION, BITS, NEXT_BITS)  # fmt: skip
 
 
 @triton.jit
 def depthwise_kernel(
     x, weight, sums, mult, bias, residual, pixels, x_zero, pad, residual_zero, residual_scale,
-    outs, numbers, nexts, next_numbers, scale, zero, mean, factor, shift,
+    first, then,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
     SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr,
@@ -140,7 +139,7 @@ def depthwise_kernel(
         acc += tl.where(there, q - x_zero, 0) * w
     t = scaled(acc, mult, bias, residual, pixel, c, rows, known, residual_zero, residual_scale,
                CHANNELS, R_BITS, R_SIGNED, B, P)  # fmt: skip
-    finish(t, pixel, c, rows, known, block, outs, numbers, nexts, next_numbers, scale, zero, mean, factor, shift,
+    finish(t, pixel, c, rows, known, block, first, then,
            CHANNELS, R, B, P, ACTIVATION, NEXT_ACTIVATION, BITS, NEXT_BITS)  # fmt: skip
 
 
@@ -188,11 +187,10 @@ def _unpacked(q: Tensor, bits: int, signed: bool) -> tuple[Tensor, int]:
 def forward(
     x: Tensor, x_grid: list[float], weight: Tensor, sums: Tensor, weight_bits: int, mult: Tensor, bias: Tensor,
     stride: list[int], padding: list[int], dilation: list[int], groups: int, residual: Tensor | None,
-    residual_grid: list[float], activation: str | None, outs: list[float], then: Sequence[Tensor],
-    then_activation: str | None, then_outs: list[float],
+    residual_grid: list[float], *flat: Any,
 ) -> list[Tensor]:  # fmt: skip
     """`t = float(acc) * mult[c] + bias[c] + float(r - z_r) * s_r`, and what every operator ends with."""
-    epilogue = Epilogue.of(activation, outs, then, then_activation, then_outs)
+    epilogue = Epilogue.of(*flat)
     (grid, bits), shape = unflat(x_grid), schema.out_shape(x, weight, stride, padding, dilation)
     results = allocate(x, shape, epilogue)
     if 0 in shape:

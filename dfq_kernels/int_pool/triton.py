@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -39,14 +39,15 @@ def window(
 
 @triton.jit
 def average_kernel(
-    x, pixels, x_zero, x_scale, outs, numbers, nexts, next_numbers, scale, zero, mean, factor, shift,
+    x, pixels, x_zero, x_scale, divisor, first, then,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr,
     KY: tl.constexpr, KX: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr,
-    ADAPTIVE: tl.constexpr, X_BITS: tl.constexpr, X_SIGNED: tl.constexpr, CHANNELS: tl.constexpr,
+    ADAPTIVE: tl.constexpr, PADDED: tl.constexpr, X_BITS: tl.constexpr, X_SIGNED: tl.constexpr, CHANNELS: tl.constexpr,
     T: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr, ACTIVATION: tl.constexpr,
     NEXT_ACTIVATION: tl.constexpr, BITS: tl.constexpr, NEXT_BITS: tl.constexpr,
 ):  # fmt: skip
     # math     t = float(sum over the window of (x - zero_point)) * (scale / count)
+    # count    divisor; else the window's places that lie in the map, or in the padded map (PADDED)
     # traffic  x read, results written
     # grid     one program per R pixels of the result and B channels
     # block    T places of every window at once: few pixels have many, and a program waits for its loads once
@@ -66,9 +67,17 @@ def average_kernel(
     total = tl.sum(tl.reshape(acc, (T, R, B)), 0)
     pixel, c, rows, known, block = place_of(program, pixels, CHANNELS, R, B, P)
     _, top, left, bottom, right = window(pixel, HEIGHT, WIDTH, OUT_HEIGHT, OUT_WIDTH, KY, KX, SY, SX, PY, PX, ADAPTIVE)
-    count = ((bottom - top) * (right - left)).to(tl.float32)
+    if divisor is None:
+        if PADDED:
+            bottom, right = tl.minimum(bottom, HEIGHT + PY), tl.minimum(right, WIDTH + PX)
+        else:
+            top, left = tl.maximum(top, 0), tl.maximum(left, 0)
+            bottom, right = tl.minimum(bottom, HEIGHT), tl.minimum(right, WIDTH)
+        count = ((bottom - top) * (right - left)).to(tl.float32)
+    else:
+        count = tl.zeros((R, 1), tl.float32) + divisor
     t = total.to(tl.float32) * quotient(tl.zeros((R, 1), tl.float32) + x_scale, count)
-    finish(t, pixel, c, rows, known, block, outs, numbers, nexts, next_numbers, scale, zero, mean, factor, shift,
+    finish(t, pixel, c, rows, known, block, first, then,
            CHANNELS, R, B, P, ACTIVATION, NEXT_ACTIVATION, BITS, NEXT_BITS)  # fmt: skip
 
 
@@ -77,8 +86,8 @@ def max_kernel(
     x, out, pixels,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr,
     KY: tl.constexpr, KX: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr,
-    DY: tl.constexpr, DX: tl.constexpr, X_BITS: tl.constexpr, X_SIGNED: tl.constexpr, CHANNELS: tl.constexpr,
-    T: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr,
+    DY: tl.constexpr, DX: tl.constexpr, ADAPTIVE: tl.constexpr, X_BITS: tl.constexpr, X_SIGNED: tl.constexpr,
+    CHANNELS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     # math     the largest integer of each window
     # traffic  x read, the result written
@@ -87,12 +96,16 @@ def max_kernel(
     # order    exact in any order
     program = tl.program_id(0)
     pixel, c, rows, known, _ = place_of(program, pixels, CHANNELS, R, B, P, T)
-    image, top, left, _, _ = window(pixel, HEIGHT, WIDTH, OUT_HEIGHT, OUT_WIDTH, KY, KX, SY, SX, PY, PX, False)
+    image, top, left, bottom, right = window(
+        pixel, HEIGHT, WIDTH, OUT_HEIGHT, OUT_WIDTH, KY, KX, SY, SX, PY, PX, ADAPTIVE
+    )
     largest = tl.full((T * R, B), -128, tl.int32)
     for start in range(0, KY * KX, T):
         tap = start + (tl.arange(0, T * R) // R)[:, None]
         y, at = top + tap // KX * DY, left + tap % KX * DX
         there = rows & known & (y >= 0) & (y < HEIGHT) & (at >= 0) & (at < WIDTH) & (tap < KY * KX)
+        if ADAPTIVE:
+            there = there & (y < bottom) & (at < right)
         q = integers(x, image + y * WIDTH + at, c, there, CHANNELS, X_BITS, X_SIGNED, B, P)
         largest = tl.maximum(largest, tl.where(there, q, -128))
     found = tl.max(tl.reshape(largest, (T, R, B)), 0)
@@ -103,11 +116,10 @@ def max_kernel(
 @register(schema.FORWARD, "triton")
 def forward(
     x: Tensor, x_grid: list[float], mode: str, kernel: list[int], stride: list[int], padding: list[int],
-    dilation: list[int], ceil_mode: bool, output_size: list[int], activation: str | None, outs: list[float],
-    then: Sequence[Tensor], then_activation: str | None, then_outs: list[float],
+    dilation: list[int], ceil_mode: bool, output_size: list[int], count_include_pad: bool, divisor: int, *flat: Any,
 ) -> list[Tensor]:  # fmt: skip
     """Average: sums, scaled, and what every operator ends with. Max: integers."""
-    epilogue, (grid, bits) = Epilogue.of(activation, outs, then, then_activation, then_outs), unflat(x_grid)
+    epilogue, (grid, bits) = Epilogue.of(*flat), unflat(x_grid)
     shape = schema.out_shape(x, bits, kernel, stride, padding, dilation, ceil_mode, output_size)
     results = allocate(x, shape, epilogue)
     if 0 in shape:
@@ -125,11 +137,12 @@ def forward(
     if mode == "max":
         launch(
             max_kernel, "pixels", programs, x, as_bytes(x), as_bytes(results[0]), pixels,
-            DY=dilation[0], DX=dilation[1], **geometry, **tile, P=ending.planes,
+            DY=dilation[0], DX=dilation[1], ADAPTIVE=bool(output_size), **geometry, **tile, P=ending.planes,
         )  # fmt: skip
         return results
     launch(
-        average_kernel, "pixels", programs, x, as_bytes(x), pixels, grid.zero_point, grid.scale, *ending.arguments,
-        ADAPTIVE=bool(output_size), **geometry, **tile, **ending.constants,
+        average_kernel, "pixels", programs, x, as_bytes(x), pixels, grid.zero_point, grid.scale,
+        float(divisor) if divisor else None, *ending.arguments, ADAPTIVE=bool(output_size), PADDED=count_include_pad,
+        **geometry, **tile, **ending.constants,
     )  # fmt: skip
     return results

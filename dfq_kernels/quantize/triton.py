@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,7 +18,7 @@ from dfq_kernels.tiles import launch
 @triton.jit
 def quantize_kernel(
     x, pixels, image, row, column, channel, height, width,
-    outs, numbers, nexts, next_numbers, scale, zero, mean, factor, shift,
+    first, then,
     CHANNELS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, P: tl.constexpr, ACTIVATION: tl.constexpr,
     NEXT_ACTIVATION: tl.constexpr, BITS: tl.constexpr, NEXT_BITS: tl.constexpr,
 ):  # fmt: skip
@@ -29,17 +31,14 @@ def quantize_kernel(
     offset = n * image + y * row + pixel % width * column + c.to(tl.int64) * channel
     t = tl.load(x + offset, mask=rows & known, other=0.0).to(tl.float32)
     t = tl.where(t == t, t, 0.0)  # whoever wants no NaN has looked for it
-    finish(t, pixel, c, rows, known, block, outs, numbers, nexts, next_numbers, scale, zero, mean, factor, shift,
+    finish(t, pixel, c, rows, known, block, first, then,
            CHANNELS, R, B, P, ACTIVATION, NEXT_ACTIVATION, BITS, NEXT_BITS)  # fmt: skip
 
 
 @register(schema.FORWARD, "triton")
-def forward(
-    x: Tensor, activation: str | None, outs: list[float], then: list[Tensor], then_activation: str | None,
-    then_outs: list[float],
-) -> list[Tensor]:  # fmt: skip
+def forward(x: Tensor, *flat: Any) -> list[Tensor]:
     """Activation and rounding of real numbers."""
-    epilogue = Epilogue.of(activation, outs, then, then_activation, then_outs)
+    epilogue = Epilogue.of(*flat)
     results = allocate(x, x.shape, epilogue)
     x = x[:, :, None, None] if x.dim() == 2 else x
     ending = Ending(epilogue, results)
