@@ -1,15 +1,13 @@
-"""Integer networks in ONNX Runtime: the same classes, and logits within what its rounding may change."""
+"""Integer networks in ONNX Runtime: the same classes, and results within what its rounding may change."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,53 +15,18 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from dfq.data.images import load_images
+from dfq.data import load_images
 from dfq.engine import Engine, IntegerGraph
 from dfq.engine.check import check_graph
-from dfq.engine.graph import IMAGES, AveragePool, Grid, Layer, Quantize
+from dfq.engine.graph import IMAGES, Grid, Layer, Output, Quantize
+from dfq.engine.run import output_of
 from dfq.export import ExportError, export
-from dfq.export.onnx import save_onnx
+from dfq.onnx_export import output_names, save_onnx
 from tests.integer_networks import NETWORKS, exported, input_shape, quantized, reference_values
+from tests.onnx_runtime import from_a_tie, in_onnx_runtime, integers, operators
 from tests.random_networks import networks
 
-
-def in_onnx_runtime(graph: IntegerGraph, path: Path, images: Tensor, *, fused: bool) -> Tensor:
-    """Logits; `fused`: with ONNX Runtime's own integer operators, else float operators between the roundings."""
-    save_onnx(graph, path)
-    parts = [session(path, fused=fused).run(None, {"images": part.numpy()})[0] for part in images.split(500)]
-    return torch.cat([torch.from_numpy(part) for part in parts])
-
-
-def session(path: Path, *, fused: bool, optimized: Path | None = None) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if not fused:
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-    if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def operators(graph: IntegerGraph, folder: Path) -> Counter[str]:
-    """How often ONNX Runtime runs which operator, its optimisation done."""
-    save_onnx(graph, folder / "net.onnx")
-    session(folder / "net.onnx", fused=True, optimized=folder / "optimized.onnx")
-    return Counter(node.op_type for node in onnx.load(str(folder / "optimized.onnx")).graph.node)
-
-
-def integers(graph: IntegerGraph, path: Path, images: Tensor, *, fused: bool) -> dict[str, Tensor]:
-    """Every value on a grid, by ONNX Runtime, as the engine counts."""
-    save_onnx(graph, path)
-    model = onnx.load(str(path))
-    constants = {item.name: int(numpy_helper.to_array(item)) for item in model.graph.initializer if not item.dims}
-    zero_points = {node.output[0].removesuffix(".rounded"): constants[node.input[2]]
-                   for node in model.graph.node if node.op_type == "QuantizeLinear"}  # fmt: skip
-    names = list(graph.grids)
-    model.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None) for name in names)
-    onnx.save(model, str(path))
-    found = session(path, fused=fused).run(names, {"images": images.numpy()})
-    return {name: torch.from_numpy(value).long() - zero_points[name] + graph.grids[name].zero_point
-            for name, value in zip(names, found, strict=True)}  # fmt: skip
+NEAR = 1e-3  # steps of a grid, to a tie
 
 
 @pytest.mark.parametrize("preset", ["W8A8", "W2A2"])
@@ -72,7 +35,7 @@ def test_every_network_is_written(name: str, preset: str, tmp_path: Path) -> Non
     _, graph = exported(name, preset)
     images = torch.randn(20, *input_shape(name), generator=torch.Generator().manual_seed(5))
     expected = Engine(graph)(images)
-    found = in_onnx_runtime(graph, tmp_path / "net.onnx", images, fused=False)
+    (found,) = in_onnx_runtime(graph, tmp_path / "net.onnx", images, fused=False)
     assert float((found - expected).abs().max()) <= 0.05 * float(expected.std())
     onnx.checker.check_model(str(tmp_path / "net.onnx"), full_check=True)
 
@@ -84,7 +47,7 @@ def test_the_test_set_has_the_same_classes(preset: str, tmp_path: Path) -> None:
     images = test.normalize(test.pixels)
     expected = Engine(graph)(images)
     for fused, least, most in ((False, 0.9995, 0.5), (True, 0.9995 if preset == "W4A4" else 0.997, 0.5)):
-        found = in_onnx_runtime(graph, tmp_path / "net.onnx", images, fused=fused)
+        (found,) = in_onnx_runtime(graph, tmp_path / "net.onnx", images, fused=fused)
         assert float((found.argmax(1) == expected.argmax(1)).float().mean()) >= least
         assert float((found - expected).abs().max()) <= most
 
@@ -114,16 +77,17 @@ def test_odd_networks_are_written(tmp_path: Path) -> None:
     images = torch.randn(10, 3, 40, 40)
     expected = Engine(graph)(images)
     assert torch.equal(Engine(graph, backend="reference")(images), expected)
-    found = in_onnx_runtime(graph, tmp_path / "net.onnx", images, fused=False)
+    (found,) = in_onnx_runtime(graph, tmp_path / "net.onnx", images, fused=False)
     assert float((found - expected).abs().max()) <= 0.05 * float(expected.std())
 
 
-def test_pools_of_unequal_windows_are_refused(tmp_path: Path) -> None:
+def test_pools_of_unequal_windows_are_written(tmp_path: Path) -> None:
     torch.manual_seed(0)
     graph = export(quantized(Odd().eval(), (3, 32, 32), "W4A8"), (3, 32, 32), 5)
-    with pytest.raises(ExportError, match=r"pools in ONNX must have equal windows, got \(5, 5\) to \(2, 2\)"):
-        save_onnx(graph, tmp_path / "net.onnx")
-    assert not list(tmp_path.iterdir())
+    images = torch.randn(10, 3, 32, 32)
+    expected = Engine(graph)(images)
+    (found,) = in_onnx_runtime(graph, tmp_path / "net.onnx", images, fused=False)
+    assert float((found - expected).abs().max()) <= 0.05 * float(expected.std())
 
 
 def test_without_the_package_the_reason_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,41 +98,53 @@ def test_without_the_package_the_reason_is_said(tmp_path: Path, monkeypatch: pyt
     assert importlib.import_module("onnx") is onnx
 
 
-def even(graph: IntegerGraph) -> bool:
-    """All adaptive pools have windows of one size."""
-    shapes = check_graph(graph)
-    pools = [step for step in graph.steps if isinstance(step, AveragePool) and step.kernel is None]
-    return not any(side % parts for step in pools for side, parts in zip(shapes[step.x][1:], step.output, strict=True))
-
-
-@settings(max_examples=80, deadline=None, derandomize=True)
-@given(graph=networks().filter(even), seed=st.integers(0, 2**31))
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(graph=networks(), seed=st.integers(0, 2**31))
 def test_any_network_has_its_shapes_and_its_values(graph: IntegerGraph, seed: int) -> None:
     """Every value's shape is that of `check_graph`; the first value that differs does so at ties or by its bias."""
     images = 3 * torch.randn(2, *graph.input_shape, generator=torch.Generator().manual_seed(seed))
-    expected = reference_values(graph, images)
+    expected, shapes = reference_values(graph, images), check_graph(graph)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.onnx"
         save_onnx(graph, path)
         model = onnx.shape_inference.infer_shapes(onnx.load(str(path)), check_type=True, strict_mode=True)
         named = {item.name: item.type.tensor_type.shape.dim for item in (*model.graph.value_info, *model.graph.output)}
-        for name, shape in check_graph(graph).items():
-            if name in graph.grids:
-                for each in {name, f"{name}.real"} & named.keys():
-                    assert tuple(dim.dim_value for dim in named[each][1:]) == shape
         assert graph.grids.keys() <= named.keys()
+        for name in graph.grids:
+            assert tuple(dim.dim_value for dim in named[name][1:]) == shapes[name]
         read = {item for node in model.graph.node for item in node.input} | {item.name for item in model.graph.output}
         assert not [node.name for node in model.graph.node if node.output[0] not in read | graph.grids.keys()]
+        assert [item.name for item in model.graph.output] == output_names(graph)
         for fused in (False, True):
-            found = integers(graph, path, images, fused=fused)
-            assert all(found[name].shape == (2, *shape) for name, shape in check_graph(graph).items() if name in found)
-            off = next(
-                (d for name in graph.grids if (d := (found[name] - expected[name].view_as(found[name])).abs()).any()),
-                None,
+            same = check_first_difference(graph, images, integers(graph, path, images, fused=fused), expected)
+            for output, found in zip(graph.outputs, in_onnx_runtime(graph, path, images, fused=fused), strict=True):
+                wanted = output_of(output, expected[output.value], output.order)
+                assert found.shape == wanted.shape
+                if same:
+                    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
+def check_first_difference(
+    graph: IntegerGraph, images: Tensor, found: dict[str, Tensor], expected: dict[str, Tensor]
+) -> bool:
+    """Of the first value that differs: by one, and at a tie; behind a layer, whose bias may be rounded, few may.
+
+    Returns whether none does.
+    """
+    for step in graph.steps:
+        for name in step.outs:
+            if name not in found:
+                continue
+            off = (found[name] - expected[name].view_as(found[name])).abs()
+            if not bool(off.any()):
+                continue
+            few = int((off > 0).sum()) <= max(2, off.numel() // 16)
+            tied = not isinstance(step, Quantize) and (
+                float(from_a_tie(graph, name, images).view_as(off)[off > 0].max()) < NEAR
             )
-            if off is not None:
-                assert int(off.max()) == 1 and int((off > 0).sum()) <= max(2, off.numel() // 16)
-            assert in_onnx_runtime(graph, path, images, fused=fused).shape == (2, 5)
+            assert int(off.max()) == 1 and (tied or (few and isinstance(step, (Layer, Quantize)))), (name, step)
+            return False
+    return True
 
 
 def one_layer(scale: Grid, out: Grid | None, **layer: object) -> IntegerGraph:
@@ -180,7 +156,7 @@ def one_layer(scale: Grid, out: Grid | None, **layer: object) -> IntegerGraph:
     last = Layer("y", ("logits",), None, "last", torch.eye(count, dtype=torch.int8), 8, ones, 0 * ones, None)
     steps = (Quantize(IMAGES, ("x",), None), first, last)
     shape = (first.weight.shape[1], 1, 1)
-    return IntegerGraph(shape, count, {"x": scale, "y": out}, steps, "logits", {})
+    return IntegerGraph(shape, {"x": scale, "y": out}, steps, (Output("logits", (count,)),))
 
 
 @pytest.mark.parametrize("fused", [False, True])

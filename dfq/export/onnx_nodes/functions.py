@@ -68,6 +68,12 @@ def _mish(writer: Writer, x: str, out: str) -> str:
     return writer.node("Mul", [x, inner], out)
 
 
+def _log_sigmoid(writer: Writer, x: str, out: str) -> str:
+    """`-softplus(-x)`."""
+    turned = writer.node("Softplus", [writer.node("Neg", [x], f"{out}.negative")], f"{out}.softplus")
+    return writer.node("Neg", [turned], out)
+
+
 def _gelu(writer: Writer, x: str, out: str) -> str:
     """`0.5 * x * (1 + erf(x / sqrt(2)))`."""
     scaled = writer.node("Mul", [x, _number(writer, math.sqrt(0.5))], f"{out}.scaled")
@@ -103,8 +109,12 @@ _FUNCTIONS: dict[str, Function] = {
     "elu": (F.elu, _operator("Elu", alpha=1.0)),
     "selu": (F.selu, _operator("Selu")),
     "softplus": (F.softplus, _operator("Softplus")),
+    "celu": (F.celu, _operator("Celu", alpha=1.0)),
+    "log_sigmoid": (F.logsigmoid, _log_sigmoid),
     "softsign": (F.softsign, _operator("Softsign")),
     "mish": (F.mish, _mish),
+    "sin": (torch.sin, _operator("Sin")),
+    "cos": (torch.cos, _operator("Cos")),
     "exp": (torch.exp, _operator("Exp")),
     "abs": (torch.abs, _operator("Abs")),
     "square": (torch.square, lambda writer, x, out: writer.node("Mul", [x, x], out)),
