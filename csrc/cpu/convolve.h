@@ -71,19 +71,19 @@ struct Dense {
 
 // The rows [begin, end) of blocks b, b + 1, ... of a group; dot(x, weight, start, acc) fills a tile.
 template <class Fill>
-void convolve_blocks(const Work& w, const Dense& d, Finish& finish, const View2d& residual, int64_t group, int64_t b,
-                     int pixels, int tile_blocks, int64_t begin, int64_t end, const Fill& dot) {
+void convolve_blocks(const Work& w, const Dense& d, TileEnd& tile_end, int64_t group, int64_t b, int pixels,
+                     int tile_blocks, int64_t begin, int64_t end, const Fill& dot) {
   const Step& s = w.step;
   alignas(64) int32_t acc[64 * kLanes];
   const int64_t channel = group * d.outer + b * kLanes, channels = d.outer - b * kLanes;
   const uint8_t* weight = &s.packed[(group * d.blocks + b) * d.block_bytes];
   const int32_t* start = &s.start[(group * d.blocks + b) * kLanes];
   for (int64_t y = begin; y < end; ++y) {
-    finish.begin_row(y);
+    tile_end.finish.begin_row(y);
     for (int64_t next = 0; next < s.out_width; next += pixels) {
       const int64_t x = std::min<int64_t>(next, s.out_width - pixels);
       dot(d.in.at(y * s.stride_y - s.pad_y, x * s.stride_x - s.pad_x) + group * d.inner, weight, start, acc);
-      finish_tile(w, finish, residual, acc, pixels, tile_blocks, y, x, channel, channels);
+      finish_tile(w, tile_end, acc, pixels, tile_blocks, y, x, channel, channels);
     }
   }
 }
@@ -95,14 +95,13 @@ bool convolve_tiles(const Work& w, const Dense& d, int64_t begin, int64_t end) {
   static const DotTiles dots[2][2] = {{dot_tiles<1, 1>, dot_tiles<1, 2>}, {dot_tiles<2, 1>, dot_tiles<2, 2>}};
   TileTaps tiles;
   if (!has_amx() || !tiles.choose(d.taps, w.step.out_width, d.blocks)) return false;
-  Finish finish(w.program, w.step, w.arena, w.real);
-  const View2d residual = residual_of(w);
+  TileEnd tile_end(w);
   tiles.set();
   for (int64_t group = 0; group < w.step.groups; ++group)
     for (int64_t b = 0; b < d.blocks; b += tiles.blocks) {
       const int blocks = static_cast<int>(std::min<int64_t>(tiles.blocks, d.blocks - b));
       const DotTiles dot = dots[tiles.groups - 1][blocks - 1];
-      convolve_blocks(w, d, finish, residual, group, b, tiles.groups * tiles.pixels, blocks, begin, end,
+      convolve_blocks(w, d, tile_end, group, b, tiles.groups * tiles.pixels, blocks, begin, end,
                       [&](const uint8_t* x, const uint8_t* weight, const int32_t* start, int32_t* acc) {
                         dot(x, d.taps, tiles, weight, d.block_bytes, start, acc);
                       });
@@ -117,12 +116,11 @@ void convolve_dense(const Work& w, int64_t begin, int64_t end) {
 #ifdef DFQ_AMX
   if (convolve_tiles(w, d, begin, end)) return;
 #endif
-  Finish finish(w.program, w.step, w.arena, w.real);
-  const View2d residual = residual_of(w);
+  TileEnd tile_end(w);
   for (int64_t group = 0; group < w.step.groups; ++group)
     for (int64_t b = 0; b < d.blocks;) {
       const Tile tile = choose_tile(w.step.out_width, d.blocks - b, d.block_bytes);
-      convolve_blocks(w, d, finish, residual, group, b, tile.pixels, tile.blocks, begin, end,
+      convolve_blocks(w, d, tile_end, group, b, tile.pixels, tile.blocks, begin, end,
                       [&](const uint8_t* x, const uint8_t* weight, const int32_t* start, int32_t* acc) {
                         tile.dot(x, d.taps, weight, d.block_bytes, start, acc);
                       });
@@ -144,22 +142,22 @@ inline bool by_rows(const Step& s) {
 #if defined(__AVX512F__)
 void convolve_depthwise_rows(const Work& w, int64_t begin, int64_t end) {
   const Step& s = w.step;
-  const View2d in(w.program.planes[s.x], w.arena), residual = residual_of(w);
-  Finish finish(w.program, s, w.arena, w.real);
+  const View2d in(w.program.planes[s.x], w.arena);
+  TileEnd tile_end(w);
   const RowTaps taps = row_taps(s, in);
   const int64_t block_bytes = int64_t(s.kernel_y + 3) / 4 * s.kernel_x * 64;
   const int64_t most = std::min(kRowTile, (kScratchColumns - taps.columns_of(1)) / s.stride_x + 1);
   alignas(64) uint8_t scratch[kScratchColumns * 64];
   alignas(64) int32_t acc[kRowTile * kLanes];
   for (int64_t y = begin; y < end; ++y) {
-    finish.begin_row(y);
+    tile_end.finish.begin_row(y);
     for (int64_t x = 0; x < s.out_width; x += most)
       for (int64_t c = 0; c < s.out_channels; c += kLanes) {
         const int64_t count = std::min<int64_t>(most, s.out_width - x);
         const uint8_t* from = in.at(y * s.stride_y - s.pad_y, x * s.stride_x - s.pad_x) + c;
         const auto* weight = reinterpret_cast<const int8_t*>(&s.packed[c / kLanes * block_bytes]);
         depthwise4(from, taps, weight, &s.start[c], count, acc, scratch);
-        finish_tile(w, finish, residual, acc, static_cast<int>(count), 1, y, x, c, s.out_channels - c);
+        finish_tile(w, tile_end, acc, static_cast<int>(count), 1, y, x, c, s.out_channels - c);
       }
   }
 }

@@ -44,11 +44,11 @@ DFQ_INLINE inline Bytes lowest_bytes(VecInt v) {
 }
 #endif
 
-// A plane of one image, by pixel; inside its frame at negative places too.
+// A plane of one image, by pixel; inside its frame at negative places too. View2d() is none.
 struct View2d {
-  const Plane* plane = nullptr;
-  uint8_t* origin = nullptr;
-  int64_t row = 0, pixel = 0;
+  const Plane* plane;
+  uint8_t* origin;
+  int64_t row, pixel;
 
   View2d() = default;
   View2d(const Plane& p, uint8_t* arena)
@@ -83,12 +83,14 @@ constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23
 
 // One result of a step. Bounds before rounding are bounds after it: they are integers, or what a clamp's bounds become,
 // and all of this is monotone. So a clamp costs nothing.
+//
+// This struct and the next ones leave what is not used as it is: a small network notices the time to clear it.
 struct Sink {
   View2d view;
-  uint8_t* row = nullptr;
-  float inverse = 1, zero_point = 0, low = 0, high = 0;
-  int64_t room = 0;  // 0 where nothing is stored
-  uint8_t shift = 0;
+  uint8_t* row;
+  float inverse, zero_point, low, high;
+  int64_t room;  // 0 where nothing is stored
+  uint8_t shift;
 
   Sink() = default;
   Sink(const Plane& p, uint8_t* arena, const Step& s)
@@ -128,10 +130,10 @@ DFQ_INLINE inline Vec normalize(const Step& s, Vec t, int64_t channel) {
 // A step's second value: of the same shape, one pixel for all pixels, or one channel for all channels.
 struct Other {
   View2d view;
-  bool single = false;
+  bool single;
 
   Other() = default;
-  Other(const Program& program, const Step& s, uint8_t* arena) {
+  Other(const Program& program, const Step& s, uint8_t* arena) : view(), single(false) {
     if (s.other < 0) return;
     const Plane& p = program.planes[s.other];
     view = View2d(p, arena), single = p.channels == 1 && s.out_channels > 1;
@@ -149,11 +151,11 @@ DFQ_INLINE inline Vec multiplied(const Step& s, Vec a, VecInt b) { return a * __
 
 // A step that reads a result of the step before out of registers.
 struct Chain {
-  const Step* step = nullptr;
-  int source = 0, count = 0;
-  float scale = 1, zero = kToInteger;  // zero: the zero point as Sink::round gives it
+  const Step* step;
+  int source, count;
+  float scale, zero;  // zero: the zero point as Sink::round gives it
   Other other;
-  const uint8_t* other_row = nullptr;
+  const uint8_t* other_row;
   Sink outs[kMostOuts];
 
   // What the step computes of a rounded result, before its activation.
@@ -195,7 +197,7 @@ struct Finish {
     for (int out : s.outs) outs[count++] = Sink(program.planes[out], arena, s);
     for (const Step& next : s.chained) {
       Chain& chain = chained[chains++];
-      chain.step = &next;
+      chain.step = &next, chain.source = chain.count = 0;
       while (s.outs[chain.source] != next.x) ++chain.source;
       chain.scale = program.planes[next.x].scale;
       chain.zero = kToInteger + static_cast<float>(program.planes[next.x].zero_point);

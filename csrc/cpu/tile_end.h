@@ -23,17 +23,17 @@ constexpr int64_t kRowTile = 64;  // pixels of a tile at most
 enum ChainedKind { kNothing, kRescaled, kLookedUp, kSummed, kMultiplied };
 
 // A tile's end where it is the frequent one: one result, at most one step of one result chained to it, all lanes there.
-// Everything that does not change from pixel to pixel stays in registers.
-template <bool kResidual, ChainedKind kChain>
+// Everything that does not change from pixel to pixel stays in registers. kBent: an activation is no clamp, or has slopes.
+template <bool kResidual, ChainedKind kChain, bool kBent>
 void finish_lanes(const Step& s, const Finish& finish, const View2d& residual, const int32_t* acc, int64_t acc_step,
                   int pixels, int64_t y, int64_t x, int64_t channel) {
   const Sink sink = finish.outs[0];
   const Chain& chain = finish.chained[0];
-  const Sink next = chain.outs[0];
+  const Sink next = kChain == kNothing ? sink : chain.outs[0];
   const Vec mult = load_vec(&s.mult[channel]), bias = load_vec(&s.bias[channel]);
-  const bool bent = finish.bent, next_bent = kChain != kNothing && bends(chain.step->activation);
+  const bool bent = kBent && finish.bent, next_bent = kBent && kChain != kNothing && bends(chain.step->activation);
   const bool normalized = kChain == kRescaled && !chain.step->mean.empty();
-  const bool sloped = kChain == kRescaled && !chain.step->slope.empty();
+  const bool sloped = kBent && kChain == kRescaled && !chain.step->slope.empty();
   Vec mean{}, factor{}, shift{}, slope{};
   if (normalized) {
     mean = load_vec(&chain.step->mean[channel]);
@@ -71,19 +71,46 @@ void finish_lanes(const Step& s, const Finish& finish, const View2d& residual, c
     look_up_pixels(chain.step->tables.data(), first, step, then, next.view.pixel, pixels, kWidth);
 }
 
-using FinishLanes = decltype(&finish_lanes<false, kNothing>);
+using FinishLanes = decltype(&finish_lanes<false, kNothing, false>);
 
-inline FinishLanes lanes_of(const Finish& finish, bool residual) {
-  static const FinishLanes all[2][5] = {
-      {finish_lanes<false, kNothing>, finish_lanes<false, kRescaled>, finish_lanes<false, kLookedUp>,
-       finish_lanes<false, kSummed>, finish_lanes<false, kMultiplied>},
-      {finish_lanes<true, kNothing>, finish_lanes<true, kRescaled>, finish_lanes<true, kLookedUp>,
-       finish_lanes<true, kSummed>, finish_lanes<true, kMultiplied>},
-  };
-  if (finish.chains == 0) return all[residual][kNothing];
-  const int kind = finish.chained[0].step->kind;
-  return all[residual][kind == kTable ? kLookedUp : kind == kAdd ? kSummed : kind == kMultiply ? kMultiplied : kRescaled];
+template <bool kResidual, bool kBent>
+FinishLanes lanes_of_kind(ChainedKind kind) {
+  switch (kind) {
+    case kNothing: return finish_lanes<kResidual, kNothing, kBent>;
+    case kRescaled: return finish_lanes<kResidual, kRescaled, kBent>;
+    case kLookedUp: return finish_lanes<kResidual, kLookedUp, kBent>;
+    case kSummed: return finish_lanes<kResidual, kSummed, kBent>;
+    default: return finish_lanes<kResidual, kMultiplied, kBent>;
+  }
 }
+
+// What ends the tiles of a step, chosen once. lanes: where results are integers and the frequent ones, of all lanes below
+// `room`.
+struct TileEnd {
+  Finish finish;
+  View2d residual;
+  FinishLanes lanes = nullptr;
+  int64_t room = 0;
+
+  explicit TileEnd(const Work& w)
+      : finish(w.program, w.step, w.arena, w.real), residual(residual_of(w)) {
+    if (finish.count != 1 || finish.chains > 1) return;
+    const int64_t first = finish.outs[0].room;
+    room = first ? first : w.step.out_channels + kWidth;  // what is not stored has room enough
+    ChainedKind kind = kNothing;
+    bool bent = finish.bent;
+    if (finish.chains) {
+      const Chain& chain = finish.chained[0];
+      if (chain.count != 1) return;
+      const int code = chain.step->kind;
+      kind = code == kTable ? kLookedUp : code == kAdd ? kSummed : code == kMultiply ? kMultiplied : kRescaled;
+      bent |= bends(chain.step->activation) || !chain.step->slope.empty();
+      room = std::min(room, chain.outs[0].room);
+    }
+    if (residual.plane) lanes = bent ? lanes_of_kind<true, true>(kind) : lanes_of_kind<true, false>(kind);
+    else lanes = bent ? lanes_of_kind<false, true>(kind) : lanes_of_kind<false, false>(kind);
+  }
+};
 
 // The same where results are real.
 void finish_real_lanes(const Step& s, const Finish& finish, const int32_t* acc, int64_t acc_step, int pixels, int64_t x,
@@ -97,19 +124,15 @@ void finish_real_lanes(const Step& s, const Finish& finish, const int32_t* acc, 
   }
 }
 
-// Whether all of a result's lanes from `channel` on are there.
-inline bool has_lanes(const Sink& sink, int64_t channel) { return sink.room == 0 || channel + kWidth <= sink.room; }
-
-void finish_tile(const Work& w, const Finish& finish, const View2d& residual, const int32_t* acc, int pixels, int blocks,
-                 int64_t y, int64_t x, int64_t channel, int64_t channels) {
+void finish_tile(const Work& w, const TileEnd& tile_end, const int32_t* acc, int pixels, int blocks, int64_t y, int64_t x,
+                 int64_t channel, int64_t channels) {
+  const Finish& finish = tile_end.finish;
+  const View2d& residual = tile_end.residual;
   const int64_t acc_step = int64_t(blocks) * kLanes;
-  const bool chained = finish.chains == 1 && finish.chained[0].count == 1;
-  const bool simple = finish.count == 1 && (finish.chains == 0 || chained);
   for (int64_t lane = 0; lane < acc_step && lane < channels; lane += kWidth) {
     const int64_t c = channel + lane;
-    const bool next_there = !chained || (finish.chained[0].outs[0].room > 0 && has_lanes(finish.chained[0].outs[0], c));
-    if (simple && has_lanes(finish.outs[0], c) && next_there) {
-      lanes_of(finish, residual.plane)(w.step, finish, residual, acc + lane, acc_step, pixels, y, x, c);
+    if (tile_end.lanes && c + kWidth <= tile_end.room) {
+      tile_end.lanes(w.step, finish, residual, acc + lane, acc_step, pixels, y, x, c);
       continue;
     }
     if (finish.count == 0 && !residual.plane && c + kWidth <= finish.channels) {

@@ -72,8 +72,8 @@ class NativeNetwork:
         images = images.contiguous()
         reals = self._reals(len(images))
         addresses = [real.data_ptr() for real in reals.values()]
-        bytewise = images.dtype == torch.uint8
-        self.runner.run(images.data_ptr(), len(images), addresses, torch.get_num_threads(), bytewise)
+        in_bytes = images.dtype == torch.uint8
+        self.runner.run(images.data_ptr(), len(images), addresses, torch.get_num_threads(), in_bytes)
         return reals
 
     def values(self, image: Tensor) -> dict[str, Tensor]:
@@ -87,9 +87,12 @@ class NativeNetwork:
         """Room for the real values of so many images."""
         made = {}
         for name in self.reals:
-            channels, height, width = as_map(self.shapes[name])
-            room = torch.empty(count, height, width, channels).permute(0, 3, 1, 2)
-            made[name] = room if len(self.shapes[name]) == 3 else room[:, :, 0, 0]
+            shape = self.shapes[name]
+            if len(shape) == 1:
+                made[name] = torch.empty(count, *shape)
+            else:
+                channels, height, width = shape
+                made[name] = torch.empty(count, height, width, channels).permute(0, 3, 1, 2)
         return made
 
     def _read(self, name: str, place: Place, arena: Tensor) -> Tensor:

@@ -87,22 +87,25 @@ class Engine:
         Raises:
             ValueError: images of another shape or type, or with NaN in them.
         """
-        shape, wanted = tuple(images.shape), self.graph.input_shape
-        check("engine", "images", shape, f"[N, {', '.join(map(str, wanted))}]", shape[1:] == wanted and len(shape) > 1)
-        pixels = images.dtype == torch.uint8 and self.graph.normalization is not None
-        check("engine", "images", images.dtype, "floating point (see normalize)", pixels or images.is_floating_point())
+        shape, dtype = tuple(images.shape), images.dtype
+        if shape[1:] != self.graph.input_shape or len(shape) < 2:
+            rule = f"[N, {', '.join(map(str, self.graph.input_shape))}]"
+            check("engine", "images", shape, rule, False)
+        pixels = dtype == torch.uint8 and self.graph.normalization is not None
+        check("engine", "images", dtype, "floating point (see normalize)", pixels or dtype.is_floating_point)
         images = images.detach().to(self.device)
-        if pixels and self.backend != "native":
+        if not pixels:
+            images = images.float()
+        elif self.backend != "native":
             images = self.normalize(images)
-        images = images if images.dtype == torch.uint8 else images.float()
-        parts = images.split(REFERENCE_BATCH) if self.backend == "reference" else [images]
-        found = [self._outputs(self._network(part)) for part in parts]
-        return nested(self.graph.structure, [torch.cat(same) if len(same) > 1 else same[0] for same in zip(*found)])
+        if self.backend != "reference":
+            return nested(self.graph.structure, self._outputs(self._network(images)))
+        parts = [self._outputs(self._network(part)) for part in images.split(REFERENCE_BATCH)]
+        return nested(self.graph.structure, [torch.cat(same) for same in zip(*parts, strict=True)])
 
     def _outputs(self, reals: dict[str, Tensor]) -> list[Tensor]:
-        return [
-            output_of(item, reals[item.value], order) for item, order in zip(self.graph.outputs, self._orders, strict=True)
-        ]
+        pairs = zip(self.graph.outputs, self._orders, strict=True)
+        return [output_of(output, reals[output.value], order) for output, order in pairs]
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """uint8 pixels `[N, *input_shape]` to the network's input: `(pixels / 255 - mean) / std`, fp32.
