@@ -24,8 +24,8 @@ MEASURED = {
     "accuracy": (*TRAINING, "dfq/config.py", "dfq/seeds.py", "dfq/evaluate.py", "dfq/assets", *OPERATORS),
     "kernels": OPERATORS,
     "steps": (*TRAINING, "dfq/execution.py", *OPERATORS),
-    "integer": ("dfq/engine", "dfq/export.py", "dfq/onnx_export.py", *OPERATORS),
-    "onnx": ("dfq/onnx_export.py", "dfq/export.py"),
+    "integer": ("dfq/engine", "dfq/export.py", "dfq/onnx_export.py", "dfq/onnx_nodes", *OPERATORS),
+    "onnx": ("dfq/onnx_export.py", "dfq/onnx_nodes", "dfq/export.py"),
 }
 # inside of them, what no CPU runs
 ELSEWHERE = tuple(f":(exclude)dfq_kernels/{name}" for name in ("*/triton.py", "tiles.py", "integer_tiles.py",
