@@ -17,15 +17,14 @@ from dfq.running.checkpoint import write_atomic
 AGES = RESULTS / "ages.json"
 ROOT = RESULTS.parent.parent
 OPERATORS = ("dfq_kernels", "csrc/cpu", "csrc/common")
-TRAINING = ("dfq/quant", "dfq/method/generator.py", "dfq/method/losses.py", "dfq/method/trainer.py", "dfq/method/pool.py", "dfq/method/bn_stats.py",
-            "dfq/method/teacher.py", "dfq/running/optimizers.py")  # fmt: skip
+TRAINING = ("dfq/network", "dfq/layers", "dfq/quant", "dfq/method", "dfq/running/optimizers.py")
 # a change of these may change a table's numbers
 MEASURED = {
     "accuracy": (*TRAINING, "dfq/config.py", "dfq/running/seeds.py", "dfq/results/evaluate.py", "dfq/assets", *OPERATORS),
     "kernels": OPERATORS,
     "steps": (*TRAINING, "dfq/running/execution.py", *OPERATORS),
-    "integer": ("dfq/engine", "dfq/export.py", "dfq/export/onnx.py", *OPERATORS),
-    "onnx": ("dfq/export/onnx.py", "dfq/export.py"),
+    "integer": ("dfq/engine", "dfq/export", "dfq/layers", *OPERATORS),
+    "onnx": ("dfq/export",),
 }
 # inside of them, what no CPU runs
 ELSEWHERE = tuple(f":(exclude)dfq_kernels/{name}" for name in ("*/triton.py", "tiles.py", "integer_tiles.py",

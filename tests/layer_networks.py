@@ -88,8 +88,8 @@ class Unet(nn.Module):
 def _shuffle(net: Body, x: Tensor) -> Tensor:
     for _ in range(2):
         first, second = x.chunk(2, 1)
-        both = torch.cat([first, F.relu(net.parts["half"](second))], 1)
-        x = both.view(len(x), 2, 4, *x.shape[2:]).transpose(1, 2).reshape(both.shape)
+        both = torch.cat([first, F.relu(net.parts["branch"](second))], 1)
+        x = both.view(x.shape[0], 2, 4, *x.shape[2:]).transpose(1, 2).reshape(both.shape)
     return x
 
 
@@ -106,7 +106,7 @@ def _excite(net: Body, x: Tensor) -> Tensor:
 
 
 def _eca(net: Body, x: Tensor) -> Tensor:
-    gate = net.parts["eca"](x.mean((2, 3)).view(len(x), 1, -1)).sigmoid().view(len(x), -1, 1, 1)
+    gate = net.parts["eca"](x.mean((2, 3)).view(x.shape[0], 1, -1)).sigmoid().view(x.shape[0], -1, 1, 1)
     return x * gate.expand_as(x)
 
 
@@ -156,7 +156,7 @@ _PARTS: dict[str, Part] = {
 }  # fmt: skip
 _CONV = partial(nn.Conv2d, 8, 8)
 _MODULES: dict[str, tuple[Part, Callable[[], dict[str, nn.Module]]]] = {
-    "channel shuffle block": (_shuffle, lambda: {"half": nn.Conv2d(4, 4, 3, padding=1)}),
+    "channel shuffle block": (_shuffle, lambda: {"branch": nn.Conv2d(4, 4, 3, padding=1)}),
     "dense block": (_dense, lambda: {"one": nn.Conv2d(8, 4, 3, padding=1), "one_norm": nn.BatchNorm2d(8),
                                      "two": nn.Conv2d(12, 4, 1), "two_norm": nn.BatchNorm2d(12)}),
     "squeeze and excitation": (_excite, lambda: {"squeeze": nn.Conv2d(8, 2, 1), "excite": nn.Conv2d(2, 8, 1)}),

@@ -173,17 +173,16 @@ class QuantReduction(Layer):
     def export(self, to: Integers) -> None:
         shape = to.operand_shape(0)
         if self.dims == [2, 3] and len(shape) == 3:
-            self._over(to, to.value(0), shape[1:])
+            self._over(to, to.value(0), shape[1:], shape[0])
             return
         kept = [dim for dim in range(1, len(shape) + 1) if dim not in self.dims]
         left, gone = _product([shape[dim - 1] for dim in kept]), _product([shape[dim - 1] for dim in self.dims])
         x = to.value(0, lambda x: x.permute(0, *kept, *self.dims).reshape(1, left, gone))
-        self._over(to, x, (1, gone))
+        self._over(to, x, (1, gone), left)
 
-    def _over(self, to: Integers, x: str, places: tuple[int, ...]) -> None:
-        to.step(graph.AveragePool(
-            x, (), None, (places[0], places[1]), (places[0], places[1]), divisor=0 if self.mean else 1,
-        ))  # fmt: skip
+    def _over(self, to: Integers, x: str, places: tuple[int, ...], channels: int) -> None:
+        window = places[0], places[1]
+        to.step(graph.AveragePool(x, (), None, window, window, divisor=0 if self.mean else 1), (channels, 1, 1))
 
 
 def _product(sides: list[int]) -> int:

@@ -8,6 +8,7 @@ from dfq.engine import graph
 from dfq.layers.integers import Integers
 from dfq.layers.kind import ON_A_GRID, Kind, Read, register, sides
 from dfq.network.calls import Call, shape_of
+from dfq.network.normalize import ADAPTIVE_MAX
 
 _PLAIN = ("aten.max_pool1d.default", "aten.max_pool2d.default")
 
@@ -37,6 +38,18 @@ class MaxPool(Kind):
 
 
 @register
+class AdaptiveMaxPool(MaxPool):
+    name = "adaptive max pool"
+    calls = (ADAPTIVE_MAX,)
+
+    def export(self, call: Call, to: Integers) -> None:
+        *_, height, width = call.shape
+        flat = len(call.shape) == 2
+        x = to.value(0, (lambda x: x.unsqueeze(-2)) if flat else None)
+        to.step(graph.MaxPool(x, (), None, None, output=(1 if flat else height, width)))
+
+
+@register
 class Maximum(Kind):
     """The maximum over some axes: of one row of pixels, with what is left as channels."""
 
@@ -59,12 +72,12 @@ class Maximum(Kind):
     def export(self, call: Call, to: Integers) -> None:
         dims, shape = _dims(call), to.operand_shape(0)
         if dims == [2, 3] and len(shape) == 3:
-            to.step(graph.MaxPool(to.value(0), (), None, shape[1:], shape[1:]))  # type: ignore[arg-type]
+            to.step(graph.MaxPool(to.value(0), (), None, shape[1:], shape[1:]), (shape[0], 1, 1))  # type: ignore[arg-type]
             return
         kept = [dim for dim in range(1, len(shape) + 1) if dim not in dims]
         left, gone = (math.prod(shape[dim - 1] for dim in some) for some in (kept, dims))
         x = to.value(0, lambda x: x.permute(0, *kept, *dims).reshape(1, left, 1, gone))
-        to.step(graph.MaxPool(x, (), None, (1, gone), (1, gone)))
+        to.step(graph.MaxPool(x, (), None, (1, gone), (1, gone)), (left, 1, 1))
 
 
 def _dims(call: Call) -> list[int]:

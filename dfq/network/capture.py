@@ -70,7 +70,9 @@ def capture(model: nn.Module, example: tuple[int, ...] | Tensor, owner: str = "p
     except Exception as error:  # whatever the model's own code raises on torch.export's tensors
         where = _module_of(error.__traceback__, model)
         rule = f"model must run on images of shape {tuple(images.shape[1:])} and be captured by torch.export"
-        raise PrepareError(f"{owner}: {rule}, got {type(error).__name__} in {where}: {first_line(error)}") from error
+        hint = "; its batch must stay a variable (x.shape[0], not len(x))" if "specialized" in str(error) else ""
+        reason = f"{type(error).__name__} in {where}: {first_line(error)}{hint}"
+        raise PrepareError(f"{owner}: {rule}, got {reason}") from error
     finally:
         log.disabled = False
     graph, tensors = _lifted(program, model)

@@ -52,6 +52,16 @@ def _instead(node: fx.Node, other: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
+def largest_of_windows(x: Tensor, output_size: list[int]) -> Tensor:
+    """An adaptive max pool without the places of its values: ATen has no call for it."""
+    pools = aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default
+    found: Tensor = pools[len(output_size) - 1](x, output_size)[0]
+    return found
+
+
+ADAPTIVE_MAX = largest_of_windows.__name__
+
+
 def _drop_checks(node: fx.Node, _: dict[str, Tensor]) -> None:
     """Assertions about what is known: shapes are static here."""
     if target_of(node).startswith(("aten._assert", "aten.sym_constrain")) and not node.users:
@@ -115,6 +125,7 @@ def _first_results(node: fx.Node, _: dict[str, Tensor]) -> None:
     alone = all(reader.target is operator.getitem and reader.args[1] == 0 for reader in node.users)
     calls: dict[str, Callable[..., Any]] = {
         "aten.max.dim": aten.amax.default, "aten.max_pool2d_with_indices.default": aten.max_pool2d.default,
+        "aten.adaptive_max_pool1d.default": largest_of_windows, "aten.adaptive_max_pool2d.default": largest_of_windows,
     }  # fmt: skip
     if name not in calls or not alone:
         return
