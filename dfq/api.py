@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dfq.running.checkpoint import CheckpointError, load_weights, weights_digest
-from dfq.network.classifier import check_weights
+from dfq.network.classifier import check_teacher, check_weights
 from dfq.config import (
     LayerBits,
     QuantConfig,
@@ -46,7 +46,7 @@ def quantize(
     model: nn.Module,
     *,
     input_shape: tuple[int, int, int],
-    num_classes: int,
+    num_classes: int | None = None,
     preset: str | None = None,
     recipe: str | Recipe = "default",
     steps: int = 200,
@@ -69,10 +69,10 @@ def quantize(
     """Quantizes a trained float classifier without any data.
 
     Args:
-        model: convolutions, linear layers, batch norms, ReLU(6), additions, pooling (see `dfq.quant.prepare`);
-            is copied, not changed.
+        model: whatever torch.export captures, with batch norms; is copied, not changed. Calls without an integer form
+            stay in floating point (see `dfq.prepare`).
         input_shape: `(C, H, W)` of its images.
-        num_classes: of its logits.
+        num_classes: of its logits; found out where it is not given.
         preset: bits, `W4A4` and so on (`dfq.config.quant_config`); `W4A4` if nothing is given.
         recipe: `default`, `paper`, or a `dfq.config.Recipe`.
         steps: student steps.
@@ -105,19 +105,20 @@ def quantize(
         ExecutionError: a step or network that cannot be captured or compiled, and had to be.
         Interrupted: Ctrl-C or SIGTERM, after saving.
     """
-    input_shape, num_classes = _sizes("quantize", input_shape, num_classes)
+    input_shape = _sizes("quantize", input_shape)
     steps, seed = integer("quantize", "steps", steps, 1), integer("quantize", "seed", seed, 0)
     recipe = _recipe("quantize", recipe)
     check("quantize", "config", config, "a QuantConfig", config is None or isinstance(config, QuantConfig))
-    check_test_images(test_images, input_shape, num_classes, "quantize")
     if config is None:
         preset = preset or "W4A4"
         config = quant_config(preset, ranges=recipe.ranges, overrides=overrides)
     elif preset is not None or overrides is not None:
         raise ValueError("quantize: config must be given without preset and overrides, got both")
-    normalization = check_normalization("quantize", normalization, input_shape[0], test_images)
     where = resolve_device(device)
-    teacher = check_weights(_copy("quantize", model), owner="quantize", name="model").to(where)
+    teacher = _copy("quantize", model)
+    num_classes = _classes("quantize", "model", teacher, input_shape, num_classes, where)
+    check_test_images(test_images, input_shape, num_classes, "quantize")
+    normalization = check_normalization("quantize", normalization, input_shape[0], test_images)
     network = capture_network(teacher, input_shape, "quantize")
     students = [copy.deepcopy(prepare(network, config=config)) for _ in range(recipe.students)]
     fresh = copy.deepcopy(students[0])
@@ -154,7 +155,7 @@ def distill(
     students: list[nn.Module],
     *,
     input_shape: tuple[int, int, int],
-    num_classes: int,
+    num_classes: int | None = None,
     recipe: str | Recipe = "paper",
     steps: int = 2000,
     seed: int = 0,
@@ -184,17 +185,19 @@ def distill(
     Raises:
         ValueError, NonFiniteError, ExecutionError, Interrupted: as `quantize`.
     """
-    input_shape, num_classes = _sizes("distill", input_shape, num_classes)
+    input_shape = _sizes("distill", input_shape)
     steps, seed = integer("distill", "steps", steps, 1), integer("distill", "seed", seed, 0)
     recipe = _recipe("distill", recipe)
     networks = isinstance(students, list) and all(isinstance(student, nn.Module) for student in students)
     different = networks and len({id(student) for student in students}) == len(students)
     check("distill", "students", students, "a list of different networks, at least one", different and bool(students))
     check("distill", "specs", specs, "of teacher and students", not specs or len(specs) == len(students) + 1)
-    check_test_images(test_images, input_shape, num_classes, "distill")
     where = resolve_device(device)
+    frozen = _copy("distill", teacher)
+    num_classes = _classes("distill", "teacher", frozen, input_shape, num_classes, where)
+    check_test_images(test_images, input_shape, num_classes, "distill")
     task = DataFreeTraining(
-        _copy("distill", teacher), students, replace(recipe, students=len(students)), quant=None,
+        frozen, students, replace(recipe, students=len(students)), quant=None,
         input_shape=input_shape, num_classes=num_classes, steps=steps, seed=seed, device=where,
         precision=resolve_precision(precision, where), execution=Execution(capture, where, compiled=compile),
     )  # fmt: skip
@@ -301,11 +304,20 @@ def load_run(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Modul
     return model.eval(), config
 
 
-def _sizes(owner: str, input_shape: Any, num_classes: Any) -> tuple[tuple[int, int, int], int]:
+def _sizes(owner: str, input_shape: Any) -> tuple[int, int, int]:
     three = isinstance(input_shape, (tuple, list, torch.Size)) and len(input_shape) == 3
     check(owner, "input_shape", input_shape, "(C, H, W)", three)
     channels, height, width = (integer(owner, "input_shape", size, 1) for size in input_shape)
-    return (channels, height, width), integer(owner, "num_classes", num_classes, 2)
+    return channels, height, width
+
+
+def _classes(
+    owner: str, name: str, model: nn.Module, input_shape: tuple[int, int, int], num_classes: Any, device: torch.device
+) -> int:
+    """The number of classes that was given, or that the model has."""
+    known = None if num_classes is None else integer(owner, "num_classes", num_classes, 2)
+    check_weights(model, owner=owner, name=name)
+    return check_teacher(model.to(device), input_shape, known, device=device, owner=owner, name=name)
 
 
 def _recipe(owner: str, recipe: Any) -> Recipe:

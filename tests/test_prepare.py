@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import operator
-
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-import dfq
 from dfq.config import LayerBits, quant_config
-from dfq.quant import PrepareError, freeze_ranges, prepare
 from dfq.layers import Tail
 from dfq.layers.average_pool import QuantAveragePool
+from dfq.quant import PrepareError, freeze_ranges, prepare
 from tests.conftest import small_net
 from tests.test_quant import calibrated
 
@@ -85,6 +82,16 @@ def test_unusual_networks_are_the_same_function_at_eight_bits(random: torch.Gene
         assert float((found - expected).abs().max()) < 0.06 * float(expected.abs().max())
 
 
+def same_at_eight_bits(model: nn.Module, x: torch.Tensor) -> None:
+    """The student is the model but for rounding; the images stay as they are."""
+    before = x.clone()
+    expected = model(x.clone())
+    student = calibrated(model, quant_config("W8A8"), x)
+    freeze_ranges(student)
+    assert float((student.eval()(x) - expected).detach().abs().max()) < 0.06 * float(expected.detach().abs().max())
+    assert torch.equal(x, before)
+
+
 def test_dropout_is_gone_from_the_student() -> None:
     student = prepare(Unusual("view"), (1, 12, 12), quant_config("W4A4")).train()
     assert not any(isinstance(module, nn.Dropout) for module in student.modules())
@@ -93,37 +100,28 @@ def test_dropout_is_gone_from_the_student() -> None:
 @pytest.mark.parametrize(
     "call", [lambda net, x: net.relu(x), lambda net, x: F.relu(x, inplace=True), lambda net, x: x.relu_()]
 )
-def test_in_place_calls_whose_result_is_unused_are_refused(call) -> None:
+def test_in_place_calls_count_where_nobody_uses_their_result(random: torch.Generator, call) -> None:
     class InPlace(Unusual):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = self.bn(self.conv(x))
             call(self, x)
             return self.head(x)
 
-    with pytest.raises(PrepareError, match="must be used .* got an in-place call"):
-        prepare(InPlace("view"), (1, 12, 12), quant_config("W4A4"))
-
-
-@pytest.mark.parametrize(
-    ("pool", "text"),
-    [(nn.AvgPool2d(3, ceil_mode=True), "ceil_mode of 0 must be False"),
-     (nn.AvgPool2d(2, divisor_override=3), "divisor_override of 0 must be None"),
-     (nn.AvgPool2d(3, padding=1, count_include_pad=False), "count_include_pad of 0 must be True")],
-)  # fmt: skip
-def test_pools_whose_windows_differ_are_refused(pool: nn.Module, text: str) -> None:
-    with pytest.raises(PrepareError, match=text):
-        prepare(nn.Sequential(pool, nn.Conv2d(1, 4, 3)), quant_config("W4A4"))
+    same_at_eight_bits(InPlace("view").eval(), torch.randn(16, 1, 12, 12, generator=random))
 
 
 def test_average_pools_sum_integers_exactly(random: torch.Generator) -> None:
     q = torch.randint(0, 256, (2, 3, 8, 8), generator=random).float()
     scale = torch.tensor(0.0123)
-    for pool, count in ((QuantAveragePool(output_size=1), 64), (QuantAveragePool(kernel_size=2), 4)):
+    for pool, count in (
+        (QuantAveragePool(Tail(), False, output=(1, 1)), 64),
+        (QuantAveragePool(Tail(), False, kernel=(2, 2), stride=(2, 2)), 4),
+    ):
         found = pool.eval()(q * scale, scale)
         window = q.double().unfold(2, 8 if count == 64 else 2, 8 if count == 64 else 2)
         window = window.unfold(3, window.shape[-1], window.shape[-1])
         assert torch.equal(found, window.sum((-1, -2)).float() * (scale / count))
-    uneven = QuantAveragePool(output_size=(3, 5)).eval()(q * scale, scale)
+    uneven = QuantAveragePool(Tail(), False, output=(3, 5)).eval()(q * scale, scale)
     torch.testing.assert_close(uneven, F.adaptive_avg_pool2d(q * scale, (3, 5)))
 
 
@@ -151,16 +149,14 @@ def accumulate(net: Unusual, x: torch.Tensor) -> torch.Tensor:
     [accumulate, lambda net, x: net.relu(x), lambda net, x: F.relu(x, inplace=True), lambda net, x: x.relu_(),
      lambda net, x: x.add_(net.grouped(x)), lambda net, x: x.view(x.shape).relu_()],
 )  # fmt: skip
-def test_a_value_that_is_read_after_its_change_in_place_is_refused(change) -> None:
-    """Traced as it stands, the network would read the old value: another function."""
-    with pytest.raises(PrepareError, match="add must read the result of .* changed in place"):
-        prepare(Reads(change), (1, 12, 12), quant_config("W4A4"))
+def test_a_value_that_is_read_after_its_change_in_place_has_changed(random: torch.Generator, change) -> None:
+    same_at_eight_bits(Reads(change).eval(), torch.randn(16, 1, 12, 12, generator=random))
 
 
 def test_what_is_in_place_in_the_model_is_not_in_the_student() -> None:
     student = prepare(Unusual("in-place sum"), (1, 12, 12), quant_config("W4A4"))
-    targets = [node.target for node in student.graph.nodes if node.op == "call_function"]
-    assert operator.add in targets and operator.iadd not in targets
+    targets = [str(node.target) for node in student.graph.nodes if node.op == "call_function"]
+    assert not any(target.split(".")[-2].endswith("_") for target in targets if target.startswith("aten."))
     assert not any(getattr(module, "inplace", False) for module in student.modules())
 
 
@@ -175,23 +171,24 @@ def test_what_no_output_depends_on_is_left_out() -> None:
 
 
 def test_names_of_the_new_graph_are_refused() -> None:
-    for name in ("quantizers", "weight_quantizers", "pools", "graph", "meta", "_graph"):
+    for name in ("quantizers", "weight_quantizers", "calls", "graph", "meta", "_graph"):
         model = nn.Sequential()
         model.add_module(name, nn.Conv2d(1, 4, 3))
-        with pytest.raises(PrepareError, match=f"a submodule must not have a name .* got '{name}'"):
+        rule = f"a submodule must not have a name .* got '{name}'"
+        with pytest.raises(PrepareError, match=f"{rule}|captured by torch.export, got .*{name}"):
             prepare(model, (1, 12, 12), quant_config("W4A4"))
 
 
-def test_a_weight_that_no_optimizer_can_train_is_refused() -> None:
+def test_a_weight_that_is_no_parameter_becomes_one() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3))
     weight = model[0].weight.detach()
     del model[0].weight
     model[0].weight = weight
-    with pytest.raises(PrepareError, match=r"weight of 0 must be an nn\.Parameter, got Tensor"):
-        prepare(model, (1, 12, 12), quant_config("W4A4"))
+    student = prepare(model, (1, 12, 12), quant_config("W4A4"))
+    assert torch.equal(student.get_parameter("0.weight"), weight) and student.get_parameter("0.weight").requires_grad
 
 
-def test_batch_norms_over_tokens_are_refused_before_training(tmp_path) -> None:
+def test_a_batch_norm_over_tokens_counts_tokens(random: torch.Generator) -> None:
     class Tokens(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -202,9 +199,7 @@ def test_batch_norms_over_tokens_are_refused_before_training(tmp_path) -> None:
             x = self.bn(self.conv(x)).flatten(2)
             return self.fc(self.bn2(self.token(x)).flatten(1))
 
-    with pytest.raises(ValueError, match=r"must see \[N, features\], got \(2, 9, 9\)"):
-        dfq.quantize(Tokens(), input_shape=(1, 12, 12), num_classes=4, steps=1, out=tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    same_at_eight_bits(Tokens().eval(), torch.randn(16, 1, 12, 12, generator=random))
 
 
 def test_modes_are_as_they_were() -> None:
@@ -214,33 +209,37 @@ def test_modes_are_as_they_were() -> None:
     assert model.training and model.conv1.training and not model.bn1.training
     for forward in (lambda net, x: x if x.sum() > 0 else -x, lambda net, x: net.conv(x[range(x)])):
         broken = type("Broken", (Unusual,), {"forward": forward})("view").train()
-        with pytest.raises(PrepareError, match="traceable"):
+        with pytest.raises(PrepareError, match="captured by torch.export"):
             prepare(broken, (1, 12, 12), quant_config("W4A4"))
         assert broken.training
 
 
-def test_a_forward_that_is_not_the_class_s_is_refused() -> None:
+def test_a_forward_that_is_not_the_class_s_counts(random: torch.Generator) -> None:
     model = small_net()
-    model.relu.forward = lambda x: x
-    with pytest.raises(PrepareError, match="relu must have its class.s forward"):
-        prepare(model, (1, 12, 12), quant_config("W4A4"))
+    model.relu.forward = lambda x: x.clamp(min=-0.1)
+    same_at_eight_bits(model, torch.randn(16, 1, 12, 12, generator=random))
 
 
 @pytest.mark.parametrize(
-    ("read", "text"),
-    [(lambda net, x, f: torch.add(f, x, out=f), "a call with out="),
-     (lambda net, x, f: torch.add(f, x, alpha=2), "an addition with alpha 2"),
-     (lambda net, x, f: F.avg_pool2d(f, f.size(2)), "a pool must have constant windows"),
-     (lambda net, x, f: F.dropout(f, 0.5), "a dropout that is on in evaluation"),
-     (lambda net, x, f: f + net.relu(x), "relu must not change the images")],
+    "read",
+    [lambda net, x, f: torch.add(f, f.relu(), alpha=2), lambda net, x, f: F.avg_pool2d(f, f.size(2)),
+     lambda net, x, f: f + net.relu(x), lambda net, x, f: F.dropout(f, 0.5, net.training)],
 )  # fmt: skip
-def test_calls_that_would_be_traced_as_something_else_are_refused(read, text: str) -> None:
+def test_unusual_calls_are_the_same_function(random: torch.Generator, read) -> None:
     class Reading(Unusual):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.head(read(self, x, self.bn(self.conv(x))))
 
-    with pytest.raises(PrepareError, match=text):
-        prepare(Reading("view"), (1, 12, 12), quant_config("W4A4"))
+    same_at_eight_bits(Reading("view").eval(), torch.randn(16, 1, 12, 12, generator=random))
+
+
+def test_a_dropout_that_is_on_in_evaluation_is_refused() -> None:
+    class Random(Unusual):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(F.dropout(self.bn(self.conv(x)), 0.5))
+
+    with pytest.raises(PrepareError, match="must compute the same when torch.export captures it"):
+        prepare(Random("view"), (1, 12, 12), quant_config("W4A4"))
 
 
 @pytest.mark.parametrize("size", [lambda f: f.size(0), lambda f: f.shape[0]])

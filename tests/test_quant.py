@@ -10,12 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from dfq.config import LayerBits, QuantConfig, quant_config
-from dfq.models import ModelSpec, build_model
-from dfq.quant import PrepareError, freeze_ranges, learn_ranges, prepare, prepared_of, range_parameters, set_adapting
-from dfq.quant.exactness import layer_bounds
 from dfq.layers import QuantLayer, Tail
 from dfq.layers.batch_norm import QuantBatchNorm
 from dfq.layers.convolution import QuantConv
+from dfq.models import ModelSpec, build_model
+from dfq.quant import PrepareError, freeze_ranges, learn_ranges, prepare, prepared_of, range_parameters, set_adapting
+from dfq.quant.exactness import layer_bounds
 from dfq.quant.quantizers import ActivationQuantizer, least_squares_scale, weight_layers
 from tests.conftest import small_net
 
@@ -94,7 +94,9 @@ def test_gdfq_convention() -> None:
     assert {quantizer.scheme for _, quantizer, _ in weight_layers(student)} == {"affine"}
     names = [name for name, module in student.named_modules() if isinstance(module, ActivationQuantizer)]
     assert names == ["conv1.tail.quantizer", "conv2.tail.quantizer", "calls.add.tail.quantizer"]  # every ReLU, once
-    identities = prepare(build_model(ModelSpec("resnet20", 3, 7)), (3, 32, 32), quant_config("gdfq"))  # read by a layer and a sum
+    identities = prepare(
+        build_model(ModelSpec("resnet20", 3, 7)), (3, 32, 32), quant_config("gdfq")
+    )  # read by a layer and a sum
     bits = [module.bits for module in identities.modules() if isinstance(module, ActivationQuantizer)]
     assert bits == [4] * 19
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dfq.method.bn_stats import BnStatistics
-from dfq.network.classifier import check_classifier, check_learns, check_weights
+from dfq.network.classifier import check_classifier, check_learns, check_teacher, check_weights
 from dfq.config import GeneratorConfig, QuantConfig, Recipe
 from dfq.running.device import autocast
 from dfq.running.execution import Execution
@@ -243,9 +243,7 @@ class DataFreeTraining:
 
     def _check_models(self, owner: str, name: str, network: Network | None) -> None:
         sizes = {"input_shape": self.input_shape, "num_classes": self.num_classes, "device": self.device}
-        logits = check_classifier(self.teacher, **sizes, owner=owner, name=name)  # type: ignore[arg-type]
-        if not bool(torch.isfinite(logits).all()):
-            raise ValueError(f"{owner}: {name} must have finite weights, got NaN or infinite logits")
+        check_teacher(self.teacher, **sizes, owner=owner, name=name)  # type: ignore[arg-type]
         network = network or capture(self.teacher, self.input_shape, owner)
         self.fused_teacher = teacher_graph(network, torch.bfloat16 if self.precision == "bf16" else None)
         self.bn_statistics = BnStatistics(self.fused_teacher)

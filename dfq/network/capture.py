@@ -62,7 +62,7 @@ def capture(model: nn.Module, example: tuple[int, ...] | Tensor, owner: str = "p
     try:
         with evaluation(model), _unchanged(model), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.export's, on its own internals
-            expected = model(images)
+            expected = model(images.clone())  # a model may write into them
             log.disabled = True
             program = _exported(model, images)
     except torch.OutOfMemoryError:
@@ -185,7 +185,10 @@ def _lifted(program: torch.export.ExportedProgram, model: nn.Module) -> tuple[fx
             tensors[name] = getattr(program.graph_module, str(node.target))  # a graph of a higher-order operator
             new[node] = graph.get_attr(name)
         elif node.op == "output":
-            new[node] = graph.output(fx.map_arg(tuple(node.args[0]), lambda item: new[item]))  # type: ignore[arg-type]
+            kinds = [spec.kind for spec in signature.output_specs]  # what is written in place is an output, too
+            own_outputs = tuple(item for item, kind in zip(node.args[0], kinds, strict=True)
+                                if kind == torch.export.graph_signature.OutputKind.USER_OUTPUT)  # fmt: skip
+            new[node] = graph.output(fx.map_arg(own_outputs, lambda item: new[item]))  # type: ignore[arg-type]
         else:
             new[node] = graph.node_copy(node, lambda item: new[item])
             new[node].meta[MODULE] = _module_name(node)

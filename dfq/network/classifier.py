@@ -37,7 +37,7 @@ def check_weights(model: nn.Module, *, owner: str, name: str) -> nn.Module:
 @torch.no_grad()
 def check_classifier(
     model: nn.Module,
-    input_shape: tuple[int, int, int],
+    input_shape: tuple[int, ...],
     num_classes: int,
     *,
     device: torch.device,
@@ -56,9 +56,39 @@ def check_classifier(
         return _logits(model, input_shape, num_classes, device, owner, name)
 
 
+@torch.no_grad()
+def check_teacher(
+    model: nn.Module, input_shape: tuple[int, ...], num_classes: int | None, *, device: torch.device, owner: str,
+    name: str,
+) -> int:  # fmt: skip
+    """What a classifier must be before anything is learnt from it: as `check_classifier`, and finite.
+
+    Args:
+        num_classes: None: as many as it has logits.
+
+    Returns:
+        Its number of classes.
+    """
+    if num_classes is None:
+        num_classes = _classes(model, input_shape, device, owner, name)
+    logits = check_classifier(model, input_shape, num_classes, device=device, owner=owner, name=name)
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError(f"{owner}: {name} must have finite weights, got NaN or infinite logits")
+    return num_classes
+
+
+def _classes(model: nn.Module, input_shape: tuple[int, ...], device: torch.device, owner: str, name: str) -> int:
+    with evaluation(model):
+        logits = _run(model, input_shape, device, owner, name)
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 2 or logits.shape[1] < 2:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"{owner}: {name} must give logits [N, classes], got {shape}")
+    return logits.shape[1]
+
+
 def check_learns(
     model: nn.Module,
-    input_shape: tuple[int, int, int],
+    input_shape: tuple[int, ...],
     num_classes: int,
     *,
     device: torch.device,
@@ -72,16 +102,21 @@ def check_learns(
 
 
 def _logits(
-    model: nn.Module, input_shape: tuple[int, int, int], num_classes: int, device: torch.device, owner: str, name: str
+    model: nn.Module, input_shape: tuple[int, ...], num_classes: int, device: torch.device, owner: str, name: str
 ) -> Tensor:
+    logits = _run(model, input_shape, device, owner, name)
+    if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"{owner}: {name} must give logits [N, num_classes={num_classes}], got {shape}")
+    return logits
+
+
+def _run(model: nn.Module, input_shape: tuple[int, ...], device: torch.device, owner: str, name: str) -> object:
     try:
-        logits = model(torch.zeros(2, *input_shape, device=device))
+        result: object = model(torch.zeros(2, *input_shape, device=device))
+        return result
     except (torch.OutOfMemoryError, BackendError):
         raise
     except Exception as error:  # whatever the model's own code raises
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"{owner}: {name} must accept images of {tuple(input_shape)}, got {reason}") from error
-    if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"{owner}: {name} must give logits [N, num_classes={num_classes}], got {shape}")
-    return logits
