@@ -33,7 +33,7 @@ def check_plan(graph: IntegerGraph) -> None:
         assert root.root == place.root and root.offset % 64 == 0 and root.offset + root.size <= total
         assert (place.height, place.width, place.frame) == (root.height, root.width, root.frame), name
         first = place.offset - root.offset
-        assert 0 <= first and first + place.channels <= root.channels and place.stride == stride_of(root.channels)
+        assert first >= 0 and first + place.channels <= root.channels and place.stride == stride_of(root.channels)
     roots = [name for name, place in places.items() if place.root == name and place.kept]
     for one in roots:
         for other in roots:
@@ -98,8 +98,8 @@ def test_a_copy_is_made_where_one_plane_is_not_enough() -> None:
     assert slices.of(x) == (second, 0) and slices.of(z) == (second, 5) and slices.of(y) == (first, 5)
     twice = Builder((3, 4, 4))
     x = twice.conv(twice.first, 5)
-    joined = twice.cat(x, x)
-    assert Slices(graph := twice.graph(twice.linear(joined, 2)), check_graph(graph)).of(x) == (x, 0)
+    graph = twice.graph(twice.linear(twice.cat(x, x), 2))
+    assert Slices(graph, check_graph(graph)).of(x) == (x, 0)
 
 
 def test_what_a_step_s_results_go_through_stays_in_registers() -> None:
