@@ -176,7 +176,11 @@ def test_hostile_tensors_crash_nothing(files: list[Path], tmp_path_factory: pyte
     elif kind == "gone":
         del tensors[name]
     else:
-        changes = {"shorter": lambda: tensor[:-1].clone(), "longer": lambda: torch.cat([tensor, tensor]), "dtype": tensor.double}
+        changes = {
+            "shorter": lambda: tensor[:-1].clone(),
+            "longer": lambda: torch.cat([tensor, tensor]),
+            "dtype": tensor.double,
+        }
         tensor = changes[kind]()
     tensors |= {} if kind == "gone" else {name: tensor}
     path = tmp_path_factory.mktemp("hostile") / "hostile.safetensors"
