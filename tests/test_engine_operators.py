@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dfq import engine
@@ -84,6 +84,27 @@ def test_a_captured_network_is_replayed(backend: str, wide_tiles: None) -> None:
         with pytest.raises(ValueError, match="engine: images must be numbers, got NaN"):
             network(torch.full((count, 1, 12, 12), float("nan")))
     assert execution.recorded == [2, 3]
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(graph=networks(), seed=st.integers(0, 2**31))
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_steps_of_every_kind_are_replayed(backend: str, wide_tiles: None, graph: IntegerGraph, seed: int) -> None:
+    """None of them reads a value; results are the caller's, whatever runs next."""
+    device = torch.device("cpu")
+    if (reason := missing(backend, device)) is not None:
+        pytest.skip(reason)
+    random = torch.Generator().manual_seed(seed)
+    network = OperatorNetwork(graph, device, backend, Execution("on", device, recorder=RecordedSteps(list)))
+    before: dict[str, torch.Tensor] = {}
+    for _ in range(WARM_UP + 2):
+        kept = {name: value.clone() for name, value in before.items()}
+        images = 3 * torch.randn(2, *graph.input_shape, generator=random)
+        found, expected = network(images), reference_values(graph, images)
+        assert found.keys() == {output.value for output in graph.outputs} and not same(found, expected)
+        assert all(torch.equal(before[name], value) for name, value in kept.items())
+        before = found
+    assert network.execution.recorded == [2]
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from torch import Tensor
 from dfq.engine.graph import Move, as_map
 from dfq.export.onnx_nodes.values import Writer
 
-MOST_RUNS = 16  # of channels that are slices and a concatenation, before it is an index
+MOST_RUNS = 8  # of channels that are slices and a concatenation, before it is an index
 Run = tuple[int, int, int]  # source, first and last channel
 
 
@@ -25,7 +25,10 @@ def move(writer: Writer, step: Move) -> None:
     shapes = [as_map(writer.shapes[name]) for name in sources]
     maps = [writer.integers(name, shape) for name, shape in zip(sources, shapes, strict=True)]
     places = _Places(writer, step, out)
-    if len(sources) == 1 and _reordered(writer, step, maps[0], shapes[0], out):
+    if len(maps) > 1 and _mixed(step, [shape[0] for shape in shapes]):  # as after a channel shuffle: first joined
+        total = sum(shape[0] for shape in shapes)
+        maps, shapes = [places.joined(maps, f"{out}.whole")], [(total, *shapes[0][1:])]
+    if len(maps) == 1 and _reordered(writer, step, maps[0], shapes[0], out):
         return
     if step.index is not None:
         flat = [writer.reshaped(name, (math.prod(shape),), f"{out}.flat.{index}")
@@ -105,6 +108,14 @@ class _Places:
     def _along(self, name: str, axis: int, places: Tensor, out: str) -> str:
         found = _progression(places)
         return self.indexed(name, places, axis, 3, out) if found is None else self.sliced(name, axis, *found, out)
+
+
+def _mixed(step: Move, counts: list[int]) -> bool:
+    """Whether a move takes channels from here and there of several sources, and not a few runs of neighbours."""
+    if step.channels is None or step.index is not None or bool((step.channels < 0).any()):
+        return False
+    runs, found = _runs(step.channels, counts), _progression(step.channels)
+    return runs is None or len(runs) > MOST_RUNS or (found is not None and found[2] > 1)
 
 
 def _reordered(writer: Writer, step: Move, name: str, shape: tuple[int, ...], out: str) -> bool:
