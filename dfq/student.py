@@ -22,6 +22,7 @@ from dfq.engine import Engine, IntegerGraph, save_graph
 from dfq.errors import check
 from dfq.export import export
 from dfq.export.onnx import save_onnx
+from dfq.export.portable import save_portable
 
 
 def prepare(
@@ -121,4 +122,8 @@ def export_onnx(student: fx.GraphModule, path: str | Path) -> None:
         ExportError: a range that is not fixed, or a call without an ONNX form.
         CheckpointError: the file cannot be written.
     """
-    save_onnx(integer_graph(student), Path(path))
+    known = quant.prepared_of(student)
+    if known.floats:
+        save_portable(copy.deepcopy(student).cpu(), known.input_shape, Path(path))
+    else:
+        save_onnx(integer_graph(student), Path(path))

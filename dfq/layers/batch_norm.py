@@ -50,11 +50,15 @@ def stored_norm(call: Call, module: nn.Module | None) -> StoredNorm:
 class QuantBatchNorm(Layer):
     """A batch norm on its own; in evaluation the same arithmetic with stored statistics."""
 
+    def compute(self, *pairs: Tensor | None) -> Tensor:
+        assert pairs[0] is not None
+        return pairs[0]  # its tail has the batch norm
+
     def forward(self, *pairs: Tensor | None) -> Activated:
+        if self.training:
+            return super().forward(*pairs)
         x, tail = pairs[0], self.tail
         assert x is not None and tail.bn is not None
-        if self.training:
-            return tail(x)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             fused = tail.activation in FUSED
             if tail.quantizer is not None and fused:

@@ -1,0 +1,152 @@
+"""A quantized network as plain torch operators, for torch's own ONNX exporter: whatever stays in floating point there is
+translated by it, and quantizers are QuantizeLinear and DequantizeLinear."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.ao.quantization.fx import _decomposed  # noqa: F401  (its operators are what the exporter knows)
+from torch.nn import functional as F
+
+from dfq.errors import first_line
+from dfq.export.items import ExportError
+from dfq.layers.kind import Layer
+from dfq.layers.tail import Tail, activate
+from dfq.layers.weighted import QuantLayer, per_channel
+from dfq.quant.quantizers import ActivationQuantizer, WeightQuantizers
+from dfq.running.checkpoint import write_atomic
+
+OPSET = 20
+UINT8, INT8 = (0, 255, torch.uint8), (-128, 127, torch.int8)
+
+
+class Portable(nn.Module):
+    """Runs a quantized network, call by call.
+
+    Args:
+        student: of `prepare`, with fixed ranges.
+    """
+
+    def __init__(self, student: fx.GraphModule) -> None:
+        super().__init__()
+        self.student = student.eval()
+        quantizers = [module for module in student.modules() if isinstance(module, ActivationQuantizer)]
+        self.grids = {id(module): (float(module.scale), int(module.zero_point)) for module in quantizers}
+        self.weights = self._weights()
+        for index, (integers, scale) in enumerate(self.weights):
+            self.register_buffer(f"integers_{index}", integers)
+            self.register_buffer(f"scale_{index}", scale)
+
+    @torch.no_grad()
+    def _weights(self) -> list[tuple[Tensor, Tensor]]:
+        """Every layer's integers and scales."""
+        (together,) = [module for module in self.student.modules() if isinstance(module, WeightQuantizers)]
+        found = []
+        for name, quantizer in zip(together.names, together.layers, strict=True):
+            weight = self.student.get_submodule(name).oriented()  # type: ignore[operator]
+            out, scale = quantizer(weight.detach())
+            found.append((torch.round(out / per_channel(scale, out, 0)).to(torch.int8), scale.clone()))
+        return found
+
+    def forward(self, images: Tensor) -> Any:
+        values: dict[fx.Node, Any] = {}
+        for node in self.student.graph.nodes:
+            if node.op == "output":
+                return fx.map_arg(node.args[0], lambda item: values[item])
+            arguments = fx.map_arg(node.args, lambda item: values[item])
+            keywords = fx.map_arg(node.kwargs, lambda item: values[item])
+            values[node] = self._call(node, images, arguments, keywords)
+        raise AssertionError("a graph ends in its output")
+
+    def _call(self, node: fx.Node, images: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        if node.op == "placeholder":
+            return images
+        if node.op == "get_attr":
+            found: Any = self.student
+            for name in str(node.target).split("."):
+                found = getattr(found, name)
+            return found
+        if node.op == "call_method":
+            return getattr(arguments[0], str(node.target))(*arguments[1:], **keywords)
+        if node.op == "call_function":
+            return node.target(*arguments, **keywords)  # type: ignore[operator]
+        return self._module(self.student.get_submodule(str(node.target)), arguments)
+
+    def _module(self, module: nn.Module, arguments: tuple[Any, ...]) -> Any:
+        if isinstance(module, WeightQuantizers):
+            return [self._weight(index) for index in range(len(self.weights))]
+        if isinstance(module, ActivationQuantizer):
+            return self._rounded(module, arguments[0])
+        if isinstance(module, QuantLayer):
+            x, _, weight, _ = arguments
+            return self._ended(module.tail, module.accumulate(x, weight, module.bias))
+        if isinstance(module, Layer):
+            return self._ended(module.tail, module.compute(*arguments))
+        return module(*arguments)
+
+    def _weight(self, index: int) -> tuple[Tensor, Tensor]:
+        integers, scale = getattr(self, f"integers_{index}"), getattr(self, f"scale_{index}")
+        real = torch.ops.quantized_decomposed.dequantize_per_channel(
+            integers, scale, torch.zeros_like(scale, dtype=torch.int64), 0, -128, 127, torch.int8
+        )
+        return real, scale
+
+    def _ended(self, tail: Tail, x: Tensor) -> Any:
+        """Batch norm, activation and quantizer."""
+        if tail.bn is not None:
+            norm = tail.bn
+            x = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        x = activate(x, tail.activation)
+        return x if tail.quantizer is None else self._rounded(tail.quantizer, x)
+
+    def _rounded(self, quantizer: ActivationQuantizer, x: Tensor) -> tuple[Tensor, Tensor]:
+        """To a grid and back, of 8 bits or fewer: bounds are put before the rounding."""
+        scale, zero = self.grids[id(quantizer)]
+        low, high, dtype = INT8 if quantizer.quant_min < 0 else UINT8
+        if (quantizer.quant_min, quantizer.quant_max) != (low, high):
+            x = x.clamp((quantizer.quant_min - zero) * scale, (quantizer.quant_max - zero) * scale)
+        calls = torch.ops.quantized_decomposed
+        q = calls.quantize_per_tensor(x, scale, zero, low, high, dtype)
+        return calls.dequantize_per_tensor(q, scale, zero, low, high, dtype), quantizer.scale
+
+
+def save_portable(student: fx.GraphModule, input_shape: tuple[int, ...], path: Path) -> None:
+    """Writes a network with parts in floating point as ONNX, by torch's exporter.
+
+    Raises:
+        ExportError: onnxscript is not installed, or a call without an ONNX form.
+        CheckpointError: the file cannot be written.
+    """
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        rule = "the packages onnx and onnxscript must be installed for a network with parts in floating point"
+        raise ExportError(f"export: {rule} (pip install onnx onnxscript)") from error
+    images = torch.zeros(2, *input_shape)
+    batch = torch.export.Dim("N", min=1)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # torch's, on its own internals
+            program = torch.onnx.export(
+                Portable(student), (images,), dynamo=True, input_names=["images"], opset_version=OPSET,
+                dynamic_shapes=({0: batch},), verbose=False, external_data=False,
+            )  # fmt: skip
+            assert program is not None
+            data = program.model_proto.SerializeToString()
+    except Exception as error:  # its errors are Exceptions of several modules
+        raise ExportError(f"export: every call must have an ONNX form, got {_reason(error)}") from error
+    write_atomic(path, data)
+
+
+def _reason(error: BaseException) -> str:
+    """The line that names what was not translated: the exporter's own first lines say how to report a bug."""
+    found: BaseException | None = error
+    lines: list[str] = []
+    while found is not None:
+        lines.append(f"{type(found).__name__}: {first_line(found)}")
+        found = found.__cause__
+    return lines[-1]
