@@ -68,14 +68,18 @@ class _Recorder(fx.Interpreter):
 
 @torch.no_grad()
 def exact_values(model: fx.GraphModule, graph: IntegerGraph, images: Tensor) -> dict[str, Tensor]:
-    """Every integer that the trained graph's exact forward goes through, by the integer graph's names, and logits."""
+    """Every integer that the trained graph's exact forward goes through, by the integer graph's names, and logits.
+
+    Values that only the integer graph has (integers that were gathered, or rounded where they are put side by side) are
+    left out.
+    """
     recorder = _Recorder(model)
-    values = {graph.output: recorder.run(images)}
+    values = {graph.outputs[0].value: recorder.run(images)}
     for name, grid in graph.grids.items():
-        found = recorder.seen[name]
+        found = recorder.seen.get(name)
         value = found[0] if isinstance(found, tuple) else found
-        assert isinstance(value, Tensor)
-        values[name] = (value / grid.scale).round().long() + grid.zero_point
+        if isinstance(value, Tensor):
+            values[name] = (value / grid.scale).round().long() + grid.zero_point
     return values
 
 

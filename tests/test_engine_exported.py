@@ -64,14 +64,14 @@ def test_the_whole_test_set_has_the_trained_graph_s_logits() -> None:
 def test_what_is_no_integer_network_is_not_exported(preset: str, text: str | None) -> None:
     model = quantized(small_net(), (1, 12, 12), preset)
     if text is None:
-        assert {type(step).kind for step in export(model, (1, 12, 12), 4).steps} >= {
+        assert {type(step).kind for step in export(model).steps} >= {
             "quantize",
             "layer",
             "average_pool",
         }
         return
     with pytest.raises(ExportError, match=text):
-        export(model, (1, 12, 12), 4)
+        export(model)
 
 
 def test_affine_weights_are_not_exported() -> None:
@@ -81,7 +81,7 @@ def test_affine_weights_are_not_exported() -> None:
     model(torch.randn(2, 1, 12, 12))
     freeze_ranges(model)
     with pytest.raises(ExportError, match="weights of conv1 must be symmetric"):
-        export(model.eval(), (1, 12, 12), 4)
+        export(model.eval())
 
 
 def test_a_residual_is_added_where_it_is_there() -> None:

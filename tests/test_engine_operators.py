@@ -72,7 +72,7 @@ def test_a_captured_network_is_replayed(backend: str, wide_tiles: None) -> None:
     if (reason := missing(backend, device)) is not None:
         pytest.skip(reason)
     model = quantized(small_net(), (1, 12, 12), "W4A4")
-    graph = export(model, (1, 12, 12), 4)
+    graph = export(model)
     execution = Execution("on", device, recorder=RecordedSteps(list))
     network = OperatorNetwork(graph, device, backend, execution)
     for count in (2, 3):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dfq.engine import Engine, IntegerGraph
 from dfq.engine.check import GraphError, check_graph
-from dfq.engine.graph import IMAGES, Add, AveragePool, Grid, Layer, MaxPool, Quantize, Rescale
+from dfq.engine.graph import IMAGES, Add, AveragePool, Grid, Layer, MaxPool, Output, Quantize, Rescale
 from dfq.engine.memory import fuse, plan_memory
 from dfq.export import ExportError, export
 from dfq_kernels import extension
@@ -27,6 +27,7 @@ class Odd(nn.Module):
         self.a = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
         for name in ("y", "z", "w"):
             setattr(self, name, nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)))
+        self.last, self.wide = nn.BatchNorm1d(8), nn.Linear(64, 5)
         self.square, self.fc, self.head = nn.Linear(8, 8), nn.Linear(8, 5), nn.Conv2d(8, 5, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,6 +61,10 @@ WIRINGS: dict[str, Callable[[Odd, Tensor], Tensor]] = {
     "logits of a convolution": lambda s, x: F.adaptive_avg_pool2d(s.head(s.a(x)), 1).flatten(1),
     "relu of logits": lambda s, x: F.relu(s.fc(pool(s.a(x)))),
     "a window larger than the map": lambda s, x: ends(s, F.max_pool2d(F.avg_pool2d(s.a(x), 4), 3, 2, ceil_mode=True)),
+    "a batch norm's logits": lambda s, x: s.last(pool(s.a(x))),
+    "an adaptive pool larger than its map": lambda s, x: ends(s, F.adaptive_avg_pool2d(s.a(x), 15)),
+    "relu6 behind relu": lambda s, x: ends(s, F.relu6(s.a(x))),
+    "a linear layer on [N, C, L]": lambda s, x: s.wide(s.a(x).flatten(2)).mean(1),
     "relu of the image": lambda s, x: ends(s, s.z(s.a(F.relu(x)))),
 }
 
@@ -68,7 +73,7 @@ WIRINGS: dict[str, Callable[[Odd, Tensor], Tensor]] = {
 def test_odd_wirings_are_the_trained_graph(name: str) -> None:
     torch.manual_seed(0)
     model = quantized(Odd(WIRINGS[name]).eval(), (3, 8, 8), "W4A4")
-    graph = export(model, (3, 8, 8), 5)
+    graph = export(model)
     images = torch.randn(6, 3, 8, 8)
     with torch.no_grad():
         expected = model(images)
@@ -94,17 +99,15 @@ def test_names_of_modules_do_not_collide() -> None:
     model = quantized(Names().eval(), (3, 6, 6), "W8A8")
     images = torch.randn(3, 3, 6, 6)
     with torch.no_grad():
-        assert torch.equal(Engine(export(model, (3, 6, 6), 5))(images), model(images))
+        assert torch.equal(Engine(export(model))(images), model(images))
 
 
-def test_a_sum_of_different_shapes_is_refused() -> None:
+def test_a_sum_of_a_map_and_its_mean() -> None:
     torch.manual_seed(0)
     wiring = lambda s, x: (lambda a: ends(s, a, F.adaptive_avg_pool2d(s.y(a), 1)))(s.a(x))  # noqa: E731
-    model = quantized(Odd(wiring).eval(), (3, 8, 8), "W4A4")
-    with pytest.raises(
-        ExportError, match="export: the model must be an integer network, got one whose .* of one shape"
-    ):
-        export(model, (3, 8, 8), 5)
+    model, images = quantized(Odd(wiring).eval(), (3, 8, 8), "W4A4"), torch.randn(3, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(Engine(export(model))(images), model(images))
 
 
 # --- graphs of files that are no networks -------------------------------------------------------------------------
@@ -120,7 +123,7 @@ def layer(outs: tuple[str, ...] = ("logits",), weight: Tensor = ONES, **geometry
 
 def graph(shape: tuple[int, int, int], *steps: object, **grids: Grid) -> IntegerGraph:
     first = Quantize(IMAGES, ("q",), None)
-    return IntegerGraph(shape, 4, {"q": GRID, **grids}, (first, *steps), "logits", {})  # type: ignore[arg-type]
+    return IntegerGraph(shape, {"q": GRID, **grids}, (first, *steps), (Output("logits", (4,)),))  # type: ignore[arg-type]
 
 
 BAD = {
@@ -150,7 +153,7 @@ def test_graphs_that_are_no_networks_are_refused(name: str) -> None:
 def test_an_arena_without_end_is_refused() -> None:
     far = layer(("a",), torch.ones(1, 1, 1, 1, dtype=torch.int8), stride=(65536, 65536), padding=(65536, 65536))
     steps = Quantize(IMAGES, ("q",), None), far, AveragePool("a", ("logits",), None)
-    wide = IntegerGraph((1, 1, 1), 1, {"q": GRID, "a": GRID}, steps, "logits", {})
+    wide = IntegerGraph((1, 1, 1), {"q": GRID, "a": GRID}, steps, (Output("logits", (1,)),))
     with pytest.raises(GraphError, match="the memory of one image must be at most 4294967296 bytes, got 6"):
         plan_memory(wide, fuse(wide), check_graph(wide))
 

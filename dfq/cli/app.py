@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,8 @@ from dfq.data.images import DATASETS, Images, load_images
 from dfq.running.execution import MODES, ExecutionError
 from dfq.running.loop import Interrupted, NonFiniteError
 from dfq.models import MODEL_NAMES, ModelSpec, build_model
+from dfq.models.registry import ZOOS
+from dfq.network.classifier import check_teacher
 from dfq.cli.options import Data, DataRoot, Device, Json, Mean, Std, normalization
 from dfq.running.progress import ProgressBar, Silent
 from dfq.results.report import accuracy_table
@@ -55,7 +58,7 @@ errors = Console(stderr=True, soft_wrap=True, highlight=False)
 Model = Annotated[
     str | None,
     typer.Option(
-        help=f"{', '.join(MODEL_NAMES)}, or package.module:factory. Default: the embedded WRN-16-1 teacher for Fashion-MNIST."
+        help=f"{', '.join(MODEL_NAMES)}, timm:NAME, torchvision:NAME, or package.module:factory. Default: the embedded WRN-16-1 teacher for Fashion-MNIST."
     ),
 ]
 Weights = Annotated[
@@ -70,7 +73,7 @@ Stem = Annotated[
     typer.Option(help="First layers of named models: cifar (stride 1) or imagenet (stride 4). Default: cifar."),
 ]
 InputShape = Annotated[str | None, typer.Option(help="Images of the model as C,H,W. Default: those of --data.")]
-NumClasses = Annotated[int | None, typer.Option(help="Classes of the model. Default: those of --data.")]
+NumClasses = Annotated[int | None, typer.Option(help="Classes of the model. Default: as many as it has logits; needed for a named one without --data.")]
 Seed = Annotated[
     int, typer.Option(help="Seed of everything random; the same seed and number of threads give the same bits.")
 ]
@@ -237,14 +240,17 @@ def _network(
     test = None if data is None else load_images(data, "test", data_root)
     shape = test.input_shape if input_shape is None and test is not None else _shape(input_shape)
     classes = num_classes if num_classes is not None else test.num_classes if test is not None else None
-    if classes is None:
-        raise ValueError("dfq: num_classes must be given, or --data to take it from, got neither")
-    if weights is None and ":" not in model:
+    if classes is None and ":" not in model:
+        raise ValueError(f"dfq: num_classes must be given for the named model {model}, or --data, got neither")
+    if weights is None and (":" not in model or (model.partition(":")[0] in ZOOS and model_kwargs is None)):
         raise ValueError(f"dfq: weights must be given for the named model {model}, got none")
-    (spec,) = _specs([model], shape[0], classes, stem, model_kwargs)
+    (spec,) = _specs([model], shape[0], classes or ModelSpec.num_classes, stem, model_kwargs)
     network = build_model(spec)
     if weights is not None:
         load_weights(network, weights)
+    if classes is None:
+        found = check_teacher(network, shape, None, device=torch.device("cpu"), owner="dfq", name=f"model {model}")
+        spec = replace(spec, num_classes=found)
     return network.eval(), spec, shape, test
 
 

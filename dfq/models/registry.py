@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -27,7 +29,8 @@ class ModelSpec:
     """What is needed to build a classifier again.
 
     Args:
-        name: a name of `MODEL_NAMES` (`wrn-16-1` for D=16, K=1) or `package.module:factory`.
+        name: a name of `MODEL_NAMES` (`wrn-16-1` for D=16, K=1), `timm:name`, `torchvision:name`, or
+            `package.module:factory`.
         in_channels: channels of the images, at least 1.
         num_classes: number of logits, at least 2.
         stem: `cifar` (stride 1) or `imagenet` (stride 4); not used by a factory.
@@ -67,10 +70,25 @@ def build_model(spec: ModelSpec) -> nn.Module:
     raise ValueError(f"build_model: name must be one of {known} or package.module:factory, got {spec.name!r}")
 
 
+def _of_timm(name: str) -> Callable[..., Any]:
+    return partial(importlib.import_module("timm").create_model, name)
+
+
+def _of_torchvision(name: str) -> Callable[..., Any]:
+    models = importlib.import_module("torchvision.models")
+    models.get_model_builder(name)  # a wrong name is refused with a list of the right ones
+    return partial(models.get_model, name)
+
+
+ZOOS: dict[str, Callable[[str], Callable[..., Any]]] = {"timm": _of_timm, "torchvision": _of_torchvision}
+"""Packages that have networks by name; neither is needed for anything else."""
+
+
 def _from_factory(spec: ModelSpec) -> nn.Module:
     module_name, _, attribute = spec.name.partition(":")
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
+        named = ZOOS.get(module_name)
+        factory = named(attribute) if named else getattr(importlib.import_module(module_name), attribute)
     except Exception as error:  # whatever the user's module raises
         raise ValueError(
             f"build_model: name must be an importable package.module:factory, got {spec.name!r} "
