@@ -110,10 +110,14 @@ void bind_programs(py::module_& m) {
       DFQ_PLAIN(Step, mult) DFQ_PLAIN(Step, bias) DFQ_PLAIN(Step, mean) DFQ_PLAIN(Step, windows)
       DFQ_PLAIN(Step, chained) DFQ_PLAIN(Step, a) DFQ_PLAIN(Step, b) DFQ_PLAIN(Step, real) DFQ_PLAIN(Step, slope)
       DFQ_PLAIN(Step, scale) DFQ_PLAIN(Step, weights) DFQ_PLAIN(Step, values) DFQ_PLAIN(Step, sources)
-      DFQ_PLAIN(Step, channels) DFQ_PLAIN(Step, pixels) DFQ_PLAIN(Step, index) DFQ_PLAIN(Step, fill)
+      DFQ_PLAIN(Step, channels) DFQ_PLAIN(Step, pixels) DFQ_PLAIN(Step, fill)
       .def("set_weight", [](Step& step, uintptr_t address, int64_t count) {
         const auto* from = reinterpret_cast<const int8_t*>(address);
         step.weight.assign(from, from + count);
+      })
+      .def("set_index", [](Step& step, uintptr_t address, int64_t count) {
+        const auto* from = reinterpret_cast<const int32_t*>(address);
+        step.index.assign(from, from + count);
       });
   py::class_<Program>(m, "Program")
       .def(py::init<>())

@@ -67,6 +67,7 @@ inline void prepare_addresses(const Program& program, Step& s) {
       const int64_t address = view.at(place % area / p.width, place % p.width) - none + place / area;
       s.places[pixel * s.out_channels + c] = static_cast<uint32_t>(address);
     }
+  std::vector<int32_t>().swap(s.index);  // as large as the result, and of no use any more
 }
 
 // False where nothing is left to do.
@@ -166,7 +167,7 @@ constexpr int64_t kShortRun = 8;  // channels; shorter ones are moved pixel by p
 
 void move(const Work& w, int64_t begin, int64_t end) {
   const Step& s = w.step;
-  if (!s.index.empty()) return move_elements(w, begin, end);
+  if (s.runs.empty()) return move_elements(w, begin, end);
   if (int64_t(s.runs.size()) * kShortRun > s.out_channels && s.runs.size() > 2) return move_channels(w, begin, end);
   move_runs(w, begin, end);
 }

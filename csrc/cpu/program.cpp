@@ -92,7 +92,7 @@ constexpr double kWorthSharing = 3e4;  // products that take longer than a barri
 // Products and other operations of a step, roughly.
 double work_of(const Program& program, const Step& s) {
   const double outs = double(s.out_height) * s.out_width * s.out_channels;
-  if (s.kind == kMove) return s.index.empty() ? outs : 2 * outs;
+  if (s.kind == kMove) return s.runs.empty() ? 2 * outs : outs;
   if (s.kind == kTable && s.chained.empty() && !s.outs.empty()) return outs;
   if (s.kind == kResize) return 24 * outs;
   if (s.kind != kConvolve) return 8 * outs;

@@ -67,7 +67,7 @@ struct Step {
   std::vector<uint8_t> packed;
   std::vector<int32_t> start;  // accumulators before the first product: minus stored_zero * sum of weights
   std::vector<uint8_t> tables;         // table: of every result, [256]; quantize: of every result and channel
-  std::vector<Run> runs;               // move by channels; in their order
+  std::vector<Run> runs;               // move by channels; in their order. Empty: by index
   std::vector<uint32_t> places;        // move by pixels: y << 16 | x, or kNowhere; by index: bytes of the arena
 };
 

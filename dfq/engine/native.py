@@ -171,9 +171,11 @@ def _max_pool(made: Any, step: MaxPool, network: NativeNetwork) -> None:
 def _move(made: Any, step: Move, network: NativeNetwork) -> None:
     made.sources = [network.index[name] for name in (step.x, *step.others)]
     made.fill = step.fill + programs.shift_of(network.graph.grids[step.outs[0]])
-    for name in step.tensors:
-        places = getattr(step, name)
-        setattr(made, name, [] if places is None else places.tolist())
+    made.channels = [] if step.channels is None else step.channels.tolist()
+    made.pixels = [] if step.pixels is None else step.pixels.tolist()
+    if step.index is not None:
+        index = step.index.contiguous()
+        made.set_index(index.data_ptr(), index.numel())
 
 
 def _resize(made: Any, step: Resize, network: NativeNetwork) -> None:
