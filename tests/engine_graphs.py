@@ -127,7 +127,8 @@ class Builder:
 
     def move(self, names: list[str], shape: tuple[int, ...], **places: Any) -> str:
         shape = as_map(shape)
-        places = {key: torch.tensor(value, dtype=torch.int32) if key != "fill" else value for key, value in places.items()}
+        for key in places.keys() - {"fill"}:
+            places[key] = torch.tensor(places[key], dtype=torch.int32)
         return self.add(
             lambda outs: Move(names[0], outs, None, shape, tuple(names[1:]), **places), shape, self.grids[names[0]]
         )
@@ -181,11 +182,12 @@ def dense_network() -> IntegerGraph:
 
 
 def inception_network() -> IntegerGraph:
-    """Branches of odd widths, one of them a max pool, read by a layer with padding."""
+    """Branches of odd widths, one of them a max pool, read by layers with padding, all of them and one alone."""
     b = Builder((3, 6, 9))
     x = b.conv(b.first, 17, 3)
     joined = b.cat(b.conv(x, 3), b.largest(x), b.conv(b.conv(x, 7), 5, 3), b.table(b.conv(x, 18, grid=SIGNED)))
-    return b.graph(b.linear(b.conv(joined, 9, 5), 4))
+    wide, part = b.conv(joined, 9, 5), b.cut(joined, 3, 17)
+    return b.graph(b.linear(b.conv(part, 9, 3, residual=wide), 4))
 
 
 def shuffle_network() -> IntegerGraph:

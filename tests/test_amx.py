@@ -24,7 +24,8 @@ INSTRUCTIONS = {"ldtilecfg", "tileloadd", "tdpbusd", "tilestored", "tilerelease"
     "arguments",
     [
         ["tests/test_tiles.py"],
-        ["tests/test_engine.py", "-k", "layers_of_any_shape or (every_integer and W8A8)"],
+        ["tests/test_engine.py", "-k", "networks"],
+        ["tests/test_engine_exported.py", "-k", "every_integer and W8A8"],
     ],
     ids=lambda arguments: arguments[0],
 )
@@ -33,7 +34,7 @@ def test_emulated_tiles_give_the_same_integers(emulated: Path, arguments: list[s
     environment = {**os.environ, "DFQ_BACKEND": "reference"}  # for training operators: emulated CUDA's take minutes
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 5
+    assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) >= 5
 
 
 @pytest.mark.skipif(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from dfq import engine
+from dfq.checkpoint import save_weights
 from dfq.config import quant_config
 from dfq.data import load_images
 from dfq.engine.graph import IMAGES, Layer, inputs
@@ -17,7 +22,8 @@ from dfq.quant import freeze_ranges, prepare, set_adapting
 from dfq_kernels import extension
 from tests.conftest import small_net
 from tests.engine_graphs import reference_values, same
-from tests.integer_networks import NETWORKS, PRESETS, exact_values, exported, input_shape, quantized
+from tests.integer_networks import NETWORKS, PRESETS, exact_values, exported, float_network, input_shape, quantized
+from tests.test_engine_io import check_written
 
 needs_native = pytest.mark.skipif(extension.missing("cpu") is not None, reason="no native kernels")
 
@@ -86,3 +92,37 @@ def test_a_residual_is_added_where_it_is_there() -> None:
         assert set(inputs(step)) <= seen
         seen |= set(step.outs)
     assert sum(isinstance(step, Layer) and step.residual is not None for step in graph.steps) == 8
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_exported_networks_are_written(preset: str, tmp_path: Path) -> None:
+    _, graph = exported("wrn-16-1", preset)
+    check_written(graph, tmp_path)
+
+
+def test_files_are_small(tmp_path: Path) -> None:
+    save_weights(float_network("wrn-16-1"), tmp_path / "float.safetensors")
+    whole = (tmp_path / "float.safetensors").stat().st_size
+    for preset, most in (("W8A8", 0.28), ("W4A4", 0.15), ("W2A2", 0.09)):
+        engine.save_graph(exported("wrn-16-1", preset)[1], tmp_path / "integers.safetensors")
+        assert (tmp_path / "integers.safetensors").stat().st_size <= most * whole
+
+
+LEVEL = """
+import torch
+from dfq.engine.native import NativeNetwork
+from tests.engine_graphs import reference_values, same
+from tests.integer_networks import exported, input_shape
+for name in ("wrn-16-1", "mobilenet-v2"):
+    _, graph = exported(name, "W4A8")
+    images = torch.randn(2 if name == "wrn-16-1" else 1, *input_shape(name))
+    assert not same(NativeNetwork(graph)(images), reference_values(graph, images)), name
+"""
+
+
+@needs_native
+@pytest.mark.parametrize("level", ["baseline", "v3", "v4"])
+def test_every_instruction_set_level(level: str) -> None:
+    environment = {**os.environ, "DFQ_CPU": level, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", LEVEL], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr

@@ -16,47 +16,69 @@ from safetensors import safe_open
 from safetensors.torch import save, save_file
 
 from dfq import engine
-from dfq.checkpoint import CheckpointError, save_weights
+from dfq.checkpoint import CheckpointError
 from dfq.engine.check import check_graph
+from dfq.engine.graph import IntegerGraph
 from dfq.engine.io import KEY
 from dfq.engine.memory import fuse, plan_memory
 from dfq.engine.native import NativeNetwork
-from dfq.export import export
 from dfq_kernels import extension, pack_bits, unpack_bits
-from tests.conftest import SEED, small_net
-from tests.integer_networks import PRESETS, exported, float_network, quantized, reference_values
+from tests.conftest import SEED
+from tests.engine_graphs import GRAPHS, reference_values, residual_network, same
+from tests.random_networks import networks
 
 SMALL = 50_000_000  # bytes of an arena that a mutated file may ask for here
 
 
+def small_networks() -> list[IntegerGraph]:
+    """Every kind of step, several outputs, one with an order."""
+    return [
+        residual_network((1, 12, 12), normalization=((0.5,), (0.25,))), GRAPHS["squeeze"](), GRAPHS["pyramid"](),
+        GRAPHS["anywhere"](), GRAPHS["joined_twice"](), GRAPHS["shuffle"](),
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("network") / "small.safetensors"
-    graph = export(quantized(small_net(), (1, 12, 12), "W4A4"), (1, 12, 12), 4, normalization=((0.5,), (0.25,)))
-    engine.save_graph(graph, path)
-    return path
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    paths = []
+    for index, graph in enumerate(small_networks()):
+        paths.append(tmp_path_factory.mktemp("network") / f"small{index}.safetensors")
+        engine.save_graph(graph, paths[-1])
+    return paths
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_what_is_written_is_read(preset: str, tmp_path: Path) -> None:
-    _, graph = exported("wrn-16-1", preset)
-    engine.save_graph(graph, tmp_path / "a.safetensors")
-    loaded = engine.load_graph(tmp_path / "a.safetensors")
-    images = torch.randn(2, 1, 32, 32)
+@pytest.fixture
+def file(files: list[Path]) -> Path:
+    return files[0]
+
+
+def check_written(graph: IntegerGraph, folder: Path) -> None:
+    """The network in a file is the network, and its file the same bytes again."""
+    engine.save_graph(graph, folder / "a.safetensors")
+    loaded = engine.load_graph(folder / "a.safetensors")
+    images = torch.randn(2, *graph.input_shape)
     expected, found = reference_values(graph, images), reference_values(loaded, images)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(value, found[name]) for name, value in expected.items())
-    assert (loaded.bounds, loaded.grids, loaded.normalization) == (graph.bounds, graph.grids, graph.normalization)
-    engine.save_graph(loaded, tmp_path / "b.safetensors")
-    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert expected.keys() == found.keys() and not same(found, expected)
+    for key in ("input_shape", "bounds", "grids", "normalization", "structure"):
+        assert getattr(loaded, key) == getattr(graph, key), key
+    for mine, theirs in zip(graph.outputs, loaded.outputs, strict=True):
+        assert (mine.value, mine.shape, mine.function, mine.axis) == (
+            theirs.value, theirs.shape, theirs.function, theirs.axis,
+        )  # fmt: skip
+        assert mine.order is None if theirs.order is None else torch.equal(mine.order, theirs.order)
+    engine.save_graph(loaded, folder / "b.safetensors")
+    assert (folder / "a.safetensors").read_bytes() == (folder / "b.safetensors").read_bytes()
 
 
-def test_files_are_small(tmp_path: Path) -> None:
-    save_weights(float_network("wrn-16-1"), tmp_path / "float.safetensors")
-    whole = (tmp_path / "float.safetensors").stat().st_size
-    for preset, most in (("W8A8", 0.28), ("W4A4", 0.15), ("W2A2", 0.09)):
-        engine.save_graph(exported("wrn-16-1", preset)[1], tmp_path / "integers.safetensors")
-        assert (tmp_path / "integers.safetensors").stat().st_size <= most * whole
+@pytest.mark.parametrize("name", GRAPHS)
+def test_what_is_written_is_read(name: str, tmp_path: Path) -> None:
+    check_written(GRAPHS[name](), tmp_path)
+
+
+@settings(max_examples=60, deadline=None)
+@given(graph=networks())
+def test_networks_of_any_shape_are_written(graph: IntegerGraph, tmp_path_factory: pytest.TempPathFactory) -> None:
+    check_written(graph, tmp_path_factory.mktemp("any"))
 
 
 def runs_or_is_refused(path: Path) -> bool:
@@ -66,10 +88,11 @@ def runs_or_is_refused(path: Path) -> bool:
     except CheckpointError as error:
         assert "\n" not in str(error)
         return False
-    _, arena = plan_memory(graph, fuse(graph), check_graph(graph))
+    shapes = check_graph(graph)
+    _, arena = plan_memory(graph, fuse(graph, shapes), shapes)
     if arena < SMALL and extension.missing("cpu") is None:
         images = torch.randn(1, *graph.input_shape)
-        assert torch.equal(NativeNetwork(graph)(images), reference_values(graph, images)[graph.output])
+        assert not same(NativeNetwork(graph)(images), reference_values(graph, images))
     return True
 
 
@@ -81,10 +104,10 @@ def test_truncated_files_are_refused(file: Path, tmp_path: Path) -> None:
             engine.load_graph(cut)
 
 
-def test_flipped_bytes_crash_nothing(file: Path, tmp_path: Path) -> None:
-    data, draws, found = file.read_bytes(), random.Random(SEED), []
-    for _ in range(400):
-        changed = bytearray(data)
+def test_flipped_bytes_crash_nothing(files: list[Path], tmp_path: Path) -> None:
+    draws, found = random.Random(SEED), []
+    for index in range(600):
+        changed = bytearray(files[index % len(files)].read_bytes())
         for _ in range(draws.choice([1, 1, 3])):
             changed[draws.randrange(len(changed))] = draws.randrange(256)
         (tmp_path / "flipped.safetensors").write_bytes(bytes(changed))
@@ -94,7 +117,8 @@ def test_flipped_bytes_crash_nothing(file: Path, tmp_path: Path) -> None:
 
 HOSTILE = st.sampled_from([
     None, True, -1, 0, 3, 2**31, 2**63, 10**400, 1e308, -0.5, "", "x", "images", "logits", "relu6", "\ud800", [], [1],
-    [0, 0], [-1, -1], [2**40, 2**40], [[]], {}, {"kind": "layer"},
+    [0, 0], [-1, -1], [2**40, 2**40], [[]], {}, {"kind": "layer"}, "v1", ["v1"], ["v1", "v2"], "hardtanh(-1,1)",
+    "leaky_relu(inf)", "hardswish", [8, 1, 1], [1, 65536, 65536], {"a": 0}, [0], "softmax", "move", "table",
 ])  # fmt: skip
 
 
@@ -104,10 +128,10 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *(place for key, item in inner for place in leaves(item, (*path, key)))]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(data=st.data())
-def test_hostile_structures_crash_nothing(file: Path, tmp_path_factory: pytest.TempPathFactory, data) -> None:
-    with safe_open(file, framework="pt") as opened:
+def test_hostile_structures_crash_nothing(files: list[Path], tmp_path_factory: pytest.TempPathFactory, data) -> None:
+    with safe_open(data.draw(st.sampled_from(files)), framework="pt") as opened:
         metadata = opened.metadata()
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     structure = json.loads(metadata[KEY])
@@ -128,6 +152,42 @@ def test_hostile_structures_crash_nothing(file: Path, tmp_path_factory: pytest.T
     runs_or_is_refused(path)
 
 
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_hostile_tensors_crash_nothing(files: list[Path], tmp_path_factory: pytest.TempPathFactory, data) -> None:
+    """Integers beyond their range, numbers that are none, other lengths and types."""
+    with safe_open(data.draw(st.sampled_from(files)), framework="pt") as opened:
+        metadata = opened.metadata()
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    tensor = tensors[name].clone()
+    kind = data.draw(st.sampled_from(["one", "all", "shorter", "longer", "dtype", "gone"]))
+    places = tensor.view(-1)
+    limits = [0, 1, -1, 127, 255, 2**15, 2**31 - 1, -(2**31)]
+    if kind in ("one", "all") and not tensor.is_floating_point():
+        known = torch.iinfo(tensor.dtype)
+        value: float = min(max(data.draw(st.sampled_from(limits)), known.min), known.max)
+    else:
+        value = data.draw(st.sampled_from([0.0, -1.0, 2.0, 2.0**39, 2.0**63, float("inf"), float("nan"), 1e-45]))
+    if kind == "one":
+        places[data.draw(st.integers(0, len(places) - 1))] = value
+    elif kind == "all":
+        tensor.fill_(value)
+    elif kind == "gone":
+        del tensors[name]
+    else:
+        changes = {
+            "shorter": lambda: tensor[:-1].clone(),
+            "longer": lambda: torch.cat([tensor, tensor]),
+            "dtype": tensor.double,
+        }
+        tensor = changes[kind]()
+    tensors |= {} if kind == "gone" else {name: tensor}
+    path = tmp_path_factory.mktemp("hostile") / "hostile.safetensors"
+    path.write_bytes(save(tensors, metadata=metadata))
+    runs_or_is_refused(path)
+
+
 def test_other_files_are_refused(file: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"engine: .*none.safetensors cannot be read: "):
         engine.load(tmp_path / "none.safetensors")
@@ -140,12 +200,12 @@ def test_other_files_are_refused(file: Path, tmp_path: Path) -> None:
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    newer = {KEY: json.dumps(json.loads(metadata[KEY]) | {"version": 2})}
+    newer = {KEY: json.dumps(json.loads(metadata[KEY]) | {"version": 1})}
     save_file(tensors, tmp_path / "new.safetensors", metadata=newer)
-    with pytest.raises(CheckpointError, match="must be of version 1, got 2"):
+    with pytest.raises(CheckpointError, match="must be of version 2, got 1"):
         engine.load(tmp_path / "new.safetensors")
     save_file({**tensors, "more": torch.zeros(1)}, tmp_path / "more.safetensors", metadata=metadata)
-    with pytest.raises(CheckpointError, match="every tensor must be of a step, got more"):
+    with pytest.raises(CheckpointError, match="every tensor must be of a step or an output, got more"):
         engine.load(tmp_path / "more.safetensors")
 
 

@@ -14,7 +14,7 @@ import torch
 
 from dfq import engine
 from dfq.engine.run import missing
-from tests.integer_networks import exported
+from tests.engine_graphs import residual_network
 
 # with two threads in the parent, whose team is there before the fork
 FORKS = """
@@ -39,7 +39,7 @@ sys.exit(codes != [0, 0, 0] or not again)
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    _, graph = exported("wrn-16-1", "W8A8")
+    graph = residual_network((1, 32, 32))
     path = tmp_path_factory.mktemp("network") / "net.safetensors"
     engine.save_graph(graph, path)
     return path

@@ -29,6 +29,13 @@ DFQ_VBMI inline void look_up_wide(const uint8_t* table, const uint8_t* from, int
                                   int64_t pixels, int64_t bytes) {
   WideTable wide;
   for (int i = 0; i < 4; ++i) wide.parts[i] = _mm512_loadu_si512(table + 64 * i);
+  if (bytes == 16) {  // as a tile's end has just stored them: a wider load would wait until they are in the cache
+    for (int64_t p = 0; p < pixels; ++p, from += from_step, to += to_step) {
+      const __m512i codes = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_castsi512_si128(look_up(wide, codes)));
+    }
+    return;
+  }
   for (int64_t p = 0; p < pixels; ++p, from += from_step, to += to_step)
     for (int64_t i = 0; i < bytes; i += 64) {
       const __mmask64 there = bytes - i >= 64 ? ~__mmask64(0) : (__mmask64(1) << (bytes - i)) - 1;

@@ -136,6 +136,7 @@ void move_channels(const Work& w, int64_t begin, int64_t end) {
   const Step& s = w.step;
   const View2d out(w.program.planes[s.outs[0]], w.arena);
   View2d in[kMostSources];
+  const uint8_t* from[kMostSources];
   for (size_t i = 0; i < s.sources.size(); ++i) in[i] = View2d(w.program.planes[s.sources[i]], w.arena);
   const bool pairs = alternates(s);
   for (int64_t y = begin; y < end; ++y)
@@ -152,9 +153,11 @@ void move_channels(const Work& w, int64_t begin, int64_t end) {
         interleave(in[a.source].at(row, column) + a.from, in[b.source].at(row, column) + b.from, to, s.out_channels / 2);
         continue;
       }
+      for (size_t i = 0; i < s.sources.size(); ++i) from[i] = in[i].at(row, column);
       for (const Run& run : s.runs) {
         if (run.source < 0) std::memset(to + run.to, s.fill, static_cast<size_t>(run.length));
-        else std::copy_n(in[run.source].at(row, column) + run.from, run.length, to + run.to);
+        else if (run.length == 1) to[run.to] = from[run.source][run.from];
+        else std::copy_n(from[run.source] + run.from, run.length, to + run.to);
       }
     }
 }

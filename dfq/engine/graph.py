@@ -1,7 +1,7 @@
 """The integer network as plain data: values on grids, and the steps that make them, in order.
 
-A value of one image is a map `(C, H, W)` or a vector `(C,)`, which is a map of one pixel. Every step ends alike, in fp32,
-each operation rounded on its own (`t` is what the step computes):
+A value of one image is a map `(C, H, W)` or a vector `(C,)`, which is a map of one pixel. Every step ends alike, in
+fp32, each operation rounded on its own (`t` is what the step computes):
 
     t = act(t);  q = clamp(rne(t * (1 / scale) + zero_point), quant_min, quant_max)      for each of its results
 
@@ -239,8 +239,8 @@ IMAGES = "images"
 
 
 def as_map(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """`(C, H, W)` of the same elements in the same order: a vector is one pixel, two axes a map of height 1, and of more
-    than three the axes in the middle are one."""
+    """`(C, H, W)` of the same elements in the same order: a vector is one pixel, two axes a map of height 1, and of
+    more than three the axes in the middle are one."""
     first, *middle = shape or (1,)
     last = middle.pop() if middle else 1
     height = 1

@@ -34,8 +34,8 @@ def facts(graph: IntegerGraph, path: Path) -> dict[str, Any]:
 
 
 def _values(graph: IntegerGraph, shapes: dict[str, Shape]) -> list[dict[str, Any]]:
-    """Every integer value between the steps. A stream is one that an addition, a product, a batch norm of its own, a pool
-    or a resize reads, not only layers: it has bits of its own (`QuantConfig.residual_bits`)."""
+    """Every integer value between the steps. A stream is one that an addition, a product, a batch norm of its own, a
+    pool or a resize reads, not only layers: it has bits of its own (`QuantConfig.residual_bits`)."""
     streams = {step.x for step in graph.steps if isinstance(step, (Rescale, Add, Multiply, AveragePool, Resize))}
     streams |= {step.other for step in graph.steps if isinstance(step, (Add, Multiply))}
     streams |= {step.residual for step in graph.steps if isinstance(step, Layer) and step.residual is not None}

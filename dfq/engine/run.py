@@ -77,8 +77,8 @@ class Engine:
         return OperatorNetwork(self.graph, self.device, backend, execution)
 
     def __call__(self, images: Tensor) -> Any:
-        """What the network returns, fp32: of a classifier logits `[N, num_classes]`; of several outputs a list or a dict,
-        as the network that was exported.
+        """What the network returns, fp32: of a classifier logits `[N, num_classes]`; of several outputs a list or a
+        dict, as the network that was exported.
 
         Args:
             images: `[N, *input_shape]`, floating point, normalised as the teacher's (`normalize`); or pixels in uint8,

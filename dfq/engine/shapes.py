@@ -163,10 +163,7 @@ def _average_pool(step: AveragePool, shapes: dict[str, Shape], graph: IntegerGra
         return x[0], *_adaptive(step, x, grid)
     _half_padding(step.kernel, step.padding)
     _check_sum(grid, math.prod(step.kernel))
-    sides = _window("average pool", x, step.kernel, step.stride, step.padding, (1, 1), step.ceil_mode)
-    counted = bool(pool_multipliers(step, grid.scale, x[1:], sides).isfinite().all())
-    require(counted, "average pool: every window", "one of at least one place that counts", step.kernel)
-    return x[0], *sides
+    return x[0], *_window("average pool", x, step.kernel, step.stride, step.padding, (1, 1), step.ceil_mode)
 
 
 def _max_pool(step: MaxPool, shapes: dict[str, Shape], graph: IntegerGraph) -> Shape:
@@ -198,6 +195,7 @@ def _check_sum(grid: Grid, places: int) -> None:
 
 
 def _half_padding(kernel: Any, padding: Any) -> None:
+    """So that every window without dilation meets the map."""
     check_sides("a pool's kernel", kernel, 2, 1)
     check_sides("a pool's padding", padding, 2, 0)
     half = all(2 * p <= k for p, k in zip(padding, kernel, strict=True))

@@ -1,4 +1,4 @@
-"""Moves that move nothing: a concatenation whose inputs are written into their slices, a slice that is read in place."""
+"""Moves that move nothing: a concatenation whose inputs are written into their slices, a slice read in place."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dfq.engine.rules import Shape
 class Slices:
     """In whose plane every value lies, and from which channel on.
 
-    A value that is neither concatenated nor cut out lies in a plane of its own. Channels of a plane belong to one value,
-    and to others only where these are the same integers, so that nobody writes over anything.
+    A value that is neither concatenated nor cut out lies in a plane of its own. Channels of a plane belong to one
+    value, and to others only where these are the same integers, so that nobody writes over anything.
 
     Args:
         graph: checked.
@@ -41,7 +41,7 @@ class Slices:
         """Neighbouring channels of one input lie in its plane."""
         start = self._start(move.channels, move.shape[0])
         for name in (move.x, *move.others):
-            if 0 <= start and start + move.shape[0] <= self._channels[name]:
+            if start >= 0 and start + move.shape[0] <= self._channels[name]:
                 self._parent[move.outs[0]] = name, start
                 return
             start -= self._channels[name]
