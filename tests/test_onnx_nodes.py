@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -27,6 +28,7 @@ from dfq.engine.graph import (
     Table,
 )
 from dfq.onnx_export import output_names, save_onnx
+from dfq.onnx_nodes.pools import _factor
 from dfq_kernels.integers import Grid
 from tests.bilinear import places
 from tests.integer_networks import reference_values
@@ -182,6 +184,25 @@ def test_resizes(size: tuple[int, int], align: bool, tmp_path: Path) -> None:
         plain = on is OUT and not bool(down.any())
         assert (nodes["Resize"], nodes["MatMul"]) == ((1, 0) if plain else (0, 2))
         agrees(graph, tmp_path, 0.98 if on is GRID else 1.0)  # to which means of two of its integers are ties
+
+
+@pytest.mark.parametrize("size", [(12, 16), (5, 7)])
+def test_a_resize_between_convolutions(size: tuple[int, int], tmp_path: Path) -> None:
+    """ONNX Runtime moves channels behind pixels for integer convolutions, and back again: through the resize."""
+    eye = torch.eye(12, dtype=torch.int8).view(12, 12, 1, 1)
+    layer = Layer("x", ("a",), None, "a", 64 * eye, 8, torch.full((12,), GRID.scale / 61), torch.zeros(12), None)
+    (rows, down), (columns, across) = (places(side, out, False) for side, out in zip(SHAPE[1:], size, strict=True))
+    step = Resize("a", ("b",), None, rows, down, columns, across)
+    graph = network(layer, step, replace(layer, x="b", outs=("y",), name="b"), on=OUT)
+    graph = replace(graph, grids=graph.grids | {"a": GRID})
+    assert written(graph, tmp_path)["Resize"] == 1 and operators(graph, tmp_path)["QLinearConv"] == 2
+    agrees(graph, tmp_path, 0.98)
+
+
+@pytest.mark.parametrize("side", [1, 3, 7, 49, 1000, 65535])
+def test_a_factor_gives_its_side(side: int) -> None:
+    for out in range(1, 400):
+        assert int(np.float32(side) * _factor(side, out)) == int(side * float(_factor(side, out))) == out
 
 
 POOLS = {

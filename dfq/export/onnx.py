@@ -53,7 +53,7 @@ from dfq.export.onnx_nodes.moves import move
 from dfq.export.onnx_nodes.pools import average_pool, max_pool, resize
 from dfq.export.onnx_nodes.values import Writer
 
-OPSET, IR_VERSION = 18, 8
+OPSET, IR_VERSION = 17, 8
 FUNCTIONS = {"softmax": "Softmax", "log_softmax": "LogSoftmax"}
 
 

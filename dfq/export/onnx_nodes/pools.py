@@ -55,7 +55,7 @@ def max_pool(writer: Writer, step: MaxPool) -> None:
         places = [[min(begin + tap, end - 1) for tap in range(most)] for begin, end in edges]
         spread = writer.node("Gather", [x, writer.constant(f"{name}.places", np.array(places, np.int64))],
                              f"{name}.spread", axis=axis)  # fmt: skip
-        x = writer.node("ReduceMax", [spread, writer.numbers(f"{name}.axis", axis + 1)], name, keepdims=0)
+        x = writer.node("ReduceMax", [spread], name, axes=[axis + 1], keepdims=0)
 
 
 def resize(writer: Writer, step: Resize, out: str) -> str:
@@ -72,8 +72,10 @@ def resize(writer: Writer, step: Resize, out: str) -> str:
         for mode in COORDINATES:
             known = (_onnx_weights(mode, side, len(found)) for side, found in ((shape[1], rows), (shape[2], columns)))
             if all(torch.allclose(a, b, rtol=0, atol=CLOSE) for a, b in zip(known, (rows, columns), strict=True)):
-                sizes = writer.numbers(f"{out}.sizes", len(rows), len(columns))
-                return writer.node("Resize", [real, "", "", sizes], out, mode="linear", axes=[2, 3],
+                # not sizes of some axes: ONNX Runtime 1.32 loses them where it moves a Transpose through
+                factors = [1.0, 1.0, *(_factor(*pair) for pair in ((shape[1], len(rows)), (shape[2], len(columns))))]
+                scales = writer.constant(f"{out}.scales", np.array(factors, np.float32))
+                return writer.node("Resize", [real, "", scales], out, mode="linear",
                                    coordinate_transformation_mode=mode)  # fmt: skip
     return _product(writer, real, rows.float(), columns.float(), out)
 
@@ -120,6 +122,14 @@ def _onnx_weights(mode: str, side: int, out: int) -> Tensor:
     first = at.floor()
     places = torch.stack([first, (first + 1).clamp(max=side - 1)]).int()
     return _weights(places, at - first, side)
+
+
+def _factor(side: int, out: int) -> np.float32:
+    """From one side to another, so that the product is not below the integer that it is cut to."""
+    factor = np.float32(out / side)
+    while int(np.float32(side) * factor) < out or int(side * float(factor)) < out:
+        factor = np.nextafter(factor, np.float32(np.inf))
+    return factor
 
 
 def _product(writer: Writer, real: str, rows: Tensor, columns: Tensor, out: str) -> str:
