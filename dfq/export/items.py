@@ -60,12 +60,17 @@ def joined(items: list[Item], size: dict[Open | str, int]) -> tuple[tuple[Open |
     begins, total = dict[Open | str, int](), 0
     for base in bases:
         begins[base], total = total, total + size[base]
-    maps = []
-    for item in items:
-        places, shifted, begin = item.places(), item.places().clone(), 0
-        for base in item.bases:
-            own = (places >= begin) & (places < begin + size[base])
-            shifted = torch.where(own, places - begin + begins[base], shifted)
-            begin += size[base]
-        maps.append(shifted)
-    return tuple(bases), maps
+    return tuple(bases), [_shifted(item, begins, size) for item in items]
+
+
+def _shifted(item: Item, begins: dict[Open | str, int], size: dict[Open | str, int]) -> Tensor:
+    """An item's index map, counted from where its bases begin now."""
+    places, begin, ends, shifts = item.places(), 0, [], []
+    for base in item.bases:
+        shifts.append(begins[base] - begin)
+        begin += size[base]
+        ends.append(begin)
+    if len(set(shifts)) == 1:
+        return places if shifts[0] == 0 else torch.where(places >= 0, places + shifts[0], places)
+    part = torch.bucketize(places, torch.tensor(ends, dtype=places.dtype), right=True).clamp(max=len(ends) - 1)
+    return torch.where(places >= 0, places + torch.tensor(shifts, dtype=places.dtype)[part], places)

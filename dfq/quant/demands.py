@@ -37,6 +37,7 @@ class Demands:
         self._readings: dict[fx.Node, list[Read]] = {}
         self._collect()
         self.streams = self._streams()
+        self._signless = self._never_negative()
 
     # --- names and bits -------------------------------------------------------------------------------------------
 
@@ -183,9 +184,14 @@ class Demands:
         return only if isinstance(only, int) else None
 
     def never_negative(self, node: fx.Node) -> bool:
-        if node not in self.kinds:
-            return False
-        call, kind = self.calls[node], self.kinds[node]
-        if isinstance(kind, Float):
-            return False
-        return kind.never_negative(call, [self.never_negative(item) for item in call.operands])
+        return node in self._signless
+
+    def _never_negative(self) -> set[fx.Node]:
+        """The values that no call can make negative, in the order of the calls."""
+        found: set[fx.Node] = set()
+        for node, call in self.calls.items():
+            kind = self.kinds[node]
+            known = [item in found for item in call.operands]
+            if not isinstance(kind, Float) and kind.never_negative(call, known):
+                found.add(node)
+        return found
