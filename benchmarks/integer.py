@@ -26,11 +26,11 @@ from benchmarks.machine import results_file, write_results
 from benchmarks.timing import interleaved, record
 from dfq.cli.app import keep_freed_memory
 from dfq.config import quant_config
-from dfq.models.embedded import load_teacher
 from dfq.engine import Engine, IntegerGraph
 from dfq.export import export
-from dfq.models import ModelSpec, build_model
 from dfq.export.onnx import save_onnx
+from dfq.models import ModelSpec, build_model
+from dfq.models.embedded import load_teacher
 from dfq.quant import freeze_ranges, prepare, set_adapting
 from dfq.quant.quantizers import learn_ranges
 from dfq.running.seeds import seeded_initialisation

@@ -1,4 +1,4 @@
-"""Small networks, one for every kind of layer and every way of writing it: `NETWORKS[name]() -> (model, input shape)`."""
+"""Small networks, one for every kind of layer and every way of writing it: `network(name)`."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def _pieces(node: fx.Node, _: dict[str, Tensor]) -> None:
         return
     sizes = [1 if name == "aten.unbind.int" else part.shape[axis] for part in parts]
     for reader in list(node.users):
-        index = int(reader.args[1]) % len(sizes)
+        index = int(reader.args[1]) % len(sizes)  # type: ignore[arg-type]
         begin = sum(sizes[:index])
         if name == "aten.unbind.int":
             _instead(reader, put(reader, aten.select.int, source, axis, index))
@@ -166,9 +166,7 @@ def _arithmetic(node: fx.Node, tensors: dict[str, Tensor]) -> None:
             _instead(node, put(node, aten.add.Tensor, first, _times(second, tensors, node, factor=factor)))
 
 
-def _times(
-    value: Any, tensors: dict[str, Tensor], node: fx.Node, *, factor: float = 1.0, inverse: bool = False
-) -> Any:
+def _times(value: Any, tensors: dict[str, Tensor], node: fx.Node, *, factor: float = 1.0, inverse: bool = False) -> Any:
     """A number or constant times a factor, or one over it; a multiplication of a value."""
     if isinstance(value, (int, float)):
         return 1.0 / float(value) if inverse else float(value) * factor
@@ -194,10 +192,10 @@ def _spreads(node: fx.Node, _: dict[str, Tensor]) -> None:
         source, other = item.args[0], node.args[1 - place]
         if not isinstance(source, fx.Node) or not isinstance(other, fx.Node) or is_size(other):
             continue
-        values = source.meta.get("val"), other.meta.get("val")
-        if not all(isinstance(value, Tensor) for value in values) or source.meta["val"].dim() != item.meta["val"].dim():
+        one, two = source.meta.get("val"), other.meta.get("val")
+        whole, spread = node.meta["val"], item.meta["val"]
+        if not isinstance(one, Tensor) or not isinstance(two, Tensor) or not one.dim() == two.dim() == spread.dim():
             continue
-        broad = [max(str(a), str(b), key=lambda side: side != "1") for a, b in
-                 zip(values[0].shape, values[1].shape, strict=False)]  # type: ignore[union-attr]
-        if values[0].dim() == values[1].dim() and broad == [str(side) for side in node.meta["val"].shape]:  # type: ignore[union-attr]
+        broad = [str(b) if str(a) == "1" else str(a) for a, b in zip(one.shape, two.shape, strict=True)]
+        if broad == [str(side) for side in whole.shape]:
             node.update_arg(place, source)
