@@ -87,7 +87,8 @@ def calibrated(work: Workload, execution: Execution | None = None, device: str =
     classes = net(torch.zeros(1, *work.image_shape)).shape[1]
     task = DataFreeTraining(
         net, [prepare(teacher(work), work.image_shape, quant)], recipe, quant=quant, input_shape=work.image_shape,
-        num_classes=classes, steps=10**6, seed=0, device=torch.device(device), precision="bf16" if work.precision == "bf16" else "fp32",
+        num_classes=classes, steps=10**6, seed=0, device=torch.device(device),
+        precision="bf16" if work.precision == "bf16" else "fp32",
         execution=execution,
     )  # fmt: skip
     for index in range(task.warm_up_steps + task.calibration_steps):

@@ -30,7 +30,17 @@ _PAIRS = ("aten.add.Tensor", "aten.mul.Tensor", "aten.sub.Tensor", "aten.div.Ten
 
 def normalize(graph: fx.Graph, tensors: dict[str, Tensor]) -> None:
     """Rewrites a captured graph in place; `tensors` are its constants by name."""
-    for rewrite in (_drop_checks, _drop_copies, _views, _batch_norms, _pieces, _first_results, _arithmetic, _spreads):
+    for rewrite in (
+        _drop_checks,
+        _drop_copies,
+        _writes,
+        _views,
+        _batch_norms,
+        _pieces,
+        _first_results,
+        _arithmetic,
+        _spreads,
+    ):
         for node in list(graph.nodes):
             if node.op == "call_function":
                 rewrite(node, tensors)
@@ -76,6 +86,24 @@ def _drop_copies(node: fx.Node, _: dict[str, Tensor]) -> None:
     cast = name in _CASTS and node.meta["val"].dtype == source.meta["val"].dtype
     if name in _SAME or off or cast:
         _instead(node, source)
+
+
+def _writes(node: fx.Node, _: dict[str, Tensor]) -> None:
+    """What writing into a part of a value leaves: a copy over all of it, a scatter into the whole of an axis."""
+    name, given = target_of(node), arguments_of(node)
+    if name == "aten.copy.default":
+        source, whole = given["src"], node.meta["val"]
+        if [str(side) for side in source.meta["val"].shape] == [str(side) for side in whole.shape]:
+            _instead(node, source)
+        else:
+            sides = [-1, *whole.shape[1:]]
+            _instead(node, put(node, aten.expand.default, source, [int(side) for side in sides]))
+    elif name == "aten.slice_scatter.default":
+        begin, end, axis = given["start"], given["end"], given["dim"]
+        side = node.meta["val"].shape[axis]
+        last = end is None or (isinstance(end, int) and (end >= 2**62 or (isinstance(side, int) and end >= side)))
+        if begin in (None, 0) and last and given["step"] == 1:
+            _instead(node, given["src"])
 
 
 def _views(node: fx.Node, _: dict[str, Tensor]) -> None:
