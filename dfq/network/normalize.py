@@ -227,3 +227,8 @@ def _spreads(node: fx.Node, _: dict[str, Tensor]) -> None:
         broad = [str(b) if str(a) == "1" else str(a) for a, b in zip(one.shape, two.shape, strict=True)]
         if broad == [str(side) for side in whole.shape]:
             node.update_arg(place, source)
+
+
+_REWRITES = (
+    _drop_checks, _drop_copies, _writes, _views, _batch_norms, _pieces, _first_results, _arithmetic, _spreads
+)  # fmt: skip
