@@ -4,7 +4,7 @@ Images per second of this engine (W8A8, W4A4, W2A2). On a CPU against torch fp32
 `torch.compile`; ONNX Runtime fp32, int8 (the same W8A8 network as QDQ) and own int8 (what its quantizer makes of the
 float network); OpenVINO fp32 and int8 (what `nncf` makes of the float network). Networks are ours, or `timm:NAME` and
 `torchvision:NAME` in an environment that has these packages. On a GPU against torch fp16 in channels-last, captured in
-a CUDA graph, and compiled (`max-autotune`); images and logits are on the GPU, every call ends when its logits are there.
+a CUDA graph, and compiled (`max-autotune`); images and logits are on the GPU, every call ends when these are there.
 Medians of interleaved calls in one process. ONNX Runtime's threads spin for up to a tenth of a second after a call and
 would take another's cores: each variant waits for that long, then calls once unmeasured, so that its own are awake.
 """
