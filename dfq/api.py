@@ -99,8 +99,9 @@ def quantize(
         A `Result`; `result.model` is the fake-quantized network in evaluation mode.
 
     Raises:
-        ValueError: an argument out of its rule, a model without batch norms or with an unsupported module
-            (`PrepareError`), a folder that cannot be written or resumed (`CheckpointError`).
+        ValueError: an argument out of its rule, a model without batch norms, one that cannot be captured
+            (`PrepareError`) or, if `integers`, that has parts without an integer form (`ExportError`), a folder that
+            cannot be written or resumed (`CheckpointError`).
         NonFiniteError: training diverged; names the term.
         ExecutionError: a step or network that cannot be captured or compiled, and had to be.
         Interrupted: Ctrl-C or SIGTERM, after saving.

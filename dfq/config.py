@@ -33,12 +33,13 @@ class QuantConfig:
     Args:
         bits: of the layers between the first and the last.
         first, last: bits of the edge layers.
-        overrides: bits by layer name, as in `model.named_modules()`; they win over `first` and `last`.
+        overrides: bits by layer name: that of the module or, of a functional call, of the module that makes it; they
+            win over `first` and `last`.
         ranges: `minmax` (moving average) or `lsq` (learned step sizes, for fewer than 8 bits).
         weight_scheme: `symmetric` or `affine`, per output channel.
-        activations: `all` (an integer network: image, every layer's input, every residual stream) or
+        activations: `all` (an integer network: image, every layer's input, every stream) or
             `after_relu` (the output of every ReLU, once: not an integer network, but the literature's convention).
-        residual_bits: of residual streams and of pooled maps.
+        residual_bits: of streams: what additions, products, batch norms of their own, averages and resizes read.
         averaging_constant: weight of a batch in a moving range.
         batch_norm: `frozen` (the teacher's statistics) or `train`.
     """

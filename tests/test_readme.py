@@ -15,6 +15,10 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 
 
+def examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
 def test_tables_are_not_stale() -> None:
     assert readme.build(TEXT) == TEXT, "run `make readme`"
     assert TEXT.count("<!-- end -->") == 7
@@ -26,7 +30,7 @@ def test_the_measured_teacher_is_the_embedded_one() -> None:
 
 def test_the_python_example_runs(tmp_path: Path, monkeypatch) -> None:
     """With fewer steps and images, so that it takes seconds."""
-    example, _ = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    example, _, _ = examples()
     assert "steps=200" in example
     example = example.replace("steps=200", "steps=1, recipe=SMALL").replace('recipe="default",', "")
     example = example.replace("test_images=images", "test_images=images.head(50)")
@@ -38,8 +42,12 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch) -> None:
     assert (tmp_path / "run" / "result.json").exists()
 
 
-def test_the_integer_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
-    _, example = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_other_examples_print_what_they_say(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = examples()[number]
+    monkeypatch.chdir(tmp_path)
     exec(compile(example, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip() == example.rpartition("# ")[2].strip()
 
