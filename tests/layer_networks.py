@@ -160,6 +160,7 @@ _PARTS: dict[str, Part] = {
     "sum": lambda net, x: net.side(x).sum((2, 3)), "mean of rows": lambda net, x: x.mean(3), "max of channels": lambda net, x: x.max(1)[0],
     "functional batch norm": lambda net, x: F.relu(F.batch_norm(net.side(x), net.bn.running_mean, net.bn.running_var, net.bn.weight)),
     "written in place": _written,
+    "twice the sums": lambda net, x: (lambda y: y + y)(net.side(x)), "power": lambda net, x: net.side(x) ** 3,
     "no move": lambda net, x: net.side(x.contiguous().clone().view(x.shape)),
 }  # fmt: skip
 _CONV = partial(nn.Conv2d, 8, 8)

@@ -17,14 +17,13 @@ from dfq.data.images import DATASETS, Images, load_images
 from dfq.deploy import classify, normalization_of
 from dfq.engine.inspect import facts
 from dfq.errors import check
-from dfq.export.onnx import save_onnx
 from dfq.models import MODEL_NAMES, embedded
-from dfq.quant import layer_bounds
+from dfq.quant import layer_bounds, prepared_of
 from dfq.results.evaluate import accuracy, check_test_images
 from dfq.results.report import accuracy_table, bounds_table, engine_tables, model_bytes
 from dfq.running.device import resolve_device, resolve_precision
 from dfq.running.run_folder import versions
-from dfq.student import integer_graph
+from dfq.student import export_onnx, integer_graph
 from dfq_kernels import extension
 from dfq_kernels.dispatch import TABLE, chosen
 
@@ -93,9 +92,13 @@ def export(
     check("export", "data", data, "given without --mean and --std", data is None or said is None)
     model, config = load_run(run)
     said = said or (normalization_of(data) if data is not None else config.get("normalization"))
-    graph = integer_graph(model, said)
+    floats = prepared_of(model).floats
     if onnx is not None:
-        save_onnx(graph, onnx)
+        export_onnx(model, onnx)  # type: ignore[arg-type]
+    if onnx is not None and floats:
+        print(f"{onnx} is written; {out} is not: {len(floats)} calls stay in floating point ({floats[0][1]}, ...)")
+        return
+    graph = integer_graph(model, said)
     engine.save_graph(graph, out)
     found = {"file": str(out), **facts(graph, out)}
     if json_output:

@@ -29,7 +29,7 @@ from dfq.engine.graph import (
 )
 from dfq.export.items import ExportError, Item, Open, in_order, joined
 from dfq.export.view import View
-from dfq.layers import Float, Kind
+from dfq.layers import Kind
 from dfq.layers.integers import factored
 from dfq.layers.kind import Layer as TrainedLayer
 from dfq.layers.weighted import QuantLayer
@@ -176,8 +176,6 @@ class Exporter:
         if not operands or not isinstance(kind, Kind):  # weights and sizes
             return
         call = Call(node, {})
-        if isinstance(kind, Float):
-            raise ExportError(f"export: {call.where} must have an integer form, got {kind.reason}")
         if kind.moves:
             self._move(node, kind, call)
         elif (ends := kind.ends(call)) is not None:
@@ -307,6 +305,8 @@ class Exporter:
             self.order.append(opened)
         else:
             opened, order = base, item.order
+            if isinstance(opened.step, Quantize):
+                raise ExportError(f"export: an output must be computed, got {node.name}, which is of the images")
             if opened.outs:
                 opened = Open(opened.step, opened.made)
                 self.order.append(opened)

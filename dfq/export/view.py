@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx
 
-from dfq.engine.graph import Grid, Layer, MaxPool, Step, as_map
+from dfq.engine.graph import Grid, Layer, Step, as_map
 from dfq.export.items import ExportError, Item, Open, in_order
 from dfq.layers.weighted import per_channel
 
@@ -58,17 +58,17 @@ class View:
 
     def step(self, step: Step, made: tuple[int, int, int] | None = None, order: Place | None = None) -> None:
         made = made or as_map(self.shape)
-        if isinstance(step, MaxPool):
-            opened = Open(step, made)
-            self.exporter.order.append(opened)
-            name = self.exporter.named(opened, self.grid(step.x), self.node.name)
-            self.exporter.items[self.node] = Item((name,), self.shape)
-            return
         places = None
         if order is not None:
             count = made[0] * made[1] * made[2]
             places = order(torch.arange(count, dtype=torch.float64))
         self.exporter.open(self.node, step, made, places)
+
+    def kept(self, step: Step, made: tuple[int, int, int] | None = None) -> None:
+        opened = Open(step, made or as_map(self.shape))
+        self.exporter.order.append(opened)
+        name = self.exporter.named(opened, self.grid(step.x), self.node.name)
+        self.exporter.items[self.node] = Item((name,), self.shape)
 
     def add(self, first: int, second: int, make: Callable[[str, str], Step]) -> None:
         one, two = self.items[first], self.items[second]

@@ -38,7 +38,8 @@ class FusedActivation(Kind):
 
     def never_negative(self, call: Call, operands: list[bool]) -> bool:
         known = activation_of(self.text(call))
-        return known.never_negative or (operands[0] and known.name != "hardtanh")
+        highest = known.bounds[1] if known.bounds is not None else LARGEST
+        return known.never_negative or (operands[0] and highest >= 0)
 
     def layer(self, call: Call, tail: Tail) -> Layer:
         return Ending(tail)

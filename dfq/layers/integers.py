@@ -52,6 +52,9 @@ class Integers(Protocol):
         a vector, to the layer's result `[1, *shape]`; None: the same elements in the same order.
         """
 
+    def kept(self, step: Step, made: tuple[int, int, int] | None = None) -> None:
+        """Adds the step of a kind that keeps the grid: it makes integers of its input's grid; made: as of `step`."""
+
     def add(self, first: int, second: int, make: Callable[[str, str], Step]) -> None:
         """Adds a step of two operands of one shape, or the second spread over the first; see `Add`."""
 

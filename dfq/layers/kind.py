@@ -56,7 +56,7 @@ class Layer(nn.Module):
 
 
 class Kind:
-    """All that is known about a kind of layer; its instances hold nothing."""
+    """All that is known about a kind of layer. A registered kind holds nothing; every call of it is asked of one."""
 
     name: ClassVar[str] = ""
     calls: ClassVar[tuple[str, ...]] = ()
@@ -149,7 +149,7 @@ def kind_of(call: Call) -> Kind:
         return Float("it is of integers")
     reasons = [kind.why_float(call) for kind in kinds]
     taken = next((kind for kind, reason in zip(kinds, reasons, strict=True) if reason is None), None)
-    return taken or Float(str(reasons[-1]))
+    return taken or Float("; ".join(dict.fromkeys(str(reason) for reason in reasons)))
 
 
 def per_channel(values: Tensor, like: Tensor, axis: int) -> Tensor:

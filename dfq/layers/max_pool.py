@@ -31,7 +31,7 @@ class MaxPool(Kind):
     def export(self, call: Call, to: Integers) -> None:
         given, axes = call.arguments(), 1 if call.target == _PLAIN[0] else 2
         x = to.value(0, (lambda x: x.unsqueeze(-2)) if axes == 1 else None)
-        to.step(graph.MaxPool(
+        to.kept(graph.MaxPool(
             x, (), None, sides(given["kernel_size"], axes, 1),
             sides(given["stride"] or given["kernel_size"], axes, 1), sides(given["padding"], axes, 0),
             sides(given["dilation"], axes, 1), bool(given["ceil_mode"]),
@@ -47,7 +47,7 @@ class AdaptiveMaxPool(MaxPool):
         *_, height, width = call.shape
         flat = len(call.shape) == 2
         x = to.value(0, (lambda x: x.unsqueeze(-2)) if flat else None)
-        to.step(graph.MaxPool(x, (), None, None, output=(1 if flat else height, width)))
+        to.kept(graph.MaxPool(x, (), None, None, output=(1 if flat else height, width)))
 
 
 @register
@@ -73,12 +73,12 @@ class Maximum(Kind):
     def export(self, call: Call, to: Integers) -> None:
         dims, shape = _dims(call), to.operand_shape(0)
         if dims == [2, 3] and len(shape) == 3:
-            to.step(graph.MaxPool(to.value(0), (), None, shape[1:], shape[1:]), (shape[0], 1, 1))  # type: ignore[arg-type]
+            to.kept(graph.MaxPool(to.value(0), (), None, shape[1:], shape[1:]), (shape[0], 1, 1))  # type: ignore[arg-type]
             return
         kept = [dim for dim in range(1, len(shape) + 1) if dim not in dims]
         left, gone = (math.prod(shape[dim - 1] for dim in some) for some in (kept, dims))
         x = to.value(0, lambda x: x.permute(0, *kept, *dims).reshape(1, left, 1, gone))
-        to.step(graph.MaxPool(x, (), None, (1, gone), (1, gone)), (left, 1, 1))
+        to.kept(graph.MaxPool(x, (), None, (1, gone), (1, gone)), (left, 1, 1))
 
 
 def _dims(call: Call) -> list[int]:

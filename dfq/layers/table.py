@@ -23,6 +23,11 @@ from dfq_kernels.integers import Grid
 BITS = 8  # of the argument
 Function = Callable[[Tensor], Tensor]
 
+
+def _power(x: Tensor, exponent: float) -> Tensor:
+    return x**exponent
+
+
 # the call: its name in an integer network, the function by its arguments, whether no result is negative
 _FUNCTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Function], bool]] = {
     "aten.silu.default": ("silu", lambda _: F.silu, False),
@@ -43,6 +48,7 @@ _FUNCTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Function], bool]] = 
     "aten.tanhshrink.default": ("tanhshrink", lambda _: F.tanhshrink, False),
     "aten.abs.default": ("abs", lambda _: torch.abs, True),
     "aten.square.default": ("square", lambda _: torch.square, True),
+    "aten.pow.Tensor_Scalar": ("pow", lambda given: partial(_power, exponent=float(given["exponent"])), False),
     "aten.exp.default": ("exp", lambda _: torch.exp, True),
     "aten.sin.default": ("sin", lambda _: torch.sin, False),
     "aten.cos.default": ("cos", lambda _: torch.cos, False),
@@ -56,6 +62,11 @@ class TableFunction(Kind):
     name = "table"
     calls = tuple(_FUNCTIONS)
     rectifies = True
+
+    def why_float(self, call: Call) -> str | None:
+        exponent = float(call.arguments().get("exponent", 1.0))
+        whole = exponent >= 0 and exponent == int(exponent)
+        return None if whole else "its power is not defined for all numbers"
 
     def reads(self, call: Call, bits: int) -> list[Read]:
         return [BITS]

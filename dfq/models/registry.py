@@ -67,7 +67,8 @@ def build_model(spec: ModelSpec) -> nn.Module:
     if spec.name in ("mobilenet-v1", "mobilenet-v2"):
         return MobileNet(int(spec.name[-1]), **sizes)
     known = ", ".join(MODEL_NAMES)
-    raise ValueError(f"build_model: name must be one of {known} or package.module:factory, got {spec.name!r}")
+    rule = f"one of {known}, timm:NAME, torchvision:NAME or package.module:factory"
+    raise ValueError(f"build_model: name must be {rule}, got {spec.name!r}")
 
 
 def _of_timm(name: str) -> Callable[..., Any]:

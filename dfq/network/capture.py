@@ -58,12 +58,12 @@ def capture(model: nn.Module, example: tuple[int, ...] | Tensor, owner: str = "p
         PrepareError: torch.export refuses the model; names the module and gives its first line.
     """
     images = example_images(example, model, owner)
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints what is raised here, too
+    quiet = logging.root.manager.disable  # torch prints what is raised here, too, and whole graphs
     try:
         with evaluation(model), _unchanged(model), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.export's, on its own internals
             expected = model(images.clone())  # a model may write into them
-            log.disabled = True
+            logging.disable(logging.CRITICAL)
             program = _exported(model, images)
     except torch.OutOfMemoryError:
         raise
@@ -74,7 +74,7 @@ def capture(model: nn.Module, example: tuple[int, ...] | Tensor, owner: str = "p
         reason = f"{type(error).__name__} in {where}: {first_line(error)}{hint}"
         raise PrepareError(f"{owner}: {rule}, got {reason}") from error
     finally:
-        log.disabled = False
+        logging.disable(quiet)
     graph, tensors = _lifted(program, model)
     normalize(graph, tensors)
     graph = _named(graph)

@@ -30,17 +30,7 @@ _PAIRS = ("aten.add.Tensor", "aten.mul.Tensor", "aten.sub.Tensor", "aten.div.Ten
 
 def normalize(graph: fx.Graph, tensors: dict[str, Tensor]) -> None:
     """Rewrites a captured graph in place; `tensors` are its constants by name."""
-    for rewrite in (
-        _drop_checks,
-        _drop_copies,
-        _writes,
-        _views,
-        _batch_norms,
-        _pieces,
-        _first_results,
-        _arithmetic,
-        _spreads,
-    ):
+    for rewrite in _REWRITES:
         for node in list(graph.nodes):
             if node.op == "call_function":
                 rewrite(node, tensors)

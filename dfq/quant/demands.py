@@ -114,7 +114,8 @@ class Demands:
                 if head is None or not self.kinds[head].weighted or self.heads[head][-1] is not operand:
                     continue
                 whole = operand.meta["val"].shape == node.meta["val"].shape
-                if whole and not self.kinds[operand].activation and len(operand.users) == 1:
+                once = len(operand.users) == 1 and call.operands.count(operand) == 1
+                if whole and once and not self.kinds[operand].activation:
                     chosen[node] = operand
                     break
         return chosen
