@@ -32,6 +32,8 @@ MEASURED = {
     "steps": (*TRAINING, "dfq/running/execution.py", *OPERATORS),
     "integer": ("dfq/engine", "dfq/export", "dfq/layers", *OPERATORS),
     "onnx": ("dfq/export",),
+    "networks": ("dfq/engine", "dfq/export", "dfq/layers", *OPERATORS),
+    "zoo": ("dfq/network", "dfq/layers", "dfq/quant", "dfq/export", "dfq/engine", *OPERATORS),
 }
 # inside of them, what no CPU runs
 ELSEWHERE = tuple(f":(exclude)dfq_kernels/{name}" for name in ("*/triton.py", "tiles.py", "integer_tiles.py",

@@ -19,6 +19,11 @@ KERNELS = ROOT / "benchmarks" / "results" / "kernels-cpu-intel-xeon-processor.js
 INTEGER = [
     ROOT / "benchmarks" / "results" / f"integer-cpu-{name}.json" for name in ("intel-xeon-processor", "amd-epyc")
 ]
+NETWORKS = ROOT / "benchmarks" / "results" / "networks-cpu-amd-epyc.json"
+ZOO = ROOT / "benchmarks" / "results" / "zoo.json"
+STAGES = {"prepare": "prepared", "train": "trained: finite gradients", "calibrate": "calibrated",
+          "engine": "in integers, bit-equal", "onnx": "in ONNX Runtime, within 5 %"}  # fmt: skip
+FLOAT_PART = "floating-point part"
 ONNX = ROOT / "benchmarks" / "results" / "onnx-cpu-amd-epyc.json"
 STEPS = ROOT / "benchmarks" / "results" / "steps-cpu-intel-xeon-processor.json"
 PRESETS = ("W8A8", "W4A8", "W4A4", "W3A3", "W2A4")
@@ -142,6 +147,33 @@ def integer_table(data: dict[str, Any], known: Ages) -> str:
     return "\n".join([*lines, "", machine_sentence(data, known)])
 
 
+def networks_table(data: dict[str, Any], known: Ages) -> str:
+    """Images per second on other people's networks, beside OpenVINO."""
+    lines = ["| network, batch | W8A8 | strongest alternative | ratio | OpenVINO int8 | ratio |",
+             "| --- | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    for row in data["rows"]:
+        rates = row["images_per_second"]
+        strongest = f"{rates[row['strongest']]:,.0f} ({row['strongest']})"
+        openvino = (
+            f"{rates['OpenVINO int8']:,.0f} | {row['times_openvino_int8']:.2f}" if "OpenVINO int8" in rates else "— | —"
+        )
+        cells = f"{rates['dfq-kernels W8A8']:,.0f} | {strongest} | {row['times_strongest']:.2f} | {openvino}"
+        lines.append(f"| {row['model'].partition(':')[2]}, {row['batch']} | {cells} |")
+    return "\n".join([*lines, "", machine_sentence(data, known)])
+
+
+def zoo_table(data: dict[str, Any], known: Ages) -> str:
+    """What became of the networks of torchvision and timm: random weights, batch norms that have seen noise, W8A8."""
+    rows = data["rows"]
+    whole = [row for row in rows if row.get("engine") != FLOAT_PART]
+    lines = [f"| of {len(rows)} networks | all | without floating-point parts |", "| --- | ---: | ---: |"]
+    for stage, name in STAGES.items():
+        some = sum(row.get(stage) is True for row in whole)
+        every = "—" if stage == "engine" else str(sum(row.get(stage) is True for row in rows))
+        lines.append(f"| {name} | {every} | {some} of {len(whole)} |")
+    return "\n".join([*lines, "", machine_sentence(data, known)])
+
+
 def onnx_table(data: dict[str, Any], known: Ages) -> str:
     """Images per second of ONNX Runtime: the float network, and the file of its integers."""
     lines = ["| in ONNX Runtime | fp32 | W8A8 | ratio |", "| --- | ---: | ---: | ---: |"]
@@ -168,7 +200,8 @@ def read(path: Path) -> dict[str, Any]:
 
 def measured_commits() -> dict[str, set[str]]:
     """Of every kind of table, the commits whose numbers it has."""
-    single = {"kernels": [KERNELS], "integer": INTEGER, "steps": [STEPS], "onnx": [ONNX]}
+    single = {"kernels": [KERNELS], "integer": INTEGER, "steps": [STEPS], "onnx": [ONNX], "zoo": [ZOO],
+              "networks": [NETWORKS]}  # fmt: skip
     found = {table: {read(path)["machine"]["commit"] for path in paths} for table, paths in single.items()}
     return {"accuracy": commits_of(read(ACCURACY)["rows"]), **found}
 
@@ -180,6 +213,8 @@ def build(text: str, known: dict[str, Ages] | None = None) -> str:
     blocks = {
         "kernels": kernel_table(read(KERNELS), of["kernels"]),
         "integer": "\n\n".join(integer_table(read(path), of["integer"]) for path in INTEGER),
+        "networks": networks_table(read(NETWORKS), of["networks"]),
+        "zoo": zoo_table(read(ZOO), of["zoo"]),
         "steps": step_table(read(STEPS), of["steps"]),
         "onnx": onnx_table(read(ONNX), of["onnx"]),
         "accuracy": main_table(data, of["accuracy"]),
