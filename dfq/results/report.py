@@ -86,7 +86,7 @@ def save_image_grid(rows: Sequence[tuple[str, Tensor, Tensor | None]], path: Pat
     Each image is stretched to its own range: these are not pictures of anything, but their structure shows.
     """
     count = max(len(images) for _, images, _ in rows)
-    figure = _figure((count * 0.8, len(rows) * 1.1))
+    figure = new_figure((count * 0.8, len(rows) * 1.1))
     axes = figure.subplots(len(rows), count, squeeze=False)
     for (title, images, labels), line in zip(rows, axes, strict=True):
         for index, axis in enumerate(line):
@@ -100,7 +100,7 @@ def save_image_grid(rows: Sequence[tuple[str, Tensor, Tensor | None]], path: Pat
             if labels is not None:
                 axis.text(0.98, 1.02, str(int(labels[index])), fontsize=6, ha="right", transform=axis.transAxes)
         line[0].set_title(title, fontsize=7, loc="left")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_curves(rows: list[dict[str, Any]], path: Path) -> None:
@@ -113,7 +113,7 @@ def save_curves(rows: list[dict[str, Any]], path: Path) -> None:
                 series[owner][term].append((row["step"], value))
     if not series:
         return
-    figure = _figure((4 * len(series), 3))
+    figure = new_figure((4 * len(series), 3))
     axes = figure.subplots(1, len(series), squeeze=False)
     for axis, (owner, terms) in zip(axes[0], series.items(), strict=True):
         for term, points in terms.items():
@@ -123,16 +123,16 @@ def save_curves(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_ylabel("loss term, weighted")
         axis.legend(fontsize=7)
     figure.tight_layout()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _figure(inches: tuple[float, float]) -> Figure:
+def new_figure(inches: tuple[float, float]) -> Figure:
     from matplotlib.figure import Figure  # half a second, which only a run needs
 
     return Figure(figsize=inches)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Drawn by Agg in memory: the caller's matplotlib keeps its backend, and no half picture stays on a full disk."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
