@@ -29,7 +29,8 @@ def facts(graph: IntegerGraph, path: Path | None = None) -> dict[str, Any]:
     """Size, memory, values, steps and layers of a network and its file.
 
     A layer's `bound` is the largest accumulator that its input's grid allows; `exact_in_fp32`: below 2^24. `sequence`:
-    the steps in order, each with its share of the multiplications, which are those of the layers.
+    the steps in order, each with its share of the multiplications, which are those of the layers, and the bits of what
+    it reads; `floats`: what is in floating point, which is nothing (`dfq.quant.inspect` has the same of a student).
     """
     shapes = check_graph(graph)
     _, arena = plan_memory(graph, fuse(graph, shapes), shapes)
@@ -37,12 +38,13 @@ def facts(graph: IntegerGraph, path: Path | None = None) -> dict[str, Any]:
     kinds = sorted({step.kind for step in graph.steps})
     total = sum(layer["multiplications"] for layer in layers)
     return {
-        "bytes": None if path is None else path.stat().st_size, "input_shape": list(graph.input_shape), "num_classes": graph.num_classes,
+        "bytes": None if path is None else path.stat().st_size, "input_shape": list(graph.input_shape),
+        "num_classes": graph.num_classes,
         "steps": len(graph.steps), "memory_bytes_per_image": arena,
         "multiplications_per_image": total, "layers": layers, "sequence": _sequence(graph, shapes, total),
         "kinds": {kind: sum(step.kind == kind for step in graph.steps) for kind in kinds},
         "values": _values(graph, shapes), "outputs": [_output(output) for output in graph.outputs],
-        "normalization": graph.normalization,
+        "normalization": graph.normalization, "floats": [], "integer_share": 1.0,
     }  # fmt: skip
 
 
@@ -69,11 +71,12 @@ def _sequence(graph: IntegerGraph, shapes: dict[str, Shape], total: int) -> list
     for step in graph.steps:
         shape = shapes[step.outs[0]]
         layer = _layer(step, graph, shape) if isinstance(step, Layer) else None
-        own = layer or {"layer": step.outs[0], "weight_bits": None, "activation_bits": None, "multiplications": 0}
+        own = layer or {"layer": step.outs[0], "weight_bits": None, "multiplications": 0}
         rows.append(
             {
                 "kind": step.kind, "name": own["layer"], "integer": True, "activation": step.activation,
-                "weight_bits": own["weight_bits"], "activation_bits": own["activation_bits"], "shape": list(shape),
+                "weight_bits": own["weight_bits"], "shape": list(shape),
+                "activation_bits": graph.grids[step.x].bits if step.x in graph.grids else None,
                 "multiplications": own["multiplications"], "share": own["multiplications"] / total if total else 0.0,
                 "reads": inputs(step), "makes": list(step.outs),
             }

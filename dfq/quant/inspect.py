@@ -103,6 +103,10 @@ class _Walk(fx.Interpreter):
         value, bound, weight = (result[0] if isinstance(result, tuple) else result), self.bounds[name], module.weight
         count = weight.numel() * value.numel() // self.outputs[name]
         row |= {"weight_bits": bound.weight_bits, "activation_bits": bound.activation_bits, "multiplications": count}
+        if bound.activation_bits is None:
+            row["integer"] = False
+            why = "its input is not quantized"
+            self.floats.append({"module": name, "call": row["kind"], "why": why, "multiplications": count})
         self.layers.append(
             {
                 "layer": name, "weight_shape": list(weight.shape), "weight_bits": bound.weight_bits,

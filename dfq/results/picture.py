@@ -50,16 +50,18 @@ def _title(found: dict[str, Any]) -> str:
 
 
 def _caption(found: dict[str, Any], timed: bool) -> str:
-    said = "wA aB: A bits of weights, B of the layer's input. Multiplications: those of convolutions and linear layers."
+    said = (
+        "wA aB: A bits of weights, B of what the step reads. Multiplications: those of convolutions and linear layers."
+    )
     if any(not row["integer"] for row in found["sequence"]):
-        said += " Red: calls in floating point, products of matrices counted."
+        said += " Red: in floating point; products of matrices are counted, too."
     if not timed:
         return said
     alone = sum(row["milliseconds"] or 0 for row in found["sequence"])
     return (
         f"{said}\nTime: each step alone, one image, {found['threads']} thread(s), median; its data in the caches. "
-        f"Together {alone:.3f} ms; the whole network {found['milliseconds']:.3f} ms. A row with + runs inside of the one "
-        "that makes what it reads."
+        f"Together {alone:.3f} ms; the whole network {found['milliseconds']:.3f} ms. A row with + runs inside of the "
+        "one that makes what it reads."
     )
 
 
@@ -75,10 +77,16 @@ def _names(axis: Axes, rows: list[dict[str, Any]]) -> None:
         name = row["name"] if len(row["name"]) <= LONGEST else "…" + row["name"][1 - LONGEST :]
         kind = row["kind"].removeprefix("aten.") + (f", {row['activation']}" if row["activation"] else "")
         inside = "+ " if row.get("runs_with") else ""
-        bits = "" if row["weight_bits"] is None else f"w{row['weight_bits']} a{row['activation_bits'] or ' float'}"
+        bits = _bits(row)
         cells = str(index), name, inside + kind, "x".join(map(str, row["shape"])), bits
         for x, text in zip(columns.values(), cells, strict=True):
             axis.text(x, index, text, fontsize=6.5, color=colour, va="center", clip_on=False)
+
+
+def _bits(row: dict[str, Any]) -> str:
+    """Of weights, and of what the step reads."""
+    weights = "" if row["weight_bits"] is None else f"w{row['weight_bits']} "
+    return weights + (f"a{row['activation_bits']}" if row["activation_bits"] else "")
 
 
 def _bars(axis: Axes, rows: list[dict[str, Any]], values: list[float | None], title: str) -> None:

@@ -143,11 +143,12 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def engine_tables(found: dict[str, Any]) -> list[Table]:
-    """The layers of an integer network, and the values between them, of `dfq.engine.inspect.facts`."""
-    title = (
-        f"{found['file']}: {found['bytes'] / 1000:.1f} kB, {found['multiplications_per_image'] / 1e6:.1f} M "
-        f"multiplications and {found['memory_bytes_per_image'] / 1000:.1f} kB of memory per image"
-    )
+    """Layers, steps, values and parts in floating point, of `dfq.engine.inspect.facts` or of a student's."""
+    title = f"{found['file']}: {found['multiplications_per_image'] / 1e6:.1f} M multiplications per image"
+    if found.get("bytes"):
+        title += f", {found['bytes'] / 1000:.1f} kB"
+    if "memory_bytes_per_image" in found:
+        title += f", {found['memory_bytes_per_image'] / 1000:.1f} kB of memory per image"
     table = Table(title=escape(title))
     table.add_column("layer")
     for heading in ("weights", "weight bits", "activation bits", "kB", "largest sum"):
@@ -155,9 +156,59 @@ def engine_tables(found: dict[str, Any]) -> list[Table]:
     for layer in found["layers"]:
         shape = "x".join(map(str, layer["weight_shape"]))
         bound = "" if layer["bound"] is None else f"{layer['bound']:,.0f}"
-        bits = str(layer["weight_bits"]), str(layer["activation_bits"])
+        bits = str(layer["weight_bits"]), str(layer["activation_bits"] or "float")
         table.add_row(escape(layer["layer"]), shape, *bits, f"{layer['weight_bytes'] / 1000:.1f}", bound)
-    return [table, _values_table(found["values"])]
+    values = found["values"]
+    summary = [_values_table(values)] if all("stream" in value for value in values) else []
+    floats = [_floats_table(found)] if found["floats"] else []
+    return [table, _steps_table(found["sequence"]), _grids_table(values), *summary, *floats]
+
+
+def _steps_table(rows: list[dict[str, Any]]) -> Table:
+    """Every step in order; times where they are known."""
+    timed = any(row.get("milliseconds") is not None for row in rows)
+    table = Table(title="steps, in order")
+    table.add_column("step", justify="right")
+    table.add_column("kind")
+    table.add_column("name")
+    for heading in ("result", "% of multiplications", *(["ms"] if timed else [])):
+        table.add_column(heading, justify="right")
+    for index, row in enumerate(rows):
+        kind = row["kind"] + (f", {row['activation']}" if row["activation"] else "")
+        kind += "" if row["integer"] else " (floating point)"
+        share = f"{100 * row['share']:.1f}" if row["multiplications"] else ""
+        cells = [str(index), escape(kind), escape(row["name"]), "x".join(map(str, row["shape"])), share]
+        if timed:
+            cells.append("" if row["milliseconds"] is None else f"{row['milliseconds']:.3f}")
+        table.add_row(*cells)
+    return table
+
+
+def _grids_table(values: list[dict[str, Any]]) -> Table:
+    """Every value that is integers, and what these stand for."""
+    table = Table(title="values: real number = (integer - zero point) * scale")
+    table.add_column("value")
+    for heading in ("shape", "bits", "integers", "scale", "zero point", "made by"):
+        table.add_column(heading, justify="left" if heading == "made by" else "right")
+    for value in values:
+        sides, ends = "x".join(map(str, value["shape"])), f"{value['quant_min']} to {value['quant_max']}"
+        scale, zero_point = f"{value['scale']:.6g}", str(value["zero_point"])
+        table.add_row(escape(value["value"]), sides, str(value["bits"]), ends, scale, zero_point, value["made_by"])
+    return table
+
+
+def _floats_table(found: dict[str, Any]) -> Table:
+    """Calls without an integer form, those of one module together."""
+    outside = 100 * (1 - found["integer_share"])
+    table = Table(title=f"in floating point: {outside:.1f} % of the multiplications")
+    for heading in ("part", "call", "why", "calls", "multiplications"):
+        table.add_column(heading, justify="right" if heading in ("calls", "multiplications") else "left")
+    groups: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    for item in found["floats"]:
+        groups[item["module"] or "the model", item["call"], item["why"]].append(item["multiplications"])
+    for names, counts in groups.items():
+        table.add_row(*map(escape, names), str(len(counts)), f"{sum(counts):,}")
+    return table
 
 
 def _values_table(values: list[dict[str, Any]]) -> Table:
