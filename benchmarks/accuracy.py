@@ -26,16 +26,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.machine import UNKNOWN, machine_line
-from dfq.running.checkpoint import load_tree, save_tree, write_atomic
 from dfq.cli.app import keep_freed_memory
 from dfq.config import RECIPES, GeneratorConfig, Recipe, quant_config, to_json
 from dfq.data.images import Batches, load_images
-from dfq.models.embedded import INPUT_SHAPE, load_teacher
-from dfq.results.evaluate import accuracy
-from dfq.running.optimizers import load_optimizer
-from dfq.quant import freeze_ranges, prepare
-from dfq.running.seeds import random_source
 from dfq.method.trainer import DataFreeTraining, Source
+from dfq.models.embedded import INPUT_SHAPE, load_teacher
+from dfq.quant import freeze_ranges, prepare
+from dfq.results.evaluate import accuracy
+from dfq.running.checkpoint import load_tree, save_tree, write_atomic
+from dfq.running.optimizers import load_optimizer
+from dfq.running.seeds import random_source
 
 PARTS = Path("runs/accuracy")
 RESULT = Path("benchmarks/results/accuracy-fashion-mnist.json")
@@ -175,7 +175,9 @@ def run(row: Row) -> Mapping[str, Any]:
     started = time.monotonic()
     teacher, test = load_teacher(), load_images("fashion-mnist", "test")
     config = quant_config(row.preset, ranges=row.recipe.ranges)
-    students: list[nn.Module] = [prepare(copy.deepcopy(teacher), embedded.INPUT_SHAPE, config) for _ in range(row.recipe.students)]
+    students: list[nn.Module] = [
+        prepare(copy.deepcopy(teacher), INPUT_SHAPE, config) for _ in range(row.recipe.students)
+    ]
     kind = LabelTraining if row.images == "QAT" else DataFreeTraining
     task = kind(
         teacher, students, row.recipe, quant=config, input_shape=INPUT_SHAPE, num_classes=10, steps=row.steps,
@@ -190,7 +192,7 @@ def run(row: Row) -> Mapping[str, Any]:
     values: dict[str, Any] = {}
     task.step(task.warm_up_steps)
     if row.table != "ablation" and row.seed == 0:
-        calibrated = prepare(copy.deepcopy(teacher), embedded.INPUT_SHAPE, config)
+        calibrated = prepare(copy.deepcopy(teacher), INPUT_SHAPE, config)
         calibrated.load_state_dict(task.calibrated)
         freeze_ranges(calibrated)
         values["calibrated"] = accuracy(calibrated, test, device=CPU)

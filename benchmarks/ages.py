@@ -20,7 +20,14 @@ OPERATORS = ("dfq_kernels", "csrc/cpu", "csrc/common")
 TRAINING = ("dfq/network", "dfq/layers", "dfq/quant", "dfq/method", "dfq/running/optimizers.py")
 # a change of these may change a table's numbers
 MEASURED = {
-    "accuracy": (*TRAINING, "dfq/config.py", "dfq/running/seeds.py", "dfq/results/evaluate.py", "dfq/assets", *OPERATORS),
+    "accuracy": (
+        *TRAINING,
+        "dfq/config.py",
+        "dfq/running/seeds.py",
+        "dfq/results/evaluate.py",
+        "dfq/assets",
+        *OPERATORS,
+    ),
     "kernels": OPERATORS,
     "steps": (*TRAINING, "dfq/running/execution.py", *OPERATORS),
     "integer": ("dfq/engine", "dfq/export", "dfq/layers", *OPERATORS),

@@ -32,13 +32,13 @@ from benchmarks.timing import interleaved
 from benchmarks.torch_ao import HookStatistics, TorchAo
 from dfq.cli.app import keep_freed_memory
 from dfq.config import quant_config, recipe_named
-from dfq.models.embedded import INPUT_SHAPE, load_teacher
 from dfq.errors import first_line
-from dfq.running.execution import WARM_UP, Execution
-from dfq.models import ModelSpec, build_model
-from dfq.quant import prepare
-from dfq.running.seeds import seeded_initialisation
 from dfq.method.trainer import DataFreeTraining
+from dfq.models import ModelSpec, build_model
+from dfq.models.embedded import INPUT_SHAPE, load_teacher
+from dfq.quant import prepare
+from dfq.running.execution import WARM_UP, Execution
+from dfq.running.seeds import seeded_initialisation
 
 OURS = "dfq-kernels"
 PRECISIONS = ("bf16", "fp32", "tf32")  # tf32: fp32 in which a GPU multiplies with 10 bits of mantissa
@@ -86,8 +86,9 @@ def calibrated(work: Workload, execution: Execution | None = None, device: str =
     quant, net = quant_config(work.preset, ranges=work.ranges), teacher(work)
     classes = net(torch.zeros(1, *work.image_shape)).shape[1]
     task = DataFreeTraining(
-        net, [prepare(teacher(work), work.image_shape, quant)], recipe, quant=quant, input_shape=work.image_shape, num_classes=classes,
-        steps=10**6, seed=0, device=torch.device(device), precision="bf16" if work.precision == "bf16" else "fp32",
+        net, [prepare(teacher(work), work.image_shape, quant)], recipe, quant=quant, input_shape=work.image_shape,
+        num_classes=classes, steps=10**6, seed=0, device=torch.device(device),
+        precision="bf16" if work.precision == "bf16" else "fp32",
         execution=execution,
     )  # fmt: skip
     for index in range(task.warm_up_steps + task.calibration_steps):

@@ -2,8 +2,9 @@
 
 Images per second of this engine (W8A8, W4A4, W2A2). On a CPU against torch fp32 and bf16 in channels-last, both under
 `torch.compile`; ONNX Runtime fp32, int8 (the same W8A8 network as QDQ) and own int8 (what its quantizer makes of the
-float network). On a GPU against torch fp16 in channels-last, captured in a CUDA graph, and compiled (`max-autotune`);
-images and logits are on the GPU, every call ends when its logits are there.
+float network); OpenVINO fp32 and int8 (what `nncf` makes of the float network). Networks are ours, or `timm:NAME` and
+`torchvision:NAME` in an environment that has these packages. On a GPU against torch fp16 in channels-last, captured in
+a CUDA graph, and compiled (`max-autotune`); images and logits are on the GPU, every call ends when its logits are there.
 Medians of interleaved calls in one process. ONNX Runtime's threads spin for up to a tenth of a second after a call and
 would take another's cores: each variant waits for that long, then calls once unmeasured, so that its own are awake.
 """
@@ -26,11 +27,12 @@ from benchmarks.machine import results_file, write_results
 from benchmarks.timing import interleaved, record
 from dfq.cli.app import keep_freed_memory
 from dfq.config import quant_config
-from dfq.models.embedded import load_teacher
 from dfq.engine import Engine, IntegerGraph
 from dfq.export import export
-from dfq.models import ModelSpec, build_model
 from dfq.export.onnx import save_onnx
+from dfq.models import ModelSpec, build_model
+from dfq.models.embedded import load_teacher
+from dfq.models.registry import ZOOS
 from dfq.quant import freeze_ranges, prepare, set_adapting
 from dfq.quant.quantizers import learn_ranges
 from dfq.running.seeds import seeded_initialisation
@@ -43,14 +45,17 @@ PRESETS = ("W8A8", "W4A4", "W2A2")
 PAUSE, CALLS = 0.1, 10
 OURS = "dfq-kernels"
 ONNX = ("ONNX Runtime fp32", "ONNX Runtime int8", "ONNX Runtime own int8")
+OPENVINO = ("OpenVINO fp32", "OpenVINO int8")
 
 
 def network(name: str, side: int) -> tuple[nn.Module, tuple[int, int, int]]:
     """The embedded teacher, or random weights whose batch norms have seen noise."""
     if name == "wrn-16-1":
         return load_teacher(), (1, side, side)
+    backbone = {"weights_backbone": None} if "lraspp" in name else {}  # nothing is downloaded
     with seeded_initialisation(0, name):
-        model = build_model(ModelSpec(name, 3, 10 if side < 64 else 1000, "cifar" if side < 64 else "imagenet")).train()
+        spec = ModelSpec(name, 3, 10 if side < 64 else 1000, "cifar" if side < 64 else "imagenet", backbone)
+        model = build_model(spec).train()
         with torch.no_grad():
             for _ in range(3):
                 model(torch.randn(8, 3, side, side))
@@ -60,15 +65,14 @@ def network(name: str, side: int) -> tuple[nn.Module, tuple[int, int, int]]:
 def integers(model: nn.Module, shape: tuple[int, int, int], preset: str) -> IntegerGraph:
     """`model` with ranges from noise: the speed of a network does not depend on its accuracy."""
     config = quant_config(preset)
-    student = prepare(copy.deepcopy(model), config).train()
+    student = prepare(copy.deepcopy(model), shape, config).train()
     set_adapting(student, True, batch_norms=False)
     with torch.no_grad():
         student(torch.randn(8, *shape))
     set_adapting(student, False)
     learn_ranges(student, config)
     freeze_ranges(student)
-    classes = model(torch.zeros(1, *shape)).shape[1]
-    return export(student.eval(), shape, classes)
+    return export(student.eval())
 
 
 def torch_calls(model: nn.Module) -> Calls:
@@ -154,6 +158,27 @@ def onnx_calls(
     return {name: call(path) for name, path in names.items() if chosen(name)}
 
 
+def openvino_calls(model: nn.Module, shape: tuple[int, int, int], chosen: Chosen) -> Calls:
+    """OpenVINO with as many threads as torch has and one stream: the float network, and as nncf quantizes it."""
+    import nncf
+    import openvino
+
+    plain = openvino.convert_model(model, example_input=torch.zeros(1, *shape))
+    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+
+    def call(network: Any) -> Callable[[Tensor], Any]:
+        compiled = openvino.Core().compile_model(network, "CPU", settings)
+        return lambda images: compiled(images.numpy())
+
+    calls: Calls = {}
+    if chosen("OpenVINO fp32"):
+        calls["OpenVINO fp32"] = call(plain)
+    if chosen("OpenVINO int8"):
+        batches = [torch.randn(4, *shape).numpy() for _ in range(2)]
+        calls["OpenVINO int8"] = call(nncf.quantize(plain, nncf.Dataset(batches), subset_size=len(batches)))
+    return calls
+
+
 def repeated(call: Callable[[Tensor], Any], images: Tensor, count: int) -> Callable[[], None]:
     """`count` calls on the same images."""
 
@@ -187,6 +212,8 @@ def cpu_batches(
     with tempfile.TemporaryDirectory() as folder:
         if any(chosen(name) for name in ONNX):
             calls |= onnx_calls(model, shape, graphs["W8A8"], Path(folder), chosen)
+    if any(chosen(name) for name in OPENVINO):
+        calls |= openvino_calls(model, shape, chosen)
     for batch in (1, 128 if shape[1] < 64 else 8):
         images = torch.randn(batch, *shape)
         channels_last = images.contiguous(memory_format=torch.channels_last)
@@ -198,25 +225,31 @@ def cpu_batches(
 def measure(name: str, side: int, seconds: float, chosen: Chosen) -> Iterator[dict[str, Any]]:
     """One row for each batch size: rates, and of those that were measured the strongest and what they are to others."""
     model, shape = network(name, side)
-    graphs = {preset: integers(model, shape, preset) for preset in PRESETS}
+    needed = [preset for preset in PRESETS if chosen(f"{OURS} {preset}") or preset == "W8A8"]
+    graphs = {preset: integers(model, shape, preset) for preset in needed}
     batches = gpu_batches if torch.cuda.is_available() else cpu_batches
     for batch, calls, count, pause in batches(model, graphs, shape, chosen):
         times = interleaved(calls, seconds=seconds, least=9, pause=pause, calls=count)
         rates = {key: round(batch / value.median, 1) for key, value in times.items()}
         row: dict[str, Any] = {"model": name, "size": side, "batch": batch, "images_per_second": rates}
-        strongest = max((key for key in rates if not key.startswith(OURS)), key=lambda key: rates[key], default=None)
+        others = [key for key in rates if not key.startswith((OURS, *OPENVINO))]  # the newest competitor stands apart
+        strongest = max(others, key=lambda key: rates[key], default=None)
         if strongest is not None and f"{OURS} W8A8" in rates:
             row |= {"strongest": strongest, "times_strongest": round(rates[f"{OURS} W8A8"] / rates[strongest], 2)}
+        if "OpenVINO int8" in rates and f"{OURS} W8A8" in rates:
+            row["times_openvino_int8"] = round(rates[f"{OURS} W8A8"] / rates["OpenVINO int8"], 2)
         if "ONNX Runtime int8" in rates and "ONNX Runtime fp32" in rates:
             row["onnx_int8_times_fp32"] = round(rates["ONNX Runtime int8"] / rates["ONNX Runtime fp32"], 2)
         yield row
 
 
 def size_of(text: str) -> tuple[str, int]:
-    """`mobilenet-v2` or `mobilenet-v2:224`: a network and the side of its images."""
-    name, _, side = text.partition(":")
-    if name not in NETWORKS or (side and not side.isdecimal()):
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(NETWORKS)}, with :SIDE or without, got {text}")
+    """`mobilenet-v2`, `mobilenet-v2:224` or `torchvision:resnet50:224`: a network and the side of its images."""
+    name, _, side = text.rpartition(":") if text.rpartition(":")[2].isdecimal() else (text, "", "")
+    known = name in NETWORKS or (side and name.partition(":")[0] in ZOOS)
+    if not known:
+        rule = f"one of {', '.join(NETWORKS)}, with :SIDE or without, or timm:NAME:SIDE or torchvision:NAME:SIDE"
+        raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
     return name, int(side or NETWORKS[name])
 
 

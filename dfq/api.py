@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from dfq.running.checkpoint import CheckpointError, load_weights, weights_digest
-from dfq.network.classifier import check_teacher, check_weights
 from dfq.config import (
     LayerBits,
     QuantConfig,
@@ -26,20 +24,22 @@ from dfq.config import (
 )  # fmt: skip
 from dfq.data.images import Images, Normalization, check_normalization
 from dfq.deploy import check_integers
-from dfq.running.device import resolve_device, resolve_precision
 from dfq.errors import check, first_line, integer
-from dfq.results.evaluate import check_test_images
-from dfq.running.execution import Execution
-from dfq.running.loop import Observer, run_loop
-from dfq.models import ModelSpec, build_model
-from dfq.network import capture as capture_network
-from dfq.running.profiling import Profiled
-from dfq.quant import freeze_ranges, prepare
-from dfq.results.finish import Result, finish
-from dfq.running.run_folder import RunFolder, read_config
-from dfq.running.seeds import seeded_initialisation
 from dfq.method.teaching import TeacherTraining
 from dfq.method.trainer import DataFreeTraining
+from dfq.models import ModelSpec, build_model
+from dfq.network import capture as capture_network
+from dfq.network.classifier import check_teacher, check_weights
+from dfq.quant import freeze_ranges, prepare
+from dfq.results.evaluate import check_test_images
+from dfq.results.finish import Result, finish
+from dfq.running.checkpoint import CheckpointError, load_weights, weights_digest
+from dfq.running.device import resolve_device, resolve_precision
+from dfq.running.execution import Execution
+from dfq.running.loop import Observer, run_loop
+from dfq.running.profiling import Profiled
+from dfq.running.run_folder import RunFolder, read_config
+from dfq.running.seeds import seeded_initialisation
 
 
 def quantize(

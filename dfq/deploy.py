@@ -8,18 +8,19 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from dfq.running.checkpoint import CheckpointError
 from dfq.data.images import DATASETS, Normalization
+from dfq.data.readers import read_image
 from dfq.engine import Engine
 from dfq.errors import check, first_line
 from dfq.export import check_floats, export
 from dfq.quant import freeze_ranges, prepared_of, set_adapting
-from dfq.data.readers import read_image
+from dfq.running.checkpoint import CheckpointError
 
 TOP = 3  # classes that are named
 
@@ -49,7 +50,7 @@ def check_integers(student: fx.GraphModule) -> None:
     Engine(export(student.eval()), backend="reference")
 
 
-def milliseconds(model: Callable[[Tensor], Tensor], input_shape: tuple[int, int, int], seconds: float = 0.1) -> float:
+def milliseconds(model: Callable[[Tensor], Any], input_shape: tuple[int, ...], seconds: float = 0.1) -> float:
     """The median time of one image."""
     image, times = torch.zeros(1, *input_shape), list[float]()
     with torch.no_grad():
@@ -75,16 +76,18 @@ def read_images(engine: Engine, path: Path) -> Tensor:
     shape = engine.graph.input_shape
     try:
         if path.suffix != ".npy":
-            return engine.normalize(read_image(path, shape)[None])
+            check("run", "network", shape, "of pictures [C, H, W]", len(shape) == 3)
+            channels, height, width = shape
+            return engine.normalize(read_image(path, (channels, height, width))[None])
         array = np.load(path, allow_pickle=False)
     except OSError as error:
         raise CheckpointError(f"run: {path} cannot be read: {error.strerror or first_line(error)}") from error
     except (EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"run: {path} must be a NumPy array, got {first_line(error)}") from error
     check("run", str(path), type(array).__name__, "one NumPy array", isinstance(array, np.ndarray))
-    array = array[None] if array.ndim == 3 else array
+    array = array[None] if array.ndim == len(shape) else array
     check("run", str(path), array.shape, f"[N, {', '.join(map(str, shape))}]",
-          array.ndim == 4 and array.shape[1:] == shape)  # fmt: skip
+          array.ndim == len(shape) + 1 and array.shape[1:] == shape)  # fmt: skip
     if array.dtype == np.uint8:
         return engine.normalize(torch.from_numpy(array))
     floating = array.dtype in (np.float16, np.float32, np.float64)
@@ -94,6 +97,8 @@ def read_images(engine: Engine, path: Path) -> Tensor:
 
 def classify(engine: Engine, path: Path) -> list[list[tuple[int, float]]]:
     """For each image of a file its likeliest classes and their probabilities."""
+    count = engine.graph.num_classes
+    check("run", "network", count, "a classifier, of one vector of classes", count is not None)
     probabilities = engine(read_images(engine, path)).softmax(1)
-    values, classes = probabilities.topk(min(TOP, engine.graph.num_classes), dim=1)
+    values, classes = probabilities.topk(min(TOP, probabilities.shape[1]), dim=1)
     return [list(zip(*row, strict=True)) for row in zip(classes.tolist(), values.tolist(), strict=True)]

@@ -1,8 +1,8 @@
 """A quantized network for somebody's own loop: made, calibrated on images, exported.
 
-    student = dfq.prepare(model, (3, 224, 224), preset="W8A8")
-    dfq.calibrate(student, batches)
-    engine = dfq.export_integers(student, "model.safetensors")
+student = dfq.prepare(model, (3, 224, 224), preset="W8A8")
+dfq.calibrate(student, batches)
+engine = dfq.export_integers(student, "model.safetensors")
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from dfq import quant
-from dfq.network.classifier import check_weights
 from dfq.config import QuantConfig, quant_config
 from dfq.data.images import Normalization, check_normalization
 from dfq.engine import Engine, IntegerGraph, save_graph
@@ -23,6 +22,7 @@ from dfq.errors import check
 from dfq.export import export
 from dfq.export.onnx import save_onnx
 from dfq.export.portable import save_portable
+from dfq.network.classifier import check_weights
 
 
 def prepare(

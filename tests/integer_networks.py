@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from dfq.config import quant_config
-from dfq.models.embedded import load_teacher
 from dfq.engine import IntegerGraph
 from dfq.engine.operators import OperatorNetwork
-from dfq.running.execution import Execution
 from dfq.export import export
 from dfq.models import ModelSpec, build_model
+from dfq.models.embedded import load_teacher
 from dfq.quant import freeze_ranges, prepare, set_adapting
 from dfq.quant.quantizers import learn_ranges
+from dfq.running.execution import Execution
 from tests.conftest import SEED
 
 NETWORKS = ("wrn-16-1", "resnet20", "resnet18", "mobilenet-v2", "vgg11")

@@ -1,4 +1,4 @@
-"""Small networks, one for every kind of layer and every way of writing it: `NETWORKS[name]() -> (model, input shape)`."""
+"""Small networks, one for every kind of layer and every way of writing it: `network(name)`."""
 
 from __future__ import annotations
 
@@ -110,6 +110,13 @@ def _eca(net: Body, x: Tensor) -> Tensor:
     return x * gate.expand_as(x)
 
 
+def _written(net: Body, x: Tensor) -> Tensor:
+    out = net.side(x)
+    out[:, 2:5] = x[:, :3]
+    out[:, :, 1] = 2 * x[:, :, 0]
+    return out
+
+
 def _constant_pad(net: Body, x: Tensor) -> Tensor:
     return net.side(F.pad(x, (1, 2, 0, 1), value=0.75))
 
@@ -152,6 +159,7 @@ _PARTS: dict[str, Part] = {
     "adaptive max": lambda net, x: F.adaptive_max_pool2d(net.side(x), (5, 3)), "max pool dilated": lambda net, x: F.max_pool2d(x, 2, 1, 0, 2),
     "sum": lambda net, x: net.side(x).sum((2, 3)), "mean of rows": lambda net, x: x.mean(3), "max of channels": lambda net, x: x.max(1)[0],
     "functional batch norm": lambda net, x: F.relu(F.batch_norm(net.side(x), net.bn.running_mean, net.bn.running_var, net.bn.weight)),
+    "written in place": _written,
     "no move": lambda net, x: net.side(x.contiguous().clone().view(x.shape)),
 }  # fmt: skip
 _CONV = partial(nn.Conv2d, 8, 8)
@@ -178,6 +186,39 @@ _MODULES: dict[str, tuple[Part, Callable[[], dict[str, nn.Module]]]] = {
 def _body(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     part, modules = (_PARTS[name], dict) if name in _PARTS else _MODULES[name]
     return Body(part, modules=modules()), (3, 12, 10)
+
+
+class Chain(nn.Module):
+    """Parts one after the other; a convolution in front of each makes the channels that it wants."""
+
+    def __init__(self, parts: list[Part]) -> None:
+        super().__init__()
+        self.bodies = nn.ModuleList()
+        for part in parts:
+            self.bodies.append(Body(part))
+            self.bodies[-1].head = nn.Identity()
+            self.bodies[-1].conv = nn.LazyConv2d(8, 3, padding=1)
+        self.head = nn.LazyLinear(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for body in self.bodies:
+            x = body.part(body, F.relu(body.bn(body.conv(x))))
+            x = x if x.dim() == 4 else x.flatten(1)[:, :8, None, None].expand(-1, -1, 3, 3)
+        return self.head(x.flatten(1))
+
+
+MIXED = sorted(set(_PARTS) - {"pixel unshuffle", "crop", "reflect pad"})  # those need a map of some size
+
+
+def chained(names: list[str], sides: tuple[int, int]) -> tuple[nn.Module, tuple[int, ...]]:
+    """The parts of these names in a chain, on images of 3 channels; batch norms have seen noise."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(len(names) + sides[0])
+        model = Chain([_PARTS[name] for name in names])
+        with torch.no_grad():
+            for _ in range(2):
+                model.train()(torch.randn(4, 3, *sides))
+    return model.eval(), (3, *sides)
 
 
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {

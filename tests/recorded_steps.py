@@ -83,7 +83,7 @@ def _overwrite(result: Any, made: set[int]) -> None:
 
 
 class RecordedSteps:
-    """A `dfq.running.execution.Recorder` for the CPU. A CUDA graph is recorded without running; what ran here is put back."""
+    """A `Recorder` for the CPU. A CUDA graph is recorded without running; what ran here is put back."""
 
     def __init__(self, changed: Callable[[], list[Tensor]]) -> None:
         """`changed`: every tensor that lives from step to step."""

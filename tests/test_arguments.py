@@ -13,8 +13,8 @@ from torch.nn.utils import prune
 import dfq
 from dfq.config import QuantConfig
 from dfq.data.images import DataError, Images
-from dfq.running.device import resolve_precision
 from dfq.models import ModelSpec
+from dfq.running.device import resolve_precision
 from tests.conftest import SMALL_RECIPE, small_net
 
 PIXELS, LABELS = torch.zeros(4, 1, 12, 12, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)

@@ -141,14 +141,30 @@ WRONG = {
         "12",
     ],
     "error: dfq: num_classes must be given for the named model resnet20": [
-        "quantize", "--model", "resnet20", "--weights", "x", "--input-shape", "3,12,12"
-    ],  # fmt: skip
+        "quantize",
+        "--model",
+        "resnet20",
+        "--weights",
+        "x",
+        "--input-shape",
+        "3,12,12",
+    ],
     "error: dfq: weights must be given for the named model timm:resnet18": [
-        "quantize", "--model", "timm:resnet18", "--input-shape", "3,12,12"
-    ],  # fmt: skip
+        "quantize",
+        "--model",
+        "timm:resnet18",
+        "--input-shape",
+        "3,12,12",
+    ],
     "error: build_model: name must be an importable package.module:factory, got 'timm:resnet18'": [
-        "quantize", "--model", "timm:resnet18", "--weights", "x", "--input-shape", "3,12,12"
-    ],  # fmt: skip
+        "quantize",
+        "--model",
+        "timm:resnet18",
+        "--weights",
+        "x",
+        "--input-shape",
+        "3,12,12",
+    ],
     "error: LayerBits: weights must be in [2, 8], got 1": [*QUANTIZE, "--preset", "W1A8"],
     "error: quantize: preset must be one of": [*QUANTIZE, "--preset", "tiny"],
     "error: quantize: recipe must be one of": [*QUANTIZE, "--recipe", "tiny"],

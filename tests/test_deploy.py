@@ -14,13 +14,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 from dfq import engine
-from dfq.running.checkpoint import CheckpointError
 from dfq.cli.app import app
 from dfq.data.images import Images, load_images
 from dfq.deploy import classify, milliseconds, normalization_of, read_images
 from dfq.export import ExportError
-from dfq.student import integer_graph
 from dfq.models import ModelSpec
+from dfq.running.checkpoint import CheckpointError
+from dfq.student import integer_graph
 from tests.conftest import small_net
 from tests.integer_networks import exported, input_shape
 
@@ -74,7 +74,7 @@ def test_a_network_that_has_no_integers_is_still_trained(run_small) -> None:
     assert result.no_integers == "activations='after_relu' leaves values that are not quantized"
     with pytest.raises(ExportError, match="must be quantized, got a float one"):
         integer_graph(result.model)
-    with pytest.raises(ExportError, match="student must be a network that dfq.prepare made, got a SmallNet"):
+    with pytest.raises(ValueError, match="student must be a network that dfq.prepare made, got a SmallNet"):
         integer_graph(small_net())
 
 

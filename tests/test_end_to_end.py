@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 import dfq
-from dfq.models import embedded
 from dfq.config import RECIPES
 from dfq.data.images import load_images
+from dfq.models import embedded
 
 
 def test_a_real_network_keeps_its_accuracy_at_eight_bits(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from dfq import engine
-from dfq.running.checkpoint import save_weights
 from dfq.config import quant_config
 from dfq.data.images import load_images
 from dfq.engine.graph import IMAGES, Layer, inputs
 from dfq.engine.native import NativeNetwork
 from dfq.export import ExportError, export
 from dfq.quant import freeze_ranges, prepare, set_adapting
+from dfq.running.checkpoint import save_weights
 from dfq_kernels import extension
 from tests.conftest import small_net
 from tests.engine_graphs import reference_values, same

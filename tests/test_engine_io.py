@@ -16,12 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import save, save_file
 
 from dfq import engine
-from dfq.running.checkpoint import CheckpointError
 from dfq.engine.check import check_graph
 from dfq.engine.graph import IntegerGraph
 from dfq.engine.io import KEY
 from dfq.engine.memory import fuse, plan_memory
 from dfq.engine.native import NativeNetwork
+from dfq.running.checkpoint import CheckpointError
 from dfq_kernels import extension, pack_bits, unpack_bits
 from tests.conftest import SEED
 from tests.engine_graphs import GRAPHS, reference_values, residual_network, same

@@ -12,8 +12,8 @@ from dfq.engine import IntegerGraph
 from dfq.engine.graph import IMAGES, Grid, Layer, Output, Quantize
 from dfq.engine.operators import OperatorNetwork
 from dfq.engine.run import missing
-from dfq.running.execution import WARM_UP, Execution
 from dfq.export import export
+from dfq.running.execution import WARM_UP, Execution
 from tests.conftest import small_net
 from tests.integer_networks import (
     NETWORKS,

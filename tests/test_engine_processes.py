@@ -74,5 +74,13 @@ def test_who_runs_integers_loads_neither_trainer_nor_pictures(module: str) -> No
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
                           env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)})  # fmt: skip
-    for unwanted in ("matplotlib", "tensorboard", "torch.utils.tensorboard", "PIL", "typer", "dfq.method.trainer", "dfq.api"):
+    for unwanted in (
+        "matplotlib",
+        "tensorboard",
+        "torch.utils.tensorboard",
+        "PIL",
+        "typer",
+        "dfq.method.trainer",
+        "dfq.api",
+    ):
         assert f"'{unwanted}'" not in done.stdout, unwanted

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dfq.config import quant_config
-from dfq.running.execution import WARM_UP, Execution, ExecutionError
-from dfq.models import ModelSpec, build_model
-from dfq.running.profiling import PROFILED_STEPS, TABLE, TRACE
 from dfq.method.trainer import DataFreeTraining
+from dfq.models import ModelSpec, build_model
+from dfq.running.execution import WARM_UP, Execution, ExecutionError
+from dfq.running.profiling import PROFILED_STEPS, TABLE, TRACE
 from tests.conftest import SMALL_RECIPE, small_net
 from tests.recorded_steps import ForbidHostReads, RecordedSteps
 from tests.test_trainer import task, to_live_step

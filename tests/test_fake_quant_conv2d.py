@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 import dfq_kernels as k
 from dfq.config import quant_config
-from dfq.quant import prepare
 from dfq.layers.convolution import QuantConv
+from dfq.quant import prepare
 from dfq_kernels.dispatch import missing
 from tests.conftest import small_net
 

@@ -7,11 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dfq.models import embedded
 from dfq.data.images import load_images
-from dfq.results.evaluate import accuracy
 from dfq.method.generator import Generator, upsample_conv2d
-from dfq.models import ModelSpec, build_model
+from dfq.models import ModelSpec, build_model, embedded
+from dfq.results.evaluate import accuracy
 
 # parameters with 3 channels: ImageNet models with 1,000 classes as published, CIFAR models with 10
 PUBLISHED = {

@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from dfq.onnx_export import output_names, save_onnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
@@ -21,7 +22,6 @@ from dfq.engine.check import check_graph
 from dfq.engine.graph import IMAGES, Grid, Layer, Output, Quantize
 from dfq.engine.run import output_of
 from dfq.export import ExportError, export
-from dfq.onnx_export import output_names, save_onnx
 from tests.integer_networks import NETWORKS, exported, input_shape, quantized, reference_values
 from tests.onnx_runtime import from_a_tie, in_onnx_runtime, integers, operators
 from tests.random_networks import networks

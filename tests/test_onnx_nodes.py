@@ -10,6 +10,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from dfq.onnx_export import output_names, save_onnx
+from dfq.onnx_nodes.pools import _factor
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,8 +29,6 @@ from dfq.engine.graph import (
     Step,
     Table,
 )
-from dfq.onnx_export import output_names, save_onnx
-from dfq.onnx_nodes.pools import _factor
 from dfq_kernels.integers import Grid
 from tests.bilinear import places
 from tests.integer_networks import reference_values

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from dfq.running.execution import Execution
 from dfq.method.generator import Generator
 from dfq.method.pool import ImagePool
+from dfq.running.execution import Execution
 
 
 def test_each_purpose_keeps_its_round() -> None:

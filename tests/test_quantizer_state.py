@@ -14,8 +14,8 @@ from torch import nn
 
 from dfq.config import quant_config
 from dfq.export import ExportError, export
-from dfq.quant import freeze_ranges, learn_ranges, prepare, set_adapting
 from dfq.layers import Tail
+from dfq.quant import freeze_ranges, learn_ranges, prepare, set_adapting
 from dfq.quant.quantizers import FIXED, LEARNED, ActivationQuantizer
 from tests.conftest import SEED, small_net
 from tests.test_quant import calibrated

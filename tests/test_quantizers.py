@@ -14,9 +14,9 @@ from torch.nn import functional as F
 import dfq_kernels
 from dfq.config import LayerBits, quant_config
 from dfq.data.images import Images
-from dfq.results.evaluate import accuracy
 from dfq.quant import freeze_ranges, prepare, quantizers
 from dfq.quant.quantizers import WeightQuantizer, WeightQuantizers, weight_layers
+from dfq.results.evaluate import accuracy
 from tests.conftest import small_net
 from tests.test_quant import calibrated
 

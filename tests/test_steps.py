@@ -10,8 +10,8 @@ from torch import nn
 
 from dfq.config import GeneratorConfig, quant_config
 from dfq.method.losses import distillation
-from dfq.running.optimizers import cosine
 from dfq.quant.quantizers import ActivationQuantizer
+from dfq.running.optimizers import cosine
 from tests.conftest import SMALL_RECIPE
 from tests.test_trainer import task, to_live_step
 

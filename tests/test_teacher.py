@@ -12,10 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dfq_kernels
 from dfq.method.bn_stats import BnStatistics
-from dfq.models import ModelSpec, build_model
 from dfq.method.teacher import BatchNormAct, freeze, teacher_graph
+from dfq.models import ModelSpec, build_model
 from dfq.network import capture
-from tests.conftest import small_net
 
 
 class Forms(nn.Module):

@@ -16,15 +16,15 @@ import pytest
 import torch
 
 import dfq
-from dfq.running.checkpoint import CheckpointError, load_tree
 from dfq.config import RECIPES, GeneratorConfig, LayerBits, quant_config
 from dfq.data.images import Images
-from dfq.running.loop import Interrupted, NonFiniteError
+from dfq.method.trainer import DataFreeTraining
 from dfq.models import ModelSpec
-from dfq.running.optimizers import cosine, one_cycle
 from dfq.quant import prepare
 from dfq.quant.quantizers import weight_layers
-from dfq.method.trainer import DataFreeTraining
+from dfq.running.checkpoint import CheckpointError, load_tree
+from dfq.running.loop import Interrupted, NonFiniteError
+from dfq.running.optimizers import cosine, one_cycle
 from tests.conftest import SMALL_RECIPE, small_net
 
 
@@ -368,6 +368,8 @@ def test_a_model_that_is_another_one_when_captured_is_refused(run_small, tmp_pat
 
     net = small_net()
     net.__class__ = Branches
-    with pytest.raises(ValueError, match=r"same when torch.export captures it, got an output 0 that differs by \d+\.\d%"):
+    with pytest.raises(
+        ValueError, match=r"same when torch.export captures it, got an output 0 that differs by \d+\.\d%"
+    ):
         run_small(model=net)
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ namespace dfq {
 
 constexpr int kMostOuts = 4, kMostChained = 4;  // results of one step, steps that are chained to it
 constexpr int kCodes = 256;                     // integers of a byte
-constexpr int kMostSources = 64;                // planes that one move reads
+constexpr int kMostSources = 512;               // planes that one move reads
 
 struct Plane {
   int64_t offset = 0;  // of the frame's first byte in the arena

@@ -19,18 +19,17 @@ from torch import nn
 
 from dfq import api
 from dfq.cli import commands
-from dfq.models import embedded
-from dfq.running.checkpoint import load_weights
+from dfq.cli.options import Data, DataRoot, Device, Json, Mean, Std, normalization
 from dfq.config import PRESETS, RECIPES, LayerBits, TeachConfig
 from dfq.data.images import DATASETS, Images, load_images
-from dfq.running.execution import MODES, ExecutionError
-from dfq.running.loop import Interrupted, NonFiniteError
-from dfq.models import MODEL_NAMES, ModelSpec, build_model
+from dfq.models import MODEL_NAMES, ModelSpec, build_model, embedded
 from dfq.models.registry import ZOOS
 from dfq.network.classifier import check_teacher
-from dfq.cli.options import Data, DataRoot, Device, Json, Mean, Std, normalization
-from dfq.running.progress import ProgressBar, Silent
 from dfq.results.report import accuracy_table
+from dfq.running.checkpoint import load_weights
+from dfq.running.execution import MODES, ExecutionError
+from dfq.running.loop import Interrupted, NonFiniteError
+from dfq.running.progress import ProgressBar, Silent
 from dfq_kernels import BackendError, __version__
 
 app = typer.Typer(
@@ -73,7 +72,12 @@ Stem = Annotated[
     typer.Option(help="First layers of named models: cifar (stride 1) or imagenet (stride 4). Default: cifar."),
 ]
 InputShape = Annotated[str | None, typer.Option(help="Images of the model as C,H,W. Default: those of --data.")]
-NumClasses = Annotated[int | None, typer.Option(help="Classes of the model. Default: as many as it has logits; needed for a named one without --data.")]
+NumClasses = Annotated[
+    int | None,
+    typer.Option(
+        help="Classes of the model. Default: as many as it has logits; needed for a named one without --data."
+    ),
+]
 Seed = Annotated[
     int, typer.Option(help="Seed of everything random; the same seed and number of threads give the same bits.")
 ]

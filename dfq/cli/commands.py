@@ -11,26 +11,25 @@ from rich.console import Console
 from torch import fx
 
 from dfq import engine
-from dfq.models import embedded
 from dfq.api import load_run
+from dfq.cli.options import Backend, DataRoot, Device, Json, Mean, Std, normalization
 from dfq.config import PRESETS, RECIPES, to_json
 from dfq.data.images import DATASETS, Images, load_images
 from dfq.deploy import classify, normalization_of
-from dfq.running.device import resolve_device, resolve_precision
 from dfq.engine import IntegerGraph
 from dfq.engine.inspect import facts
 from dfq.engine.step_times import timed
 from dfq.errors import check
-from dfq.results.evaluate import accuracy, check_test_images
-from dfq.models import MODEL_NAMES
 from dfq.export.onnx import save_onnx
-from dfq.cli.options import Backend, DataRoot, Device, Json, Mean, Std, normalization
+from dfq.models import MODEL_NAMES, embedded
 from dfq.quant import layer_bounds, prepared_of
 from dfq.quant.inspect import student_facts
-from dfq.student import integer_graph
+from dfq.results.evaluate import accuracy, check_test_images
 from dfq.results.picture import save_picture
 from dfq.results.report import accuracy_table, bounds_table, engine_tables, model_bytes
+from dfq.running.device import resolve_device, resolve_precision
 from dfq.running.run_folder import versions
+from dfq.student import integer_graph
 from dfq_kernels import extension
 from dfq_kernels.dispatch import TABLE, chosen
 

@@ -21,11 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dfq.running.checkpoint import CheckpointError, write_atomic
 from dfq.engine.check import check_graph
 from dfq.engine.graph import STEPS, Grid, IntegerGraph, Layer, Output, Step
 from dfq.engine.rules import GraphError
 from dfq.errors import first_line
+from dfq.running.checkpoint import CheckpointError, write_atomic
 from dfq_kernels.packing import pack_bits, stored_bits, unpack_bits
 
 # what reading bytes raises that are not those of a network

@@ -37,7 +37,7 @@ from dfq.engine.rules import (
 )
 from dfq_kernels.int_pool.schema import largest_window, multipliers, out_sides, windows_meet
 
-MOST_SOURCES = 64  # of a move: csrc/cpu/program.h
+MOST_SOURCES = 512  # of a move: csrc/cpu/program.h
 
 
 def shape_of(step: Step, shapes: dict[str, Shape], graph: IntegerGraph) -> Shape:

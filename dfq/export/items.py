@@ -74,3 +74,8 @@ def _shifted(item: Item, begins: dict[Open | str, int], size: dict[Open | str, i
         return places if shifts[0] == 0 else torch.where(places >= 0, places + shifts[0], places)
     part = torch.bucketize(places, torch.tensor(ends, dtype=places.dtype), right=True).clamp(max=len(ends) - 1)
     return torch.where(places >= 0, places + torch.tensor(shifts, dtype=places.dtype)[part], places)
+
+
+def in_order(order: Tensor) -> bool:
+    """Whether a map is that of elements as they lie."""
+    return torch.equal(order.reshape(-1), torch.arange(order.numel(), dtype=order.dtype))

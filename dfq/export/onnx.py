@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 
-from dfq.running.checkpoint import write_atomic
 from dfq.engine.check import Shape
 from dfq.engine.graph import (
     IMAGES,
@@ -52,6 +51,7 @@ from dfq.export.onnx_nodes.layers import layer
 from dfq.export.onnx_nodes.moves import move
 from dfq.export.onnx_nodes.pools import average_pool, max_pool, resize
 from dfq.export.onnx_nodes.values import Writer
+from dfq.running.checkpoint import write_atomic
 
 OPSET, IR_VERSION = 17, 8
 FUNCTIONS = {"softmax": "Softmax", "log_softmax": "LogSoftmax"}

@@ -1,5 +1,5 @@
-"""A quantized network as plain torch operators, for torch's own ONNX exporter: whatever stays in floating point there is
-translated by it, and quantizers are QuantizeLinear and DequantizeLinear."""
+"""A quantized network as plain torch operators, for torch's own ONNX exporter: it translates whatever stays in floating
+point, and quantizers are QuantizeLinear and DequantizeLinear."""
 
 from __future__ import annotations
 

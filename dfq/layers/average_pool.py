@@ -1,6 +1,6 @@
 """Averages and sums over windows, over the map, over any axes: an integer sum and one multiplication.
 
-    t = float(sum over the window of (q - zero_point)) * (scale / count)
+t = float(sum over the window of (q - zero_point)) * (scale / count)
 """
 
 from __future__ import annotations
@@ -82,11 +82,10 @@ class QuantAveragePool(Layer):
 
     def _count(self, x: Tensor) -> Tensor:
         """By what each window's sum is divided, float64, to broadcast over `[N, C, H, W]`."""
-        like = {"dtype": torch.float64, "device": x.device}
         if self.divisor:
-            return torch.tensor(float(self.divisor), **like)  # type: ignore[arg-type]
+            return torch.tensor(float(self.divisor), dtype=torch.float64, device=x.device)
         if self.kernel is not None:
-            ones = torch.ones(1, 1, *x.shape[2:], **like)  # type: ignore[arg-type]
+            ones = torch.ones(1, 1, *x.shape[2:], dtype=torch.float64, device=x.device)
             if not self.count_include_pad:
                 return self._pool(ones, 1, True).round()
             sizes = [_counted(*axis, self.ceil_mode, x.device) for axis in
@@ -190,5 +189,3 @@ def _product(sides: list[int]) -> int:
     for side in sides:
         total *= side
     return total
-
-

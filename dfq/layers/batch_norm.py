@@ -70,7 +70,10 @@ class QuantBatchNorm(Layer):
             if fused:
                 return out
             out = activate(out, tail.activation)
-            return out if tail.quantizer is None else tail.quantizer(out)  # type: ignore[no-any-return]
+            if tail.quantizer is None:
+                return out
+            quantized: Activated = tail.quantizer(out)
+            return quantized
 
     def export(self, to: Integers) -> None:
         norm = self.tail.bn

@@ -1,8 +1,8 @@
 """What a layer asks of whoever makes an integer network of a quantized one, and index maps.
 
 A value of the quantized network is integers of one or more values of the integer network, in some order: an index map
-`[1, *shape]` says of every element where it lies. Moves change the map alone, by being carried out on it; a step is made
-of them only where somebody reads the elements in an order in which they do not lie.
+`[1, *shape]` says of every element where it lies. Moves change the map alone, by being carried out on it; a step is
+made of them only where somebody reads the elements in an order in which they do not lie.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dfq.layers.integers import Integers
 
 AS_IT_IS, ON_A_GRID, STREAM = "as it is", "on a grid", "stream"
-"""How a call reads a value: as it is; quantized somehow; quantized with the bits of streams. A number: with these bits."""
+"""How a call reads a value: as it is; quantized somehow; with the bits of streams. A number: with these bits."""
 Read = str | int
 
 
@@ -113,6 +113,7 @@ class Float(Kind):
     """A call without an integer form: it stays in floating point between quantized neighbours."""
 
     name = "float"
+    reason: str
 
     def __init__(self, reason: str) -> None:
         self.reason = reason

@@ -44,4 +44,6 @@ class QuantLinear(QuantLayer):
         places = math.prod(others)  # features become channels, all other axes one row of pixels
         x = to.value(0, lambda x: x.reshape(1, places, inner).transpose(1, 2))
         step = graph.Layer(**self.constants_for(to, x, (out, inner, 1, 1)))
-        to.step(step, (out, 1, places), lambda made: made.reshape(1, out, places).transpose(1, 2).reshape(1, *others, out))
+        to.step(
+            step, (out, 1, places), lambda made: made.reshape(1, out, places).transpose(1, 2).reshape(1, *others, out)
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 from dfq.engine import graph
 from dfq.layers.integers import Integers
@@ -16,7 +17,7 @@ _PLAIN = ("aten.max_pool1d.default", "aten.max_pool2d.default")
 @register
 class MaxPool(Kind):
     name = "max pool"
-    calls = _PLAIN
+    calls: ClassVar[tuple[str, ...]] = _PLAIN
 
     def reads(self, call: Call, bits: int) -> list[Read]:
         return [ON_A_GRID]

@@ -11,6 +11,7 @@ from dfq.layers.kind import AS_IT_IS, Kind, Read, register
 from dfq.network.calls import Call
 
 ENDLESS = float("inf")
+_SCATTERS = ("aten.slice_scatter.default", "aten.select_scatter.default")
 
 
 @register
@@ -78,15 +79,16 @@ class Pad(Kind):
 
 @register
 class Concatenate(Kind):
-    """Several values side by side, on one grid."""
+    """Several values side by side, or one written into a part of another, on one grid."""
 
     name = "concatenation"
-    calls = ("aten.cat.default", "aten.concat.default", "aten.stack.default")
+    calls = ("aten.cat.default", "aten.concat.default", "aten.stack.default", *_SCATTERS)
     moves = True
 
     def why_float(self, call: Call) -> str | None:
         given = call.arguments()
-        if any(call.constant(item) is not None for item in given["tensors"]):
+        values = (given["self"], given["src"]) if call.target in _SCATTERS else given["tensors"]
+        if any(call.constant(item) is not None for item in values):
             return "a constant is among its values"
         return "it is along the images" if int(given["dim"]) % (len(call.shape) + 1) == 0 else None
 

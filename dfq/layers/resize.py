@@ -1,6 +1,6 @@
 """Bilinear and linear resizing: of every pixel four neighbours, in fp32, each operation rounded on its own.
 
-    h(y) = a[y, left] * (1 - lx) + a[y, right] * lx,    t = (h(top) * (1 - ly) + h(bottom) * ly) * scale
+h(y) = a[y, left] * (1 - lx) + a[y, right] * lx,    t = (h(top) * (1 - ly) + h(bottom) * ly) * scale
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class QuantResize(Layer):
     columns: Tensor
     column_weights: Tensor
 
-    def __init__(self, axes: list[tuple[Tensor, Tensor]], size: list[int], align: bool, factors: Any, tail: Tail) -> None:
+    def __init__(
+        self, axes: list[tuple[Tensor, Tensor]], size: list[int], align: bool, factors: Any, tail: Tail
+    ) -> None:
         super().__init__(tail)
         (rows, row_weights), (columns, column_weights) = axes
         self.size, self.align_corners, self.factors = size, align, factors

@@ -19,6 +19,8 @@ class StoredNorm(nn.Module):
     momentum None: the average over all batches, counted in num_batches_tracked.
     """
 
+    weight: Tensor | None
+    bias: Tensor | None
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor | None

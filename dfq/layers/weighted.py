@@ -128,4 +128,3 @@ def node_or_tensor(value: Any, method: str, *arguments: Any) -> Any:
     if isinstance(value, fx.Node):
         return value.graph.call_method(method, (value, *arguments))
     return getattr(value, method)(*arguments)
-

@@ -12,9 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dfq.method.generator import Generator
 from dfq.running.device import autocast
 from dfq.running.execution import Execution
-from dfq.method.generator import Generator
 from dfq.running.seeds import random_source
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfq.network.classifier import check_classifier
 from dfq.config import TeachConfig
 from dfq.data.images import Batches, Images
+from dfq.network.classifier import check_classifier
 from dfq.running.device import autocast
 from dfq.running.optimizers import load_optimizer, one_cycle, set_learning_rate, sgd
 from dfq.running.seeds import seeded_initialisation

@@ -18,19 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfq.method.bn_stats import BnStatistics
-from dfq.network.classifier import check_classifier, check_learns, check_teacher, check_weights
 from dfq.config import GeneratorConfig, QuantConfig, Recipe
-from dfq.running.device import autocast
-from dfq.running.execution import Execution
+from dfq.method.bn_stats import BnStatistics
 from dfq.method.generator import Generator
 from dfq.method.losses import batch_negentropy, distillation, instance_entropy, label_cross_entropy
-from dfq.running.optimizers import adam, cosine, load_optimizer, set_learning_rate, sgd
 from dfq.method.pool import ImagePool
-from dfq.network import Network, capture
-from dfq.quant import learn_ranges, range_parameters, set_adapting
-from dfq.running.seeds import seeded_initialisation
 from dfq.method.teacher import freeze, teacher_graph
+from dfq.network import Network, capture
+from dfq.network.classifier import check_classifier, check_learns, check_teacher, check_weights
+from dfq.quant import learn_ranges, range_parameters, set_adapting
+from dfq.running.device import autocast
+from dfq.running.execution import Execution
+from dfq.running.optimizers import adam, cosine, load_optimizer, set_learning_rate, sgd
+from dfq.running.seeds import seeded_initialisation
 
 
 @dataclass

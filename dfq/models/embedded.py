@@ -12,8 +12,8 @@ from pathlib import Path
 
 from torch import nn
 
-from dfq.running.checkpoint import CheckpointError, load_weights
 from dfq.models import ModelSpec, build_model
+from dfq.running.checkpoint import CheckpointError, load_weights
 
 ASSETS = Path(str(resources.files("dfq") / "assets"))
 SPEC = ModelSpec("wrn-16-1", in_channels=1, num_classes=10, stem="cifar")

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from dfq.network.classifier import evaluation
 from dfq.errors import first_line
 from dfq.network.calls import MODULE, is_size, target_of
+from dfq.network.classifier import evaluation
 from dfq.network.normalize import normalize
 
 BATCH = 2  # images of the example: torch.export takes a batch of 1 for a constant

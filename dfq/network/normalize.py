@@ -30,7 +30,17 @@ _PAIRS = ("aten.add.Tensor", "aten.mul.Tensor", "aten.sub.Tensor", "aten.div.Ten
 
 def normalize(graph: fx.Graph, tensors: dict[str, Tensor]) -> None:
     """Rewrites a captured graph in place; `tensors` are its constants by name."""
-    for rewrite in (_drop_checks, _drop_copies, _views, _batch_norms, _pieces, _first_results, _arithmetic, _spreads):
+    for rewrite in (
+        _drop_checks,
+        _drop_copies,
+        _writes,
+        _views,
+        _batch_norms,
+        _pieces,
+        _first_results,
+        _arithmetic,
+        _spreads,
+    ):
         for node in list(graph.nodes):
             if node.op == "call_function":
                 rewrite(node, tensors)
@@ -78,6 +88,24 @@ def _drop_copies(node: fx.Node, _: dict[str, Tensor]) -> None:
         _instead(node, source)
 
 
+def _writes(node: fx.Node, _: dict[str, Tensor]) -> None:
+    """What writing into a part of a value leaves: a copy over all of it, a scatter into the whole of an axis."""
+    name, given = target_of(node), arguments_of(node)
+    if name == "aten.copy.default":
+        source, whole = given["src"], node.meta["val"]
+        if [str(side) for side in source.meta["val"].shape] == [str(side) for side in whole.shape]:
+            _instead(node, source)
+        else:
+            sides = [-1, *whole.shape[1:]]
+            _instead(node, put(node, aten.expand.default, source, [int(side) for side in sides]))
+    elif name == "aten.slice_scatter.default":
+        begin, end, axis = given["start"], given["end"], given["dim"]
+        side = node.meta["val"].shape[axis]
+        last = end is None or (isinstance(end, int) and (end >= 2**62 or (isinstance(side, int) and end >= side)))
+        if begin in (None, 0) and last and given["step"] == 1:
+            _instead(node, given["src"])
+
+
 def _views(node: fx.Node, _: dict[str, Tensor]) -> None:
     """A view of what lies otherwise in memory than it did for torch.export would fail."""
     if target_of(node) in ("aten.view.default", "aten._unsafe_view.default"):
@@ -111,7 +139,7 @@ def _pieces(node: fx.Node, _: dict[str, Tensor]) -> None:
         return
     sizes = [1 if name == "aten.unbind.int" else part.shape[axis] for part in parts]
     for reader in list(node.users):
-        index = int(reader.args[1]) % len(sizes)
+        index = int(reader.args[1]) % len(sizes)  # type: ignore[arg-type]
         begin = sum(sizes[:index])
         if name == "aten.unbind.int":
             _instead(reader, put(reader, aten.select.int, source, axis, index))
@@ -166,9 +194,7 @@ def _arithmetic(node: fx.Node, tensors: dict[str, Tensor]) -> None:
             _instead(node, put(node, aten.add.Tensor, first, _times(second, tensors, node, factor=factor)))
 
 
-def _times(
-    value: Any, tensors: dict[str, Tensor], node: fx.Node, *, factor: float = 1.0, inverse: bool = False
-) -> Any:
+def _times(value: Any, tensors: dict[str, Tensor], node: fx.Node, *, factor: float = 1.0, inverse: bool = False) -> Any:
     """A number or constant times a factor, or one over it; a multiplication of a value."""
     if isinstance(value, (int, float)):
         return 1.0 / float(value) if inverse else float(value) * factor
@@ -194,10 +220,15 @@ def _spreads(node: fx.Node, _: dict[str, Tensor]) -> None:
         source, other = item.args[0], node.args[1 - place]
         if not isinstance(source, fx.Node) or not isinstance(other, fx.Node) or is_size(other):
             continue
-        values = source.meta.get("val"), other.meta.get("val")
-        if not all(isinstance(value, Tensor) for value in values) or source.meta["val"].dim() != item.meta["val"].dim():
+        one, two = source.meta.get("val"), other.meta.get("val")
+        whole, spread = node.meta["val"], item.meta["val"]
+        if not isinstance(one, Tensor) or not isinstance(two, Tensor) or not one.dim() == two.dim() == spread.dim():
             continue
-        broad = [max(str(a), str(b), key=lambda side: side != "1") for a, b in
-                 zip(values[0].shape, values[1].shape, strict=False)]  # type: ignore[union-attr]
-        if values[0].dim() == values[1].dim() and broad == [str(side) for side in node.meta["val"].shape]:  # type: ignore[union-attr]
+        broad = [str(b) if str(a) == "1" else str(a) for a, b in zip(one.shape, two.shape, strict=True)]
+        if broad == [str(side) for side in whole.shape]:
             node.update_arg(place, source)
+
+
+_REWRITES = (
+    _drop_checks, _drop_copies, _writes, _views, _batch_norms, _pieces, _first_results, _arithmetic, _spreads
+)  # fmt: skip

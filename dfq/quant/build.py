@@ -177,19 +177,22 @@ class Builder:
         owner = self._container(parents)
         if not hasattr(owner, leaf):
             value: Any = self.network.tensors[name]
-            if isinstance(value, nn.Parameter) or isinstance(value, nn.Module):
+            if isinstance(value, (nn.Parameter, nn.Module)):
                 setattr(owner, leaf, value)
             else:
                 owner.register_buffer(leaf, value)
         return self.graph.get_attr(name)
 
     def _output(self, node: fx.Node) -> None:
-        leaves = [self.new[item].node if isinstance(item, fx.Node) and item.op != "get_attr" else
-                  self._as_argument(item) if isinstance(item, fx.Node) else item for item in node.args[0]]  # fmt: skip
+        outputs: Any = node.args[0]
+        leaves = [self._leaf(item) if isinstance(item, fx.Node) else item for item in outputs]
         nested = pytree.tree_unflatten(leaves, self.network.structure)
         known = pytree.tree_structure(nested, is_leaf=lambda item: isinstance(item, fx.Node))
         plain = isinstance(nested, (tuple, list, dict, fx.Node)) and known.num_leaves == len(leaves)
         self.graph.output(nested if plain else tuple(leaves))
+
+    def _leaf(self, item: fx.Node) -> fx.Node:
+        return self._as_argument(item) if item.op == "get_attr" else self.new[item].node
 
     # --- modules --------------------------------------------------------------------------------------------------
 

@@ -138,7 +138,9 @@ class Demands:
         if kind.moves and not self.keeps_grid(node):  # side by side on one grid, which their steps round to
             return [AS_IT_IS if self._is_alone(item) else STREAM for item in call.operands]
         kept = self.accumulators.get(node)
-        return [AS_IT_IS if item is kept else read for item, read in zip(call.operands, kind.reads(call, bits), strict=True)]
+        return [
+            AS_IT_IS if item is kept else read for item, read in zip(call.operands, kind.reads(call, bits), strict=True)
+        ]
 
     def _is_alone(self, node: fx.Node) -> bool:
         """Whether a value is the end of a step that nobody else reads."""

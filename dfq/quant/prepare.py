@@ -55,12 +55,12 @@ def prepare(
     network = model if isinstance(model, Network) else capture(model, _shape(input_shape))
     demands = Demands(network, config)
     student = Builder(network, config, demands).build()
-    floats = tuple(
-        (call.module, call.target, demands.kinds[node].reason)
-        for node, call in demands.calls.items()
-        if isinstance(demands.kinds[node], Float) and not call.target.startswith("getitem")
-    )
-    student.meta[KEY] = Prepared(network.input_shape, config, floats)
+    floats = []
+    for node, call in demands.calls.items():
+        kind = demands.kinds[node]
+        if isinstance(kind, Float) and not call.target.startswith("getitem"):
+            floats.append((call.module, call.target, kind.reason))
+    student.meta[KEY] = Prepared(network.input_shape, config, tuple(floats))
     return student.train()
 
 

@@ -8,9 +8,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from dfq.network.classifier import evaluation
 from dfq.data.images import Images
 from dfq.errors import first_line
+from dfq.network.classifier import evaluation
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def accuracy(
     return 100.0 * correct / len(images)
 
 
-def check_test_images(images: Images | None, input_shape: tuple[int, int, int], num_classes: int, owner: str) -> None:
+def check_test_images(images: Images | None, input_shape: tuple[int, ...], num_classes: int | None, owner: str) -> None:
     """What `accuracy` would find after hours of training, before it.
 
     Raises:
@@ -64,6 +64,8 @@ def check_test_images(images: Images | None, input_shape: tuple[int, int, int], 
         raise ValueError(
             f"{owner}: test_images must have the model's image shape {tuple(input_shape)}, got {images.input_shape}"
         )
+    if num_classes is None:
+        raise ValueError(f"{owner}: the network must be a classifier for test_images, got one with other outputs")
     if images.num_classes > num_classes:
         raise ValueError(
             f"{owner}: test_images must have at most the model's {num_classes} classes, got {images.num_classes}"

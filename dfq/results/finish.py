@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from dfq.running.checkpoint import save_weights
 from dfq.config import to_json
 from dfq.data.images import Images, Normalization
 from dfq.deploy import milliseconds
 from dfq.engine import Engine, save_graph
-from dfq.results.evaluate import accuracy
+from dfq.method.trainer import DataFreeTraining
 from dfq.quant import layer_bounds
+from dfq.results.evaluate import accuracy
 from dfq.results.report import model_bytes, save_curves, save_image_grid
+from dfq.running.checkpoint import save_weights
 from dfq.running.run_folder import RunFolder
 from dfq.student import integer_graph
-from dfq.method.trainer import DataFreeTraining
 
 SHOWN = 10  # images of each member of the pool in a run's picture
 

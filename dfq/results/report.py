@@ -14,10 +14,10 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from dfq.running.checkpoint import write_atomic
-from dfq.quant.exactness import LayerBound
 from dfq.layers.batch_norm import QuantBatchNorm
+from dfq.quant.exactness import LayerBound
 from dfq.quant.quantizers import ActivationQuantizer, WeightQuantizers, weight_layers
+from dfq.running.checkpoint import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

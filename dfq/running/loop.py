@@ -1,7 +1,7 @@
 """The one training loop: steps, metrics, the non-finite guard, checkpoints, interruption, resume.
 
 Whoever trains supplies an object with `step(index) -> metrics`, `state_dict()` and `load_state_dict()`. All randomness
-of a step is a function of its index (`dfq.running.seeds`), so a run that resumes from a checkpoint repeats the same bits.
+of a step is a function of its index (`dfq.running.seeds`), so that a resumed run repeats the same bits.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dfq.running.checkpoint import CheckpointError, load_tree, save_tree
 from dfq.errors import first_line
+from dfq.running.checkpoint import CheckpointError, load_tree, save_tree
 from dfq.running.run_folder import RunFolder
 
 

@@ -16,8 +16,8 @@ from benchmarks.integer import network
 from benchmarks.timing import Seconds
 from dfq.engine import Engine, IntegerGraph
 from dfq.engine.operators import OperatorNetwork
-from dfq.running.execution import Execution, Recorder
 from dfq.method.trainer import DataFreeTraining
+from dfq.running.execution import Execution, Recorder
 
 
 class Place:
