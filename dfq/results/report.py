@@ -160,7 +160,7 @@ def engine_tables(found: dict[str, Any]) -> list[Table]:
         table.add_row(escape(layer["layer"]), shape, *bits, f"{layer['weight_bytes'] / 1000:.1f}", bound)
     values = found["values"]
     summary = [_values_table(values)] if all("stream" in value for value in values) else []
-    floats = [_floats_table(found)] if found["floats"] else []
+    floats = [floats_table(found["floats"], found["integer_share"])] if found["floats"] else []
     return [table, _steps_table(found["sequence"]), _grids_table(values), *summary, *floats]
 
 
@@ -197,14 +197,13 @@ def _grids_table(values: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _floats_table(found: dict[str, Any]) -> Table:
+def floats_table(floats: Sequence[dict[str, Any]], integer_share: float) -> Table:
     """Calls without an integer form, those of one module together."""
-    outside = 100 * (1 - found["integer_share"])
-    table = Table(title=f"in floating point: {outside:.1f} % of the multiplications")
+    table = Table(title=f"in integers: {100 * integer_share:.1f} % of the multiplications; in floating point:")
     for heading in ("part", "call", "why", "calls", "multiplications"):
         table.add_column(heading, justify="right" if heading in ("calls", "multiplications") else "left")
     groups: dict[tuple[str, str, str], list[int]] = defaultdict(list)
-    for item in found["floats"]:
+    for item in floats:
         groups[item["module"] or "the model", item["call"], item["why"]].append(item["multiplications"])
     for names, counts in groups.items():
         table.add_row(*map(escape, names), str(len(counts)), f"{sum(counts):,}")
