@@ -69,9 +69,10 @@ def test_a_student_says_what_stays_in_floating_point() -> None:
     assert [row["name"] for row in rows if row["weight_bits"]] == ["conv", "head"]
     assert sum(row["share"] for row in rows) == pytest.approx(1)
     assert sum(not row["integer"] for row in rows) == len(found["floats"])
-    images, pooled = found["values"]
+    images, product, pooled = found["values"]
     assert images["shape"] == [1, 12, 12] and images["signed"] and images["bits"] == 8 and images["scale"] > 0
-    assert pooled["shape"] == [4] and pooled["made_by"] == "quantize"
+    assert product["shape"] == [16, 4] and product["made_by"] == "quantize"
+    assert pooled["shape"] == [4] and pooled["made_by"] == "reduction"
 
 
 def test_attention_s_products_are_counted() -> None:

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 ROW = 0.19  # inches
 INK, PALE, FLOAT = "#1a1a1a", "#f1f3f6", "#c2410c"
-COLOURS = {8: "#2f6f9f", 4: "#4c9f70", 2: "#b8860b"}
-OTHER = "#8a94a3"
-LONGEST = 34  # characters of a name
+MANY, FOUR, TWO, NONE = "#2f6f9f", "#4c9f70", "#b8860b", "#8a94a3"
+LONGEST = 34, 25  # characters of a name and of a kind
+MADE_UP = "calls_", "quantizers_"  # what names of steps that are no layers of the user's begin with
 
 
 def save_picture(found: dict[str, Any], path: Path) -> None:
@@ -26,7 +26,7 @@ def save_picture(found: dict[str, Any], path: Path) -> None:
     """
     rows = found["sequence"]
     timed = any(row.get("milliseconds") is not None for row in rows)
-    height = ROW * (len(rows) + 1) + 1.0
+    height = ROW * (len(rows) + 1) + 1.12
     figure = new_figure((11.5 if timed else 9.0, height))
     widths = [6.6, 2.2, 2.2] if timed else [6.6, 2.2]
     axes = figure.subplots(1, len(widths), width_ratios=widths, sharey=True)
@@ -34,7 +34,7 @@ def save_picture(found: dict[str, Any], path: Path) -> None:
     _bars(axes[1], rows, [100 * row["share"] for row in rows], "% of multiplications")
     if timed:
         _bars(axes[2], rows, [row.get("milliseconds") for row in rows], "ms on this CPU")
-    figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.62 / height, bottom=0.4 / height, wspace=0.03)
+    figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.62 / height, bottom=0.52 / height, wspace=0.03)
     figure.text(0.01, 1 - 0.12 / height, _title(found), fontsize=9, color=INK, va="top", weight="bold")
     figure.text(0.01, 0.06 / height, _caption(found, timed), fontsize=6.5, color=INK, va="bottom")
     save_figure(figure, path)
@@ -51,7 +51,8 @@ def _title(found: dict[str, Any]) -> str:
 
 def _caption(found: dict[str, Any], timed: bool) -> str:
     said = (
-        "wA aB: A bits of weights, B of what the step reads. Multiplications: those of convolutions and linear layers."
+        "wA aB: A bits of weights, B of what the step reads. Multiplications: those of convolutions and linear layers.\n"
+        "Blue: weights of 5 to 8 bits; green: of 3 or 4; ochre: of 2; grey: none."
     )
     if any(not row["integer"] for row in found["sequence"]):
         said += " Red: in floating point; products of matrices are counted, too."
@@ -74,13 +75,23 @@ def _names(axis: Axes, rows: list[dict[str, Any]]) -> None:
         axis.text(x, -1, title, fontsize=7, color=INK, va="center", weight="bold")
     for index, row in enumerate(rows):
         colour = INK if row["integer"] else FLOAT
-        name = row["name"] if len(row["name"]) <= LONGEST else "…" + row["name"][1 - LONGEST :]
-        kind = row["kind"].removeprefix("aten.") + (f", {row['activation']}" if row["activation"] else "")
-        inside = "+ " if row.get("runs_with") else ""
-        bits = _bits(row)
-        cells = str(index), name, inside + kind, "x".join(map(str, row["shape"])), bits
+        cells = str(index), _name(row), _kind(row), "x".join(map(str, row["shape"])), _bits(row)
         for x, text in zip(columns.values(), cells, strict=True):
             axis.text(x, index, text, fontsize=6.5, color=colour, va="center", clip_on=False)
+
+
+def _name(row: dict[str, Any]) -> str:
+    """Its end, where it is long."""
+    name = next((row["name"].removeprefix(start) for start in MADE_UP if row["name"].startswith(start)), row["name"])
+    return name if len(name) <= LONGEST[0] else "…" + name[1 - LONGEST[0] :]
+
+
+def _kind(row: dict[str, Any]) -> str:
+    """With its activation."""
+    kind = row["kind"].removeprefix("aten.").removesuffix(".default").replace("_", " ")
+    kind += f", {row['activation']}" if row["activation"] else ""
+    kind = ("+ " if row.get("runs_with") else "") + kind
+    return kind if len(kind) <= LONGEST[1] else kind[: LONGEST[1] - 1] + "…"
 
 
 def _bits(row: dict[str, Any]) -> str:
@@ -104,7 +115,10 @@ def _bars(axis: Axes, rows: list[dict[str, Any]], values: list[float | None], ti
 
 
 def _colour(row: dict[str, Any]) -> str:
-    return COLOURS.get(row["weight_bits"] or 0, OTHER) if row["integer"] else FLOAT
+    bits = row["weight_bits"]
+    if not row["integer"]:
+        return FLOAT
+    return NONE if bits is None else TWO if bits == 2 else FOUR if bits <= 4 else MANY
 
 
 def _stripes(axis: Axes, count: int) -> None:
