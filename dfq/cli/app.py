@@ -25,7 +25,7 @@ from dfq.data.images import DATASETS, Images, load_images
 from dfq.models import MODEL_NAMES, ModelSpec, build_model, embedded
 from dfq.models.registry import ZOOS
 from dfq.network.classifier import check_teacher
-from dfq.results.report import accuracy_table
+from dfq.results.report import accuracy_table, floats_table
 from dfq.running.checkpoint import load_weights
 from dfq.running.execution import MODES, ExecutionError
 from dfq.running.loop import Interrupted, NonFiniteError
@@ -309,12 +309,15 @@ def _observer(json_output: bool) -> Iterator[ProgressBar | None]:
 def _show(result: api.Result, json_output: bool) -> None:
     if json_output:
         facts = {"out": str(result.folder), "accuracies": result.accuracies, "bytes": result.sizes,
-                 "milliseconds": result.milliseconds, "seconds": round(result.seconds, 1)}  # fmt: skip
+                 "milliseconds": result.milliseconds, "seconds": round(result.seconds, 1),
+                 "integer_share": result.integer_share, "floating_point": result.floats}  # fmt: skip
         print(json.dumps(facts))
         return
     rows = [(name, result.accuracies.get(name), size) for name, size in result.sizes.items()]
     title = f"{result.seconds:.0f} s, exact forward"
     Console().print(accuracy_table(rows, title, milliseconds=result.milliseconds))
+    if result.floats:
+        Console().print(floats_table(result.floats, result.integer_share or 0.0))
     plain = Console(soft_wrap=True, highlight=False)
     if result.no_integers is not None:
         plain.print(f"no integer network: {result.no_integers}", markup=False)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
+from torch import fx
 
 from dfq import engine
 from dfq.api import load_run
@@ -15,11 +16,15 @@ from dfq.cli.options import Backend, DataRoot, Device, Json, Mean, Std, normaliz
 from dfq.config import PRESETS, RECIPES, to_json
 from dfq.data.images import DATASETS, Images, load_images
 from dfq.deploy import classify, normalization_of
+from dfq.engine import IntegerGraph
 from dfq.engine.inspect import facts
+from dfq.engine.step_times import timed
 from dfq.errors import check
 from dfq.models import MODEL_NAMES, embedded
 from dfq.quant import layer_bounds, prepared_of
+from dfq.quant.inspect import student_facts
 from dfq.results.evaluate import accuracy, check_test_images
+from dfq.results.picture import save_picture
 from dfq.results.report import accuracy_table, bounds_table, engine_tables, model_bytes
 from dfq.running.device import resolve_device, resolve_precision
 from dfq.running.run_folder import versions
@@ -107,13 +112,39 @@ def export(
     _show(found)
 
 
-def inspect(network: Network, json_output: Json = False) -> None:
-    """Layers, bits, sizes and bounds of an integer network."""
-    found = {"file": str(network), **facts(engine.load_graph(network), network)}
+def inspect(
+    network: Annotated[Path, typer.Argument(help="A file that dfq export wrote, or the folder of a finished run.")],
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the network into this PNG, with the time of every step on this CPU.")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Steps, values, bits, sizes and bounds of an integer network; of a run, also what stays in floating point."""
+    graph, found = _run_facts(network) if network.is_dir() else _file_facts(network)
+    if picture is not None:
+        found = found if graph is None else timed(found, graph)
+        save_picture(found, picture)
     if json_output:
         print(json.dumps(found))
         return
     _show(found)
+
+
+def _file_facts(path: Path) -> tuple[IntegerGraph, dict[str, Any]]:
+    graph = engine.load_graph(path)
+    return graph, {"file": str(path), **facts(graph, path)}
+
+
+def _run_facts(folder: Path) -> tuple[IntegerGraph | None, dict[str, Any]]:
+    """The network of a run as integers, or where it has parts in floating point as it was trained; then no graph."""
+    model, config = load_run(folder)
+    check("inspect", "network", str(folder), "a run whose network is quantized", config["quant"] is not None)
+    student, known = cast(fx.GraphModule, model), prepared_of(model)
+    if known.floats or not known.config.integers:
+        found = student_facts(student) | {"normalization": config.get("normalization")}
+        return None, {"file": str(folder), "bytes": model_bytes(model), **found}
+    graph = integer_graph(model, config.get("normalization"))
+    return graph, {"file": str(folder), **facts(graph), "bytes": model_bytes(model)}
 
 
 def _show(found: dict[str, Any]) -> None:

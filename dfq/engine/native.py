@@ -11,7 +11,6 @@ from torch import Tensor
 from dfq.engine.check import check_graph
 from dfq.engine.fusion import Group, fuse
 from dfq.engine.graph import (
-    IMAGES,
     Add,
     AveragePool,
     IntegerGraph,
@@ -55,14 +54,19 @@ class NativeNetwork:
         self.places, arena = plan_memory(graph, groups, self.shapes, reuse=not keep)
         self.index = {name: position for position, name in enumerate(self.places)}
         self.reals = [out for group in groups for out in group.outs if out not in graph.grids]
+        self.groups, self.arena = groups, arena
+        self.runner = self.runner_of(groups)
+
+    def runner_of(self, groups: list[Group]) -> Any:
+        """A program of these groups alone, which find what they read where the others would have put it."""
         program = native().Program()
         program.planes = [self._plane(name, place) for name, place in self.places.items()]
         program.steps = [self._group(group) for group in groups]
-        program.arena_bytes = arena
-        program.image_channels, program.image_height, program.image_width = self.shapes[IMAGES]
-        if graph.normalization is not None:
-            program.pixel_values = pixel_values(graph.normalization).flatten().tolist()
-        self.runner = native().Runner(program)
+        program.arena_bytes = self.arena
+        program.image_channels, program.image_height, program.image_width = as_map(self.graph.input_shape)
+        if self.graph.normalization is not None:
+            program.pixel_values = pixel_values(self.graph.normalization).flatten().tolist()
+        return native().Runner(program)
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Every real value, by its name, fp32: `[N, C, H, W]`, channels-last, or `[N, C]` where it is a vector.

@@ -16,6 +16,7 @@ from dfq.deploy import milliseconds
 from dfq.engine import Engine, save_graph
 from dfq.method.trainer import DataFreeTraining
 from dfq.quant import layer_bounds
+from dfq.quant.inspect import student_facts
 from dfq.results.evaluate import accuracy
 from dfq.results.report import model_bytes, save_curves, save_image_grid
 from dfq.running.checkpoint import save_weights
@@ -33,7 +34,9 @@ class Result:
     calibrated: DF-Q, the same network before training (None for float students);
     accuracies: percent by name (`teacher`, `DF-Q`, `DF-QAT-KD`, `student`, `integers`), empty without test images;
     sizes: bytes by the same names; milliseconds: of one image on the CPU, by name;
-    integers: the network as integers, also in the folder; None where it cannot be one, and why not in `no_integers`.
+    integers: the network as integers, also in the folder; None where it cannot be one, and why not in `no_integers`;
+    integer_share: of the quantized network's multiplications, 0 to 1 (None for float networks); floats: its calls in
+    floating point, as `dfq.quant.inspect.student_facts` has them.
     """
 
     model: nn.Module
@@ -45,6 +48,8 @@ class Result:
     integers: Engine | None
     no_integers: str | None
     seconds: float
+    integer_share: float | None = None
+    floats: tuple[dict[str, Any], ...] = ()
 
 
 def finish(
@@ -90,10 +95,14 @@ def finish(
     facts = {"accuracies": accuracies, "bytes": sizes, "milliseconds": times, "seconds": round(seconds, 1)}
     if why_not is not None:
         facts["no_integers"] = why_not
+    share, floats = None, ()
     if calibrated is not None:
         facts["layers"] = to_json(layer_bounds(product))  # type: ignore[arg-type, assignment]
+        inside = student_facts(product)  # type: ignore[arg-type]
+        share, floats = inside["integer_share"], tuple(inside["floats"])
+        facts |= {"integer_share": share, "floating_point": floats}
     folder.write_json("result.json", facts)
-    return Result(product, folder.path, calibrated, accuracies, sizes, times, engine, why_not, seconds)
+    return Result(product, folder.path, calibrated, accuracies, sizes, times, engine, why_not, seconds, share, floats)
 
 
 def _integers(

@@ -86,7 +86,7 @@ def save_image_grid(rows: Sequence[tuple[str, Tensor, Tensor | None]], path: Pat
     Each image is stretched to its own range: these are not pictures of anything, but their structure shows.
     """
     count = max(len(images) for _, images, _ in rows)
-    figure = _figure((count * 0.8, len(rows) * 1.1))
+    figure = new_figure((count * 0.8, len(rows) * 1.1))
     axes = figure.subplots(len(rows), count, squeeze=False)
     for (title, images, labels), line in zip(rows, axes, strict=True):
         for index, axis in enumerate(line):
@@ -100,7 +100,7 @@ def save_image_grid(rows: Sequence[tuple[str, Tensor, Tensor | None]], path: Pat
             if labels is not None:
                 axis.text(0.98, 1.02, str(int(labels[index])), fontsize=6, ha="right", transform=axis.transAxes)
         line[0].set_title(title, fontsize=7, loc="left")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_curves(rows: list[dict[str, Any]], path: Path) -> None:
@@ -113,7 +113,7 @@ def save_curves(rows: list[dict[str, Any]], path: Path) -> None:
                 series[owner][term].append((row["step"], value))
     if not series:
         return
-    figure = _figure((4 * len(series), 3))
+    figure = new_figure((4 * len(series), 3))
     axes = figure.subplots(1, len(series), squeeze=False)
     for axis, (owner, terms) in zip(axes[0], series.items(), strict=True):
         for term, points in terms.items():
@@ -123,16 +123,16 @@ def save_curves(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_ylabel("loss term, weighted")
         axis.legend(fontsize=7)
     figure.tight_layout()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _figure(inches: tuple[float, float]) -> Figure:
+def new_figure(inches: tuple[float, float]) -> Figure:
     from matplotlib.figure import Figure  # half a second, which only a run needs
 
     return Figure(figsize=inches)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Drawn by Agg in memory: the caller's matplotlib keeps its backend, and no half picture stays on a full disk."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -143,11 +143,12 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def engine_tables(found: dict[str, Any]) -> list[Table]:
-    """The layers of an integer network, and the values between them, of `dfq.engine.inspect.facts`."""
-    title = (
-        f"{found['file']}: {found['bytes'] / 1000:.1f} kB, {found['multiplications_per_image'] / 1e6:.1f} M "
-        f"multiplications and {found['memory_bytes_per_image'] / 1000:.1f} kB of memory per image"
-    )
+    """Layers, steps, values and parts in floating point, of `dfq.engine.inspect.facts` or of a student's."""
+    title = f"{found['file']}: {found['multiplications_per_image'] / 1e6:.1f} M multiplications per image"
+    if found.get("bytes"):
+        title += f", {found['bytes'] / 1000:.1f} kB"
+    if "memory_bytes_per_image" in found:
+        title += f", {found['memory_bytes_per_image'] / 1000:.1f} kB of memory per image"
     table = Table(title=escape(title))
     table.add_column("layer")
     for heading in ("weights", "weight bits", "activation bits", "kB", "largest sum"):
@@ -155,9 +156,58 @@ def engine_tables(found: dict[str, Any]) -> list[Table]:
     for layer in found["layers"]:
         shape = "x".join(map(str, layer["weight_shape"]))
         bound = "" if layer["bound"] is None else f"{layer['bound']:,.0f}"
-        bits = str(layer["weight_bits"]), str(layer["activation_bits"])
+        bits = str(layer["weight_bits"]), str(layer["activation_bits"] or "float")
         table.add_row(escape(layer["layer"]), shape, *bits, f"{layer['weight_bytes'] / 1000:.1f}", bound)
-    return [table, _values_table(found["values"])]
+    values = found["values"]
+    summary = [_values_table(values)] if all("stream" in value for value in values) else []
+    floats = [floats_table(found["floats"], found["integer_share"])] if found["floats"] else []
+    return [table, _steps_table(found["sequence"]), _grids_table(values), *summary, *floats]
+
+
+def _steps_table(rows: list[dict[str, Any]]) -> Table:
+    """Every step in order; times where they are known."""
+    timed = any(row.get("milliseconds") is not None for row in rows)
+    table = Table(title="steps, in order")
+    table.add_column("step", justify="right")
+    table.add_column("kind")
+    table.add_column("name")
+    for heading in ("result", "% of multiplications", *(["ms"] if timed else [])):
+        table.add_column(heading, justify="right")
+    for index, row in enumerate(rows):
+        kind = row["kind"] + (f", {row['activation']}" if row["activation"] else "")
+        kind += "" if row["integer"] else " (floating point)"
+        share = f"{100 * row['share']:.1f}" if row["multiplications"] else ""
+        cells = [str(index), escape(kind), escape(row["name"]), "x".join(map(str, row["shape"])), share]
+        if timed:
+            cells.append("" if row["milliseconds"] is None else f"{row['milliseconds']:.3f}")
+        table.add_row(*cells)
+    return table
+
+
+def _grids_table(values: list[dict[str, Any]]) -> Table:
+    """Every value that is integers, and what these stand for."""
+    table = Table(title="values: real number = (integer - zero point) * scale")
+    table.add_column("value")
+    for heading in ("shape", "bits", "integers", "scale", "zero point", "made by"):
+        table.add_column(heading, justify="left" if heading == "made by" else "right")
+    for value in values:
+        sides, ends = "x".join(map(str, value["shape"])), f"{value['quant_min']} to {value['quant_max']}"
+        scale, zero_point = f"{value['scale']:.6g}", str(value["zero_point"])
+        table.add_row(escape(value["value"]), sides, str(value["bits"]), ends, scale, zero_point, value["made_by"])
+    return table
+
+
+def floats_table(floats: Sequence[dict[str, Any]], integer_share: float) -> Table:
+    """Calls without an integer form, those of one module together."""
+    table = Table(title=f"in integers: {100 * integer_share:.1f} % of the multiplications; in floating point:")
+    for heading in ("part", "call", "why", "calls", "multiplications"):
+        table.add_column(heading, justify="right" if heading in ("calls", "multiplications") else "left")
+    groups: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    for item in floats:
+        groups[item["module"] or "the model", item["call"], item["why"]].append(item["multiplications"])
+    for names, counts in groups.items():
+        table.add_row(*map(escape, names), str(len(counts)), f"{sum(counts):,}")
+    return table
 
 
 def _values_table(values: list[dict[str, Any]]) -> Table:
