@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 import onnxruntime as ort
 import torch
-from dfq.onnx_export import save_onnx
+from dfq.export.onnx import save_onnx
 from onnx import numpy_helper
 from torch import Tensor
 

@@ -170,7 +170,7 @@ def test_moves() -> None:
         (joined(shape=(26, 6, 6)), r"move: shape must be of maps of \(7, 6\)"),
         (joined(others=()), "move: shape must be of 21 channels"),
         (joined(others=["v3"]), "move: others must be a tuple"),
-        (joined(others=("v3",) * 64), "move: inputs must be at most 64"),
+        (joined(others=("v3",) * 512), "move: inputs must be at most 512"),
         (with_step(GRAPHS["inception"](), Move, others=("v0",)), "maps of one size|on the grid|channels"),
     ])  # fmt: skip
     odd = replace(graph, grids=graph.grids | {padded.x: Grid(0.5, 0, -128, 127)})

@@ -257,9 +257,9 @@ def test_registered_operators_pass_opcheck(backend: str) -> None:
                 run(spec, next(case for case in spec.cases if case.gradients), backend, "cpu")
         x = torch.randn(3, 4, requires_grad=True)
         k.fake_quant(x, 0.1, 0, backend=backend).sum().backward()  # a mask instead of a learned scale
-    # seven training operators and their backwards (the identity has none), four on integers; a convolution of integers
+    # seven training operators and their backwards (the identity has none), five on integers; a convolution of integers
     # whose backward is torch's, native alone
-    assert len(recorder.calls) == 13 + 4 + (backend == "native")
+    assert len(recorder.calls) == 13 + 5 + (backend == "native")
     weights = getattr(torch.ops.dfq_kernels, f"fake_quant_weights_{backend}").default
     calls = [*recorder.calls.items(), (weights, ([torch.randn(5, 7).t(), torch.randn(2, 3, 4)], [4, 4], torch.float16))]
     for func, args in calls:

@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from dfq.onnx_export import output_names, save_onnx
+from dfq.export.onnx import output_names, save_onnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper

@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from dfq.onnx_export import output_names, save_onnx
-from dfq.onnx_nodes.pools import _factor
+from dfq.export.onnx import output_names, save_onnx
+from dfq.export.onnx_nodes.pools import _factor
 from torch import Tensor
 from torch.nn import functional as F
 
