@@ -73,7 +73,7 @@ class Odd(nn.Module):
 
 def test_odd_networks_are_written(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    graph = export(quantized(Odd().eval(), (3, 40, 40), "W4A8"), (3, 40, 40), 5)
+    graph = export(quantized(Odd().eval(), (3, 40, 40), "W4A8"))
     images = torch.randn(10, 3, 40, 40)
     expected = Engine(graph)(images)
     assert torch.equal(Engine(graph, backend="reference")(images), expected)
@@ -83,7 +83,7 @@ def test_odd_networks_are_written(tmp_path: Path) -> None:
 
 def test_pools_of_unequal_windows_are_written(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    graph = export(quantized(Odd().eval(), (3, 32, 32), "W4A8"), (3, 32, 32), 5)
+    graph = export(quantized(Odd().eval(), (3, 32, 32), "W4A8"))
     images = torch.randn(10, 3, 32, 32)
     expected = Engine(graph)(images)
     (found,) = in_onnx_runtime(graph, tmp_path / "net.onnx", images, fused=False)
@@ -227,7 +227,7 @@ def test_what_onnx_runtime_computes_in_integers(
 ) -> None:
     """All but convolutions of more than a pixel whose sums are added to: two roundings would be another network."""
     torch.manual_seed(0)
-    graph = export(quantized(Block(kernel, activation, residual).eval(), (3, 16, 16), preset), (3, 16, 16), 4)
+    graph = export(quantized(Block(kernel, activation, residual).eval(), (3, 16, 16), preset))
     found = operators(graph, tmp_path)
     assert found["Conv"] + found["FusedConv"] + found["NhwcFusedConv"] == in_float
     assert found["QLinearConv"] == 3 - (residual and not in_float) - in_float
