@@ -51,7 +51,7 @@ def _title(found: dict[str, Any]) -> str:
 
 def _caption(found: dict[str, Any], timed: bool) -> str:
     said = (
-        "wA aB: A bits of weights, B of what the step reads. Multiplications: those of convolutions and linear layers.\n"
+        "wA aB: A bits of weights, B of what the step reads. Multiplications: of convolutions and linear layers.\n"
         "Blue: weights of 5 to 8 bits; green: of 3 or 4; ochre: of 2; grey: none."
     )
     if any(not row["integer"] for row in found["sequence"]):
