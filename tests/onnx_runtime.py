@@ -9,12 +9,12 @@ from pathlib import Path
 import onnx
 import onnxruntime as ort
 import torch
-from dfq.export.onnx import save_onnx
 from onnx import numpy_helper
 from torch import Tensor
 
 from dfq.engine.check import check_graph
 from dfq.engine.graph import IntegerGraph, Output
+from dfq.export.onnx import save_onnx
 from tests.integer_networks import reference_values
 
 

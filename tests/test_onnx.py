@@ -10,7 +10,6 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from dfq.export.onnx import output_names, save_onnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
@@ -22,6 +21,7 @@ from dfq.engine.check import check_graph
 from dfq.engine.graph import IMAGES, Grid, Layer, Output, Quantize
 from dfq.engine.run import output_of
 from dfq.export import ExportError, export
+from dfq.export.onnx import output_names, save_onnx
 from tests.integer_networks import NETWORKS, exported, input_shape, quantized, reference_values
 from tests.onnx_runtime import from_a_tie, in_onnx_runtime, integers, operators
 from tests.random_networks import networks

@@ -10,8 +10,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from dfq.export.onnx import output_names, save_onnx
-from dfq.export.onnx_nodes.pools import _factor
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,6 +27,8 @@ from dfq.engine.graph import (
     Step,
     Table,
 )
+from dfq.export.onnx import output_names, save_onnx
+from dfq.export.onnx_nodes.pools import _factor
 from dfq_kernels.integers import Grid
 from tests.bilinear import places
 from tests.integer_networks import reference_values
