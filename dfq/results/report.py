@@ -220,6 +220,6 @@ def _values_table(values: list[dict[str, Any]]) -> Table:
         groups[value["stream"], value["bits"]].append(value)
     for (stream, bits), members in sorted(groups.items()):
         largest = max(members, key=lambda value: math.prod(value["shape"]))["shape"]
-        readers = "additions, products, batch norms, pools, resizes (streams)" if stream else "layers"
+        readers = "not layers alone (streams)" if stream else "layers"
         table.add_row(readers, str(bits), str(len(members)), "x".join(map(str, largest)))
     return table
