@@ -6,10 +6,11 @@ are gone and batch norms use what they have stored. Source: PyTorch 2 export (to
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -64,7 +65,8 @@ def capture(model: nn.Module, example: tuple[int, ...] | Tensor, owner: str = "p
             warnings.simplefilter("ignore")  # torch.export's, on its own internals
             expected = model(images.clone())  # a model may write into them
             logging.disable(logging.CRITICAL)
-            program = _exported(model, images)
+            with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+                program = _exported(model, images)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the model's own code raises on torch.export's tensors
