@@ -72,6 +72,18 @@ class Outputs(nn.Module):
         return {"classes": F.softmax(logits, 1), "maps": (self.map(x), x), "turned": self.map(x).permute(0, 2, 3, 1)}
 
 
+class PooledOutput(nn.Module):
+    """A value that is an output, as it is, and that a maximum reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.relu(self.conv(x))
+        return x, self.fc(x.amax((2, 3)))
+
+
 class Unet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -161,6 +173,7 @@ _PARTS: dict[str, Part] = {
     "functional batch norm": lambda net, x: F.relu(F.batch_norm(net.side(x), net.bn.running_mean, net.bn.running_var, net.bn.weight)),
     "written in place": _written,
     "twice the sums": lambda net, x: (lambda y: y + y)(net.side(x)), "power": lambda net, x: net.side(x) ** 3,
+    "a pool beside a layer of other bits": lambda net, x: (lambda y: net.side(y) + F.silu(F.max_pool2d(y, 3, 1, 1)))(F.relu(net.side(x))),
     "no move": lambda net, x: net.side(x.contiguous().clone().view(x.shape)),
 }  # fmt: skip
 _CONV = partial(nn.Conv2d, 8, 8)
@@ -225,7 +238,7 @@ def chained(names: list[str], sides: tuple[int, int]) -> tuple[nn.Module, tuple[
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
     **{name: partial(_body, name) for name in (*_PARTS, *_MODULES)},
     "vector": lambda: (Vector(), (64,)), "tokens": lambda: (Tokens(), (3, 12, 12)),
-    "outputs": lambda: (Outputs(), (3, 8, 6)), "u-net": lambda: (Unet(), (3, 12, 8)),
+    "outputs": lambda: (Outputs(), (3, 8, 6)), "pooled output": lambda: (PooledOutput(), (3, 8, 6)), "u-net": lambda: (Unet(), (3, 12, 8)),
 }  # fmt: skip
 
 

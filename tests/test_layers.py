@@ -19,7 +19,9 @@ def leaves(value: object) -> list[Tensor]:
     return pytree.tree_leaves(value)
 
 
-BOTH = [(name, "W8A8") for name in NETWORKS] + [(name, "W4A4") for name in list(NETWORKS)[::3]]
+BOTH = [(name, "W8A8") for name in NETWORKS] + [
+    (name, "W4A4") for name in [*list(NETWORKS)[::3], "a pool beside a layer of other bits"]
+]
 
 
 @pytest.mark.parametrize(("name", "preset"), BOTH)

@@ -74,7 +74,10 @@ def check_floats(model: fx.GraphModule) -> None:
     if floats:
         first = "; ".join(f"{module or 'the model'} ({target}: {why})" for module, target, why in floats[:3])
         more = f" and {len(floats) - 3} more" if len(floats) > 3 else ""
-        raise ExportError(f"export: every call must have an integer form, got floating-point parts: {first}{more}")
+        hint = "train it without integers (integers=False, --no-integers) and write it as ONNX (dfq.export_onnx)"
+        raise ExportError(
+            f"export: every call must have an integer form, got floating-point parts: {first}{more}; {hint}"
+        )
 
 
 class Exporter:

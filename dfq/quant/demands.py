@@ -165,8 +165,9 @@ class Demands:
             return {node: self._bits_after_relu(node) for node, kind in self.kinds.items() if kind.rectifies}
         found = {}
         for node, reads in self._readings.items():
-            some = any(isinstance(read, int) for read in reads)
-            if STREAM in reads or (ON_A_GRID in reads and not some):
+            others = {read for read in reads if read != ON_A_GRID}
+            agreed = len(others) == 1 and isinstance(next(iter(others)), int)  # then their bits are the grid
+            if STREAM in reads or (ON_A_GRID in reads and not agreed):
                 found[node] = self.config.residual_bits
         return {node: bits for node, bits in found.items() if self._is_real(node)}
 
