@@ -20,6 +20,7 @@ from dfq.student import integer_graph
 from dfq_kernels import extension
 from tests.integer_networks import exact_values, reference_values, same
 from tests.layer_networks import MIXED, chained, network
+from tests.wired_networks import Wiring, wired, wirings
 
 
 @settings(max_examples=12, deadline=None)
@@ -42,6 +43,26 @@ def test_parts_in_any_order_are_the_same_integers(names: list[str], sides: tuple
     assert not same({name: found[name] for name in expected}, expected)
     if extension.missing("cpu") is None:
         assert torch.equal(Engine(made)(images), student(images))
+
+
+# a padded value as an output and, with fewer bits, in a layer: what fills it was rounded twice
+PADDED_TWICE = Wiring((("conv", 0, 0), ("pad and crop", 0, 0), ("halves", 0, 1), ("conv", 1, 1)), (1,), (4, 4))
+
+
+@settings(max_examples=int(os.environ.get("DFQ_WIRINGS", "25")), deadline=None)
+@given(wiring=wirings(), preset=st.sampled_from(["W8A8", "W4A8", "W4A4"]))
+@example(PADDED_TWICE, "W4A4")
+def test_any_wiring_is_the_same_integers(wiring: Wiring, preset: str) -> None:
+    """Values that several calls read with different bits, as they are, or as outputs."""
+    model, images = wired(wiring), torch.randn(3, 3, *wiring.sides, generator=torch.Generator().manual_seed(8))
+    student = dfq.prepare(model, (3, *wiring.sides), preset=preset)
+    dfq.calibrate(student, [images])
+    made = integer_graph(student.eval())
+    with torch.no_grad():
+        expected = student(images)
+    for backend in ["reference"] if extension.missing("cpu") else ["reference", "native"]:
+        found = Engine(made, backend=backend)(images)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)), backend
 
 
 LEVEL = """

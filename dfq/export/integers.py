@@ -231,10 +231,11 @@ class Exporter:
             self._rounded(base, grid, node.name if alone else f"{node.name}_part{index}")
             for index, base in enumerate(item.bases)
         ]
-        self.pairs[node] = replace(item, bases=tuple(names))
+        made = replace(item, bases=tuple(names), fill=_on_grid(item.fill, grid))
         if not alone:  # two bases may have become one
-            bases, (places,) = joined([self.pairs[node]], self._sizes([self.pairs[node]]))
-            self.pairs[node] = replace(item, bases=bases, order=places)
+            bases, (places,) = joined([made], self._sizes([made]))
+            made = replace(made, bases=bases, order=places)
+        self.pairs[node] = made
 
     def _rounded(self, base: Open | str, grid: Grid, wanted: str) -> str:
         """A base on a grid."""
@@ -273,8 +274,7 @@ class Exporter:
         key = (tuple(bases), shape, item.fill, flat.numpy().tobytes())
         if key not in self.gathered:
             grid, sizes = self.grids[bases[0]], [self.maps[base] for base in bases]
-            fill = int(torch.tensor(item.fill).mul(grid.inverse).add(grid.zero_point).round().clamp(
-                grid.quant_min, grid.quant_max))  # fmt: skip
+            fill = _integer(item.fill, grid)
             step = Move(bases[0], (), None, shape, tuple(bases[1:]), fill=fill,
                         **factored(flat.view(shape[0], -1), shape, sizes))  # fmt: skip
             opened = Open(step, shape)
@@ -319,3 +319,14 @@ class Exporter:
         kept = None if order is None or in_order(order) else order.reshape(-1).long()
         function, axis = item.function or (None, 1)
         self.outputs.append(Output(name, item.shape, kept, function, axis))
+
+
+def _integer(real: float, grid: Grid) -> int:
+    """A real number on a grid, rounded as every result is."""
+    scaled = torch.tensor(real) * grid.inverse + grid.zero_point
+    return int(scaled.round().clamp(grid.quant_min, grid.quant_max))
+
+
+def _on_grid(real: float, grid: Grid) -> float:
+    """What a real number has become after rounding to a grid."""
+    return float(torch.tensor(float(_integer(real, grid) - grid.zero_point)) * grid.scale)
