@@ -47,11 +47,13 @@ def test_parts_in_any_order_are_the_same_integers(names: list[str], sides: tuple
 
 # a padded value as an output and, with fewer bits, in a layer: what fills it was rounded twice
 PADDED_TWICE = Wiring((("conv", 0, 0), ("pad and crop", 0, 0), ("halves", 0, 1), ("conv", 1, 1)), (1,), (4, 4))
+PADDED_AGAIN = Wiring((("conv", 0, 0), ("pad and crop", 0, 0), ("pad and crop", 0, 0)), (), (7, 3))
 
 
 @settings(max_examples=int(os.environ.get("DFQ_WIRINGS", "25")), deadline=None)
 @given(wiring=wirings(), preset=st.sampled_from(["W8A8", "W4A8", "W4A4"]))
 @example(PADDED_TWICE, "W4A4")
+@example(PADDED_AGAIN, "W8A8")
 def test_any_wiring_is_the_same_integers(wiring: Wiring, preset: str) -> None:
     """Values that several calls read with different bits, as they are, or as outputs."""
     model, images = wired(wiring), torch.randn(3, 3, *wiring.sides, generator=torch.Generator().manual_seed(8))

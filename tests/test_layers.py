@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import dfq
 from dfq.engine import Engine
+from dfq.layers.table import QuantTable
+from dfq.layers.tail import Tail
 from dfq.quant import prepared_of
 from dfq.student import integer_graph
 from dfq_kernels import extension
@@ -46,3 +49,19 @@ def test_every_layer_in_training_and_in_integers(name: str, preset: str) -> None
         found = leaves(Engine(graph, backend=backend)(images[:3]))
         assert [tuple(out.shape) for out in found] == [tuple(out[:3].shape) for out in exact]
         assert all(torch.equal(one, other[:3]) for one, other in zip(found, exact, strict=True)), backend
+
+
+@pytest.mark.parametrize(("name", "step", "rise"), [("sigmoid", 8.0, 1.0), ("tanh", 5.0, 2.0), ("silu", 4.0, 510.0)])
+def test_a_table_has_the_mean_slope_of_each_step(name: str, step: float, rise: float) -> None:
+    """So the slopes add up to the function's rise, however coarse its grid is."""
+    layer = QuantTable(getattr(F, name), name, Tail()).train()
+    x = (torch.arange(-128, 128) * step).requires_grad_()
+    layer(x, torch.tensor(step)).sum().backward()
+    assert x.grad is not None and abs(float(x.grad.sum()) * step - rise) < 1e-3 * rise
+
+
+def test_a_root_has_a_slope_at_zero() -> None:
+    layer = QuantTable(torch.sqrt, "root", Tail()).train()
+    x = torch.arange(0.0, 4.0).requires_grad_()
+    layer(x, torch.tensor(1.0)).sum().backward()
+    assert x.grad is not None and bool(x.grad.isfinite().all()) and float(x.grad[0]) == pytest.approx(0.5**0.5)

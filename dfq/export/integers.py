@@ -189,19 +189,23 @@ class Exporter:
     def _move(self, node: fx.Node, kind: Kind, call: Call) -> None:
         """The call on index maps."""
         operands = list(dict.fromkeys(item for item in node.all_input_nodes if item in self.items))
+        own = kind.fill(call)
         items = [self.items[item] for item in operands]
+        fills = {item.fill for item in items if item.padded} | (set() if own is None else {own})
+        if len(fills) > 1:  # an item has one: those that are there become maps of their own
+            items = [self._filled(item, node.name) if item.padded else item for item in items]
+            fills = set() if own is None else {own}
         bases, maps = joined(items, self._sizes(items))
         known = dict(zip(operands, maps, strict=True))
         arguments, keywords = fx.map_arg(
             (node.args, node.kwargs), lambda item: known[item] if item in known else self.seen[item]
         )
         order = kind.place(call, *arguments, **keywords)
-        fills = {item.fill for item, places in zip(items, maps, strict=True) if bool((places < 0).any())}
-        own = kind.fill(call)
-        fills |= set() if own is None else {own}
-        if len(fills) > 1:
-            raise ExportError(f"export: {call.where} must fill with one number, got {sorted(fills)}")
         self.items[node] = Item(bases, tuple(order.shape[1:]), order, fills.pop() if fills else 0.0)
+
+    def _filled(self, item: Item, name: str) -> Item:
+        """The same values, what fills them among the integers."""
+        return Item((self.gather(item, item.places(), as_map(item.shape), f"{name}_filled"),), item.shape)
 
     def _sizes(self, items: list[Item]) -> dict[Open | str, int]:
         found: dict[Open | str, int] = {}

@@ -42,6 +42,10 @@ class Item:
     def quantized(self) -> bool:
         return all(isinstance(base, str) for base in self.bases)
 
+    @property
+    def padded(self) -> bool:
+        return self.order is not None and bool((self.order < 0).any())
+
     def places(self) -> Tensor:
         """`order`, whatever it is."""
         if self.order is not None:

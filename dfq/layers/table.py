@@ -89,8 +89,24 @@ class QuantTable(Layer):
         self.function, self.function_name = function, name
 
     def compute(self, *pairs: Tensor | None) -> Tensor:
-        assert pairs[0] is not None
-        return self.function(pairs[0])
+        x, scale = pairs
+        assert x is not None
+        if scale is None or not (torch.is_grad_enabled() and x.requires_grad):
+            return self.function(x)
+        with torch.no_grad():
+            y, slope = self.function(x), self.slope(x.float(), scale.float()).to(x.dtype)
+        return y + slope * (x - x.detach())
+
+    def slope(self, x: Tensor, scale: Tensor) -> Tensor:
+        """The mean slope where the grid rounds to `x`, `(f(x + s/2) - f(x - s/2)) / s`.
+
+        The slope at `x` itself is that of all the others only where the function is nearly straight over a step. A gate
+        whose inputs reach 10^3 has steps of 8: the sigmoid's slope at 0 stands for 1/8 of what it is there, and along
+        fifty gates gradients leave fp32.
+        """
+        y, high, low = self.function(x), self.function(x + scale / 2), self.function(x - scale / 2)
+        high, low = (torch.where(side.isfinite(), side, y) for side in (high, low))  # a root's lower side, for one
+        return (high - low) / scale
 
     def exact(self, *pairs: Tensor | None) -> Tensor:
         x, scale = pairs

@@ -83,7 +83,7 @@ class QuantLayer(Layer):
         return self.accumulate(x, weight, self.bias)
 
     def exact_sums(self, x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor) -> Tensor:
-        """`float(acc) * mult + bias`, with the batch norm in both constants."""
+        """`float(acc) * mult + bias`, with the batch norm in both constants, the bias on the accumulators' grid."""
         axis = self.channel_axis % x.dim()
         mult, bias = self.tail.constants(self.bias, weight_scale)
         integer_weight = torch.round(weight / per_channel(weight_scale, weight, 0))
@@ -92,6 +92,7 @@ class QuantLayer(Layer):
         else:
             acc = self.accumulate_integers(integers_of(x, x_scale), integer_weight)
             mult = x_scale * mult
+            bias = on_accumulators(bias, mult)
         return acc * per_channel(mult, acc, axis) + per_channel(bias, acc, axis)
 
     def accumulate_integers(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -117,10 +118,20 @@ class QuantLayer(Layer):
         """The fields of the integer step that every layer has; wide: the shape of its integer weight."""
         integers, scale, bits = to.weight()
         mult, bias = self.tail.constants(self.bias, scale)
+        mult = torch.tensor(to.grid(x).scale) * mult
         return {
             "x": x, "outs": (), "activation": None, "name": to.name, "weight": integers.reshape(wide),
-            "weight_bits": bits, "mult": torch.tensor(to.grid(x).scale) * mult, "bias": bias.clone(), "residual": None,
+            "weight_bits": bits, "mult": mult, "bias": on_accumulators(bias, mult), "residual": None,
         }  # fmt: skip
+
+
+def on_accumulators(bias: Tensor, mult: Tensor) -> Tensor:
+    """`rne(bias / mult) * mult`: an integer that is added to the accumulators, as other runtimes do in int32.
+
+    A bias of 2^24 steps or more stays as it is: fp32 holds it no finer.
+    """
+    steps = bias / mult
+    return torch.where(steps.abs() < EXACT_LIMIT, torch.round(steps) * mult, bias)
 
 
 def node_or_tensor(value: Any, method: str, *arguments: Any) -> Any:
