@@ -14,14 +14,17 @@ from torch.nn import functional as F
 
 from dfq.errors import first_line
 from dfq.export.items import ExportError
-from dfq.layers.kind import Layer
+from dfq.layers.kind import Layer, per_channel
 from dfq.layers.tail import Tail, activate
-from dfq.layers.weighted import QuantLayer, per_channel
-from dfq.quant.quantizers import ActivationQuantizer, WeightQuantizers
+from dfq.layers.weighted import QuantLayer, on_accumulators
+from dfq.quant.exactness import input_quantizers
+from dfq.quant.quantizers import ActivationQuantizer, WeightQuantizers, weight_layers
 from dfq.running.checkpoint import write_atomic
 
 OPSET = 20
-UINT8, INT8 = (0, 255, torch.uint8), (-128, 127, torch.int8)
+SMALLEST = 2.0**-125  # step of accumulators, normal in fp32
+ROOM = 2.0**30  # of the accumulators' 2^31, for a bias
+UINT8 = 0, 255, torch.uint8  # all values: ONNX Runtime's integer kernels on x86 know no int8 ones
 
 
 class Portable(nn.Module):
@@ -36,6 +39,7 @@ class Portable(nn.Module):
         self.student = student.eval()
         quantizers = [module for module in student.modules() if isinstance(module, ActivationQuantizer)]
         self.grids = {id(module): (float(module.scale), int(module.zero_point)) for module in quantizers}
+        self.folded: dict[int, str] = {}  # a layer's id: its bias, with the batch norm in it
         self.weights = self._weights()
         for index, (integers, scale) in enumerate(self.weights):
             self.register_buffer(f"integers_{index}", integers)
@@ -43,13 +47,19 @@ class Portable(nn.Module):
 
     @torch.no_grad()
     def _weights(self) -> list[tuple[Tensor, Tensor]]:
-        """Every layer's integers and scales."""
-        (together,) = [module for module in self.student.modules() if isinstance(module, WeightQuantizers)]
-        found = []
-        for name, quantizer in zip(together.names, together.layers, strict=True):
-            weight = self.student.get_submodule(name).oriented()  # type: ignore[operator]
+        """Every layer's integers and scales, its batch norm in them where that can be."""
+        found, inputs = [], input_quantizers(self.student)
+        for index, (name, quantizer, weight) in enumerate(weight_layers(self.student)):
+            layer: Any = self.student.get_submodule(name)
             out, scale = quantizer(weight.detach())
-            found.append((torch.round(out / per_channel(scale, out, 0)).to(torch.int8), scale.clone()))
+            integers = torch.round(out / per_channel(scale, out, 0))
+            step = inputs[name]
+            mult, bias = layer.tail.constants(layer.bias, scale)
+            if step is not None and _fits(integers, mult * step.scale, bias):
+                self.folded[id(layer)] = f"bias_{index}"
+                self.register_buffer(f"bias_{index}", on_accumulators(bias, mult * step.scale))
+                integers, scale = integers * per_channel(mult.sign(), integers, 0), mult.abs()
+            found.append((integers.to(torch.int8), scale.clone()))
         return found
 
     def forward(self, images: Tensor) -> Any:
@@ -83,6 +93,9 @@ class Portable(nn.Module):
             return self._rounded(module, arguments[0])
         if isinstance(module, QuantLayer):
             x, _, weight, _ = arguments
+            if id(module) in self.folded:
+                bias = getattr(self, self.folded[id(module)])
+                return self._finished(module.tail, module.accumulate(x, weight, bias))
             return self._ended(module.tail, module.accumulate(x, weight, module.bias))
         if isinstance(module, Layer):
             return self._ended(module.tail, module.compute(*arguments))
@@ -100,18 +113,28 @@ class Portable(nn.Module):
         if tail.bn is not None:
             norm = tail.bn
             x = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        return self._finished(tail, x)
+
+    def _finished(self, tail: Tail, x: Tensor) -> Any:
+        """Activation and quantizer."""
         x = activate(x, tail.activation)
         return x if tail.quantizer is None else self._rounded(tail.quantizer, x)
 
     def _rounded(self, quantizer: ActivationQuantizer, x: Tensor) -> tuple[Tensor, Tensor]:
         """To a grid and back, of 8 bits or fewer: bounds are put before the rounding."""
         scale, zero = self.grids[id(quantizer)]
-        low, high, dtype = INT8 if quantizer.quant_min < 0 else UINT8
-        if (quantizer.quant_min, quantizer.quant_max) != (low, high):
+        lowest = -128 if quantizer.quant_min < 0 else 0
+        if (quantizer.quant_min - lowest, quantizer.quant_max - lowest) != UINT8[:2]:
             x = x.clamp((quantizer.quant_min - zero) * scale, (quantizer.quant_max - zero) * scale)
         calls = torch.ops.quantized_decomposed
-        q = calls.quantize_per_tensor(x, scale, zero, low, high, dtype)
-        return calls.dequantize_per_tensor(q, scale, zero, low, high, dtype), quantizer.scale
+        q = calls.quantize_per_tensor(x, scale, zero - lowest, *UINT8)
+        return calls.dequantize_per_tensor(q, scale, zero - lowest, *UINT8), quantizer.scale
+
+
+def _fits(integers: Tensor, step: Tensor, bias: Tensor) -> bool:
+    """Whether int8 weights, scales above 0 and an int32 bias can say it: `step` is what an accumulator counts in."""
+    turned = bool((integers.flatten(1).amin(1)[step < 0] < -127).any())
+    return not turned and bool(((step.abs() > SMALLEST) & (bias.abs() < ROOM * step.abs())).all())
 
 
 def save_portable(student: fx.GraphModule, input_shape: tuple[int, ...], path: Path) -> None:

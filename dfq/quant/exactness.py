@@ -31,14 +31,17 @@ class LayerBound:
 @torch.no_grad()
 def layer_bounds(model: fx.GraphModule) -> list[LayerBound]:
     """The bound of every layer of a graph that `prepare` made, in the order of the graph."""
-    scales = {
-        str(node.target): node.args[1]
+    quantizers = input_quantizers(model)
+    return [_bound(name, layer, weight, quantizers[name]) for name, layer, weight in weight_layers(model)]
+
+
+def input_quantizers(model: fx.GraphModule) -> dict[str, ActivationQuantizer | None]:
+    """By the name of a layer with weights what quantizes its input."""
+    return {
+        str(node.target): _quantizer_of(node.args[1], model)
         for node in model.graph.nodes
         if node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), QuantLayer)
     }
-    return [
-        _bound(name, layer, weight, _quantizer_of(scales[name], model)) for name, layer, weight in weight_layers(model)
-    ]
 
 
 def _quantizer_of(scale: fx.Node | None, model: fx.GraphModule) -> ActivationQuantizer | None:
