@@ -12,6 +12,7 @@ import dfq
 from dfq.engine import Engine
 from dfq.layers.table import QuantTable
 from dfq.layers.tail import Tail
+from dfq.layers.weighted import on_accumulators
 from dfq.quant import prepared_of
 from dfq.student import integer_graph
 from dfq_kernels import extension
@@ -65,3 +66,10 @@ def test_a_root_has_a_slope_at_zero() -> None:
     x = torch.arange(0.0, 4.0).requires_grad_()
     layer(x, torch.tensor(1.0)).sum().backward()
     assert x.grad is not None and bool(x.grad.isfinite().all()) and float(x.grad[0]) == pytest.approx(0.5**0.5)
+
+
+def test_a_bias_lies_on_the_accumulators_grid() -> None:
+    mult = torch.tensor([0.5, -0.25, 1e-3, 0.0, 1e-30])
+    bias = torch.tensor([1.3, 1.3, -0.0126, 0.7, 5.0])
+    expected = [1.5, 1.25, -0.013, 0.7, 5.0]  # the last two are no multiples that fp32 could tell apart
+    assert on_accumulators(bias, mult).tolist() == pytest.approx(expected, rel=1e-6)

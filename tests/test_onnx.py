@@ -46,10 +46,10 @@ def test_the_test_set_has_the_same_classes(preset: str, tmp_path: Path) -> None:
     test = load_images("fashion-mnist", "test").head(2000)
     images = test.normalize(test.pixels)
     expected = Engine(graph)(images)
-    for fused, least, most in ((False, 0.9995, 0.5), (True, 0.9995 if preset == "W4A4" else 0.997, 0.5)):
+    for fused in (False, True):
         (found,) = in_onnx_runtime(graph, tmp_path / "net.onnx", images, fused=fused)
-        assert float((found.argmax(1) == expected.argmax(1)).float().mean()) >= least
-        assert float((found - expected).abs().max()) <= most
+        assert float((found.argmax(1) == expected.argmax(1)).float().mean()) >= 0.9995
+        assert float((found - expected).abs().max()) <= 0.5
 
 
 class Odd(nn.Module):
@@ -241,13 +241,16 @@ def test_mobilenet_has_no_convolution_in_float(preset: str, in_float: int, tmp_p
     assert found["Conv"] + found["FusedConv"] == in_float and found["QLinearConv"] == 42
 
 
-@pytest.mark.parametrize(("name", "preset"), [("resnet20", "W4A4"), ("resnet20", "W2A2"), ("vgg11", "W2A2")])
-def test_grids_of_few_bits_agree_when_fused(name: str, preset: str, tmp_path: Path) -> None:
-    """A bias that ONNX Runtime rounds changes no integer; a changed one of 2 or 4 bits changes many behind it."""
+@pytest.mark.parametrize(
+    ("name", "preset", "in_integers"),
+    [("resnet20", "W4A4", 12), ("resnet20", "W2A2", 12), ("vgg11", "W2A2", 8), ("mobilenet-v2", "W4A4", 42)],
+)
+def test_integer_kernels_agree(name: str, preset: str, in_integers: int, tmp_path: Path) -> None:
+    """ONNX Runtime adds a bias in int32, where the network's lies; one changed integer changes many after it."""
     _, graph = exported(name, preset)
     images = torch.randn(4, *input_shape(name), generator=torch.Generator().manual_seed(5))
     expected = reference_values(graph, images)
     found = integers(graph, tmp_path / "net.onnx", images, fused=True)
     changed = {key: float((value != expected[key].view_as(value)).float().mean()) for key, value in found.items()}
     assert max(changed.values()) <= 1e-3, changed
-    assert operators(graph, tmp_path)["QLinearConv"] >= 5
+    assert operators(graph, tmp_path)["QLinearConv"] == in_integers
