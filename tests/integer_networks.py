@@ -7,6 +7,7 @@ from functools import cache
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from dfq.config import quant_config
 from dfq.engine import IntegerGraph
@@ -74,7 +75,7 @@ def exact_values(model: fx.GraphModule, graph: IntegerGraph, images: Tensor) -> 
     left out.
     """
     recorder = _Recorder(model)
-    values = {graph.outputs[0].value: recorder.run(images)}
+    values = dict(zip([output.value for output in graph.outputs], tree_leaves(recorder.run(images)), strict=True))
     for name, grid in graph.grids.items():
         found = recorder.seen.get(name)
         value = found[0] if isinstance(found, tuple) else found

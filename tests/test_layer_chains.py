@@ -50,35 +50,48 @@ PADDED_TWICE = Wiring((("conv", 0, 0), ("pad and crop", 0, 0), ("halves", 0, 1),
 PADDED_AGAIN = Wiring((("conv", 0, 0), ("pad and crop", 0, 0), ("pad and crop", 0, 0)), (), (7, 3))
 
 
-@settings(max_examples=int(os.environ.get("DFQ_WIRINGS", "25")), deadline=None)
-@given(wiring=wirings(), preset=st.sampled_from(["W8A8", "W4A8", "W4A4"]))
+def check_wiring(wiring: Wiring, preset: str, backend: str) -> None:
+    """The outputs, and by the reference every integer that the trained graph has by the same name."""
+    student, images = calibrated(wired(wiring), (3, *wiring.sides), preset)
+    images = images[:1] if backend == "triton" else images
+    made = integer_graph(student)
+    outputs = zip(Engine(made, backend=backend)(images), student(images), strict=True)
+    assert all(torch.equal(found, expected) for found, expected in outputs), backend
+    if backend == "reference":
+        found, expected = reference_values(made, images), exact_values(student, made, images)
+        assert not same({name: found[name] for name in expected if name in made.grids}, expected)
+
+
+PRESETS = st.sampled_from(["W8A8", "W4A8", "W4A4"])
+
+
+@settings(max_examples=int(os.environ.get("DFQ_WIRINGS", "15")), deadline=None)
+@given(wiring=wirings(), preset=PRESETS)
 @example(PADDED_TWICE, "W4A4")
 @example(PADDED_AGAIN, "W8A8")
 def test_any_wiring_is_the_same_integers(wiring: Wiring, preset: str) -> None:
     """Values that several calls read with different bits, as they are, or as outputs."""
-    model, images = wired(wiring), torch.randn(3, 3, *wiring.sides, generator=torch.Generator().manual_seed(8))
-    student = dfq.prepare(model, (3, *wiring.sides), preset=preset)
-    dfq.calibrate(student, [images])
-    made = integer_graph(student.eval())
-    with torch.no_grad():
-        expected = student(images)
     for backend in ["reference"] if extension.missing("cpu") else ["reference", "native"]:
-        found = Engine(made, backend=backend)(images)
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)), backend
+        check_wiring(wiring, preset, backend)
 
 
 LEVEL = """
 import torch
 from dfq.engine import Engine
-from dfq.engine.run import missing
 from dfq.student import integer_graph
 from dfq_kernels import extension
-from tests.integer_networks import exact_values, reference_values, same
+from hypothesis import given, settings
 from tests.layer_networks import network
-from tests.test_layer_chains import calibrated
+from tests.test_layer_chains import PRESETS, calibrated, check_wiring
+from tests.wired_networks import wirings
 for name in ("u-net", "dense block", "channel shuffle block", "squeeze and excitation", "eca", "hardswish", "bilinear"):
     student, images = calibrated(*network(name), "W8A8")
     assert torch.equal(Engine(integer_graph(student))(images), student(images)), name
+@settings(max_examples=6, deadline=None, database=None)
+@given(wirings(), PRESETS)
+def check(wiring, preset):
+    check_wiring(wiring, preset, "native")
+check()
 print(extension.native().isa)
 """
 
@@ -98,6 +111,13 @@ def test_layers_in_interpreted_triton(name: str, wide_tiles: None) -> None:
         pytest.skip(reason)
     student, images = calibrated(*network(name), "W4A8")
     assert torch.equal(Engine(integer_graph(student), backend="triton")(images[:1]), student(images[:1]))
+
+
+@pytest.mark.skipif(missing("triton", torch.device("cpu")) is not None, reason="Triton is not interpreted")
+@settings(max_examples=4, deadline=None)
+@given(wiring=wirings(), preset=PRESETS)
+def test_any_wiring_in_interpreted_triton(wiring: Wiring, preset: str) -> None:
+    check_wiring(wiring, preset, "triton")
 
 
 def calibrated(model: nn.Module, shape: tuple[int, ...], preset: str) -> tuple[nn.Module, Tensor]:
