@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -25,21 +27,25 @@ def ranges(student: nn.Module) -> list[float]:
 @pytest.mark.parametrize("name", ["bn", "instance", "batch", "label", "adversary"])
 def test_every_weight_of_a_recipe_scales_its_term(name: str) -> None:
     values = []
+    generators, student = reference_states()
     for weight in (1.0, 3.0):
         work = task(replace(ONE, **{name: weight}))
         to_live_step(work)
         source = work.sources[1 if name == "label" else 0]
         for other in work.sources:  # the same generators, whatever the warm-up did
-            other.generator.load_state_dict(task(ONE).sources[other.index].generator.state_dict())
-        work.students[0].load_state_dict(reference_student())
+            other.generator.load_state_dict(generators[other.index])
+        work.students[0].load_state_dict(student)
         values.append(float(work.generator_step(source, "live", 0, work.students)[f"generator{source.index}/{name}"]))
     assert values[0] != 0 and values[1] == pytest.approx(3 * values[0], rel=1e-5)
 
 
-def reference_student() -> dict[str, torch.Tensor]:
+@cache
+def reference_states() -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Of fresh generators, and of a student at the first live step."""
     work = task(ONE)
+    generators = [deepcopy(source.generator.state_dict()) for source in work.sources]
     to_live_step(work)
-    return work.students[0].state_dict()
+    return generators, deepcopy(work.students[0].state_dict())
 
 
 def test_the_adversary_is_the_sum_over_all_students() -> None:
