@@ -16,7 +16,7 @@ from tests.onnx_runtime import session
 
 
 class Mixed(nn.Module):
-    """Convolutions around a group norm, a softmax inside; batch norms with negative and, if asked for, dead channels."""
+    """Convolutions around a group norm, a softmax inside; batch norms with negative and (asked for) dead channels."""
 
     def __init__(self, dead: bool) -> None:
         super().__init__()
