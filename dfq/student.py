@@ -119,7 +119,7 @@ def export_onnx(student: fx.GraphModule, path: str | Path) -> None:
         path: the file.
 
     Raises:
-        ExportError: a range that is not fixed, or a call without an ONNX form.
+        ExportError: a range that is not fixed, weights with zero points, or a call without an ONNX form.
         CheckpointError: the file cannot be written.
     """
     known = quant.prepared_of(student)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import dfq
+from dfq.config import quant_config
+from dfq.export import ExportError
 from dfq.quant import prepared_of
 from tests.onnx_runtime import session
 
@@ -59,6 +62,15 @@ def test_onnx_runtime_gives_the_student_s_logits(preset: str, dead: bool, tmp_pa
     for fused in (False, True):
         found = torch.from_numpy(session(tmp_path / "net.onnx", fused=fused).run(None, {"images": images.numpy()})[0])
         assert float((found - expected).norm()) <= 0.01 * float(expected.norm()), fused
+
+
+def test_weights_with_zero_points_are_refused(tmp_path: Path) -> None:
+    config = replace(quant_config("W4A4"), weight_scheme="affine")
+    student = dfq.prepare(Mixed(False).eval(), (3, 12, 12), config=config)
+    dfq.calibrate(student, [torch.randn(4, 3, 12, 12)])
+    with pytest.raises(ExportError, match=r"export: weights of stem\.0 must be symmetric, got zero points"):
+        dfq.export_onnx(student, tmp_path / "net.onnx")
+    assert not (tmp_path / "net.onnx").exists()
 
 
 def test_convolutions_are_integers_and_batch_norms_their_scales(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from dfq.engine.graph import Step
+from dfq.layers.kind import per_channel
+from dfq.quant.quantizers import WeightQuantizer
 
 
 class ExportError(ValueError):
@@ -54,6 +56,18 @@ class Item:
         for side in self.shape:
             count *= side
         return torch.arange(count, dtype=torch.float64).view(1, *self.shape)
+
+
+def integer_weight(name: str, quantizer: WeightQuantizer, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The integers of a layer's weight, output channels first, and their scales `[out]`.
+
+    Raises:
+        ExportError: they have zero points.
+    """
+    if float(quantizer.zero_point.abs().max()) != 0:
+        raise ExportError(f"export: weights of {name} must be symmetric, got zero points (weight_scheme='affine')")
+    out, scale = quantizer(weight)
+    return torch.round(out / per_channel(scale, out, 0)), scale
 
 
 def joined(items: list[Item], size: dict[Open | str, int]) -> tuple[tuple[Open | str, ...], list[Tensor]]:

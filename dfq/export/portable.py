@@ -13,7 +13,7 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401  (its operators a
 from torch.nn import functional as F
 
 from dfq.errors import first_line
-from dfq.export.items import ExportError
+from dfq.export.items import ExportError, integer_weight
 from dfq.layers.kind import Layer, per_channel
 from dfq.layers.tail import Tail, activate
 from dfq.layers.weighted import QuantLayer, on_accumulators
@@ -51,8 +51,7 @@ class Portable(nn.Module):
         found, inputs = [], input_quantizers(self.student)
         for index, (name, quantizer, weight) in enumerate(weight_layers(self.student)):
             layer: Any = self.student.get_submodule(name)
-            out, scale = quantizer(weight.detach())
-            integers = torch.round(out / per_channel(scale, out, 0))
+            integers, scale = integer_weight(name, quantizer, weight.detach())
             step = inputs[name]
             mult, bias = layer.tail.constants(layer.bias, scale)
             if step is not None and _fits(integers, mult * step.scale, bias):

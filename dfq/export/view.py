@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from dfq.engine.graph import Grid, Layer, Step, as_map
-from dfq.export.items import ExportError, Item, Open, in_order
-from dfq.layers.weighted import per_channel
+from dfq.export.items import ExportError, Item, Open, in_order, integer_weight
 
 if TYPE_CHECKING:
     from dfq.export.integers import Exporter
@@ -49,12 +48,8 @@ class View:
 
     def weight(self) -> tuple[Tensor, Tensor, int]:
         quantizer, weight = self.exporter.weights[self.name]
-        if float(quantizer.zero_point.abs().max()) != 0:
-            raise ExportError(
-                f"export: weights of {self.name} must be symmetric, got zero points (weight_scheme='affine')"
-            )
-        out, scale = quantizer(weight)
-        return torch.round(out / per_channel(scale, out, 0)).to(torch.int8), scale, quantizer.bits
+        integers, scale = integer_weight(self.name, quantizer, weight)
+        return integers.to(torch.int8), scale, quantizer.bits
 
     def step(self, step: Step, made: tuple[int, int, int] | None = None, order: Place | None = None) -> None:
         made = made or as_map(self.shape)

@@ -100,9 +100,8 @@ class QuantTable(Layer):
     def slope(self, x: Tensor, scale: Tensor) -> Tensor:
         """The mean slope where the grid rounds to `x`, `(f(x + s/2) - f(x - s/2)) / s`.
 
-        The slope at `x` itself is that of all the others only where the function is nearly straight over a step. A gate
-        whose inputs reach 10^3 has steps of 8: the sigmoid's slope at 0 stands for 1/8 of what it is there, and along
-        fifty gates gradients leave fp32.
+        The slope at `x` itself is that of the whole step only where the function is nearly straight over it. A gate
+        whose inputs reach 10^5 has steps of 10^3: the sigmoid's slope at 0 is 1/4, and over the step it is 1/1000.
         """
         y, high, low = self.function(x), self.function(x + scale / 2), self.function(x - scale / 2)
         high, low = (torch.where(side.isfinite(), side, y) for side in (high, low))  # a root's lower side, for one
