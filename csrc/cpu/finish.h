@@ -44,6 +44,17 @@ DFQ_INLINE inline Bytes lowest_bytes(VecInt v) {
 }
 #endif
 
+// The first `count` bytes, 1 to kWidth. A copy of a length that the compiler does not know is a call.
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+DFQ_INLINE inline void store_first(uint8_t* to, Bytes bytes, int64_t count) {
+  _mm_mask_storeu_epi8(to, static_cast<__mmask16>(0xFFFFu >> (kWidth - count)), (__m128i)bytes);
+}
+#else
+DFQ_INLINE inline void store_first(uint8_t* to, Bytes bytes, int64_t count) {
+  std::memcpy(to, &bytes, static_cast<size_t>(count));
+}
+#endif
+
 // A plane of one image, by pixel; inside its frame at negative places too. View2d() is none.
 struct View2d {
   const Plane* plane;
@@ -112,7 +123,7 @@ struct Sink {
   DFQ_INLINE void write(Bytes bytes, int64_t x, int64_t channel) const {
     uint8_t* to = row + x * view.pixel + channel;
     if (channel + kWidth <= room) std::memcpy(to, &bytes, sizeof bytes);
-    else if (channel < room) std::memcpy(to, &bytes, static_cast<size_t>(room - channel));
+    else if (channel < room) store_first(to, bytes, room - channel);
   }
   DFQ_INLINE Vec put(Vec t, int64_t x, int64_t channel) const {
     const Vec rounded = round(t);

@@ -42,6 +42,25 @@ DFQ_VBMI inline void look_up_wide(const uint8_t* table, const uint8_t* from, int
       _mm512_mask_storeu_epi8(to + i, there, look_up(wide, _mm512_maskz_loadu_epi8(there, from + i)));
     }
 }
+
+// Of every pixel up to 64 bytes, each from where its pick says. from, steps: of every source, the first pixel and the
+// bytes to the next.
+DFQ_VBMI inline void pick_pixels(const Pick* first, const Pick* last, const uint8_t* const* from, const int64_t* steps,
+                                 uint8_t* to, int64_t to_step, int64_t pixels) {
+  uint64_t there = 0;
+  for (const Pick* pick = first; pick != last; ++pick) there |= pick->there;
+  for (int64_t p = 0; p < pixels; ++p, to += to_step) {
+    __m512i found = _mm512_setzero_si512();
+    for (const Pick* pick = first; pick != last; ++pick) {
+      const __m512i bytes = _mm512_loadu_si512(from[pick->source] + p * steps[pick->source] + pick->from);
+      found = _mm512_mask_permutexvar_epi8(found, pick->there, _mm512_loadu_si512(pick->codes), bytes);
+    }
+    _mm512_mask_storeu_epi8(to, there, found);
+  }
+}
+#else
+inline bool has_vbmi() { return false; }
+inline void pick_pixels(const Pick*, const Pick*, const uint8_t* const*, const int64_t*, uint8_t*, int64_t, int64_t) {}
 #endif
 
 // `bytes` bytes of every pixel.

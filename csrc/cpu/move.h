@@ -1,6 +1,6 @@
 // Integers to other places: runs of neighbouring channels, channels one by one, or any element to any other.
 #pragma once
-#include "finish.h"
+#include "lookup.h"
 
 namespace dfq {
 namespace DFQ_ISA {
@@ -37,6 +37,37 @@ inline void drop_runs_in_place(const Program& program, Step& s) {
            in.width == out.width && in.frame_y == out.frame_y && in.frame_x == out.frame_x;
   };
   s.runs.erase(std::remove_if(s.runs.begin(), s.runs.end(), in_place), s.runs.end());
+}
+
+constexpr int64_t kShortRun = 8;  // channels; shorter ones are moved pixel by pixel
+
+inline bool has_short_runs(const Step& s) {
+  return int64_t(s.runs.size()) * kShortRun > s.out_channels && s.runs.size() > 2;
+}
+
+// Runs as picks: as few as reach all of them, source by source.
+inline void find_picks(Step& s) {
+  struct Byte {
+    int32_t source, from, to;
+  };
+  constexpr int32_t kReach = 64;
+  for (int32_t block = 0; block < s.out_channels; block += kReach) {
+    std::vector<Byte> bytes;
+    for (const Run& run : s.runs)
+      for (int32_t i = 0; i < run.length; ++i)
+        if ((run.to + i) / kReach == block / kReach) bytes.push_back({run.source, run.from + i, run.to + i - block});
+    std::sort(bytes.begin(), bytes.end(), [](const Byte& a, const Byte& b) {
+      return a.source != b.source ? a.source < b.source : a.from < b.from;
+    });
+    const size_t before = s.picks.size();
+    for (const Byte& byte : bytes) {
+      const Pick* last = s.picks.size() > before ? &s.picks.back() : nullptr;
+      if (!last || last->source != byte.source || byte.from >= last->from + kReach)
+        s.picks.push_back({byte.source, byte.from, block, 0, {}});
+      Pick& pick = s.picks.back();
+      pick.there |= uint64_t(1) << byte.to, pick.codes[byte.to] = static_cast<uint8_t>(byte.from - pick.from);
+    }
+  }
 }
 
 inline void prepare_places(const Program& program, Step& s) {
@@ -76,6 +107,8 @@ bool prepare_move(const Program& program, Step& s) {
   find_runs(program, s);
   if (!s.pixels.empty()) return prepare_places(program, s), true;
   drop_runs_in_place(program, s);
+  const bool filled = std::any_of(s.runs.begin(), s.runs.end(), [](const Run& run) { return run.source < 0; });
+  if (has_vbmi() && !filled && has_short_runs(s)) find_picks(s);
   return !s.runs.empty();
 }
 
@@ -163,12 +196,32 @@ void move_channels(const Work& w, int64_t begin, int64_t end) {
     }
 }
 
-constexpr int64_t kShortRun = 8;  // channels; shorter ones are moved pixel by pixel
+// Channels of any order, 64 at once.
+void move_picks(const Work& w, int64_t begin, int64_t end) {
+  const Step& s = w.step;
+  const View2d out(w.program.planes[s.outs[0]], w.arena);
+  const uint8_t* from[kMostSources];
+  int64_t steps[kMostSources];
+  for (int64_t y = begin; y < end; ++y) {
+    for (size_t i = 0; i < s.sources.size(); ++i) {
+      const View2d in(w.program.planes[s.sources[i]], w.arena);
+      from[i] = in.at(y, 0), steps[i] = in.pixel;
+    }
+    const Pick *first = s.picks.data(), *const end_of_all = first + s.picks.size();
+    while (first != end_of_all) {
+      const Pick* last = first;
+      while (last != end_of_all && last->to == first->to) ++last;
+      pick_pixels(first, last, from, steps, out.at(y, 0) + first->to, out.pixel, s.out_width);
+      first = last;
+    }
+  }
+}
 
 void move(const Work& w, int64_t begin, int64_t end) {
   const Step& s = w.step;
   if (s.runs.empty()) return move_elements(w, begin, end);
-  if (int64_t(s.runs.size()) * kShortRun > s.out_channels && s.runs.size() > 2) return move_channels(w, begin, end);
+  if (!s.picks.empty()) return move_picks(w, begin, end);
+  if (has_short_runs(s)) return move_channels(w, begin, end);
   move_runs(w, begin, end);
 }
 

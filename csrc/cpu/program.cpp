@@ -99,6 +99,34 @@ double work_of(const Program& program, const Step& s) {
   return outs * (s.kernel_y * s.kernel_x * double(program.planes[s.x].channels) / s.groups + 8);
 }
 
+// t of every stored byte, of a step whose result depends on nothing else.
+bool as_values(const Program& program, Step& s) {
+  if (s.kind == kTable) return true;
+  if (s.kind != kRescale || !s.mean.empty() || !s.slope.empty()) return false;
+  const Plane& in = program.planes[s.x];
+  for (int code = 0; code < kCodes; ++code)
+    s.values.push_back(static_cast<float>(code - in.stored_zero()) * in.scale);
+  return true;
+}
+
+// Steps from bytes to bytes, one chained to the other, as tables of the first one's bytes, where 64 are looked up at once.
+void join_tables(const Program& program, Step& s) {
+  if (!has_vbmi() || s.outs.empty() || !as_values(program, s)) return;
+  std::vector<Step> chained = s.chained;
+  if (!std::all_of(chained.begin(), chained.end(), [&](Step& next) { return as_values(program, next); })) return;
+  s.kind = kTable, s.tables.clear();
+  add_tables(program, s, s.values.data(), 1);
+  for (Step& next : chained) {
+    next.tables.clear();
+    add_tables(program, next, next.values.data(), 1);
+    const auto source = std::find(s.outs.begin(), s.outs.end(), next.x) - s.outs.begin();
+    for (size_t i = 0; i < next.tables.size(); ++i)
+      s.tables.push_back(next.tables[i / kCodes * kCodes + s.tables[source * kCodes + i % kCodes]]);
+    s.outs.insert(s.outs.end(), next.outs.begin(), next.outs.end());
+  }
+  s.chained.clear();
+}
+
 // False of a step with nothing to do.
 bool prepare_step(const Program& program, Step& step) {
   for (Step& next : step.chained) prepare_step(program, next);
@@ -113,7 +141,11 @@ bool prepare_step(const Program& program, Step& step) {
 }  // namespace
 
 void prepare_program(Program& program) {
-  const auto idle = [&](Step& step) { return !prepare_step(program, step); };
+  const auto idle = [&](Step& step) {
+    const bool works = prepare_step(program, step);
+    join_tables(program, step);
+    return !works;
+  };
   program.steps.erase(std::remove_if(program.steps.begin(), program.steps.end(), idle), program.steps.end());
 }
 

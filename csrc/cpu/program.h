@@ -44,6 +44,14 @@ struct Run {
   int32_t source, from, to, length;
 };
 
+// Bytes of a move's result, 64 neighbours from `to` on, that come from 64 neighbours of one source: byte i, where bit i
+// of `there` is set, is number codes[i] of those from `from` on.
+struct Pick {
+  int32_t source, from, to;
+  uint64_t there;
+  uint8_t codes[64];
+};
+
 struct Step {
   int kind = 0, activation = 0;
   float a = -std::numeric_limits<float>::infinity(), b = -a;  // of the activation: bounds of a clamp, else its numbers
@@ -68,6 +76,7 @@ struct Step {
   std::vector<int32_t> start;  // accumulators before the first product: minus stored_zero * sum of weights
   std::vector<uint8_t> tables;         // table: of every result, [256]; quantize: of every result and channel
   std::vector<Run> runs;               // move by channels; in their order. Empty: by index
+  std::vector<Pick> picks;             // move by channels, where they are short; those of one `to` together
   std::vector<uint32_t> places;        // move by pixels: y << 16 | x, or kNowhere; by index: bytes of the arena
 };
 

@@ -6,36 +6,48 @@ namespace dfq {
 namespace DFQ_ISA {
 namespace {
 
-constexpr int64_t kFewChannels = 4;
+constexpr int64_t kWord = 4;  // bytes
 
-// Images of few channels: lanes are neighbours of a row, not channels. What is behind the channels in a pixel stays as it
-// is: weights are 0 there.
+// Images of few channels, and planes whose pixels are a word each: lanes are neighbours of a row, not channels. What is
+// behind the channels of a pixel becomes anything: weights are 0 there.
 void quantize_rows(const Work& w, int64_t begin, int64_t end) {
   const int64_t channels = w.program.image_channels, height = w.program.image_height, width = w.program.image_width;
   Finish finish(w.program, w.step, w.arena, w.real);
   VecInt nan{};
   for (int64_t y = begin; y < end; ++y) {
     finish.begin_row(y);
-    for (int64_t x = 0; x < width; x += kWidth)
+    for (int64_t x = 0; x < width; x += kWidth) {
+      const int64_t lanes = std::min<int64_t>(kWidth, width - x);
+      VecInt words[kMostOuts] = {};
       for (int64_t c = 0; c < channels; ++c) {
         const float* from = w.image + (c * height + y) * width + x;
-        const int64_t lanes = std::min<int64_t>(kWidth, width - x);
         Vec t{};
         if (lanes == kWidth) t = load_vec(from);
         else std::memcpy(&t, from, static_cast<size_t>(lanes) * sizeof(float));
         nan |= t != t;
         if (finish.bent) t = bend(w.step, t);
         for (int i = 0; i < finish.count; ++i) {
-          const Sink& sink = finish.outs[i];
-          if (sink.room == 0) continue;
-          const Bytes bytes = sink.stored(sink.round(t));
-          uint8_t* to = sink.row + x * sink.view.pixel + c;
-          for (int64_t lane = 0; lane < lanes; ++lane) to[lane * sink.view.pixel] = bytes[lane];
+          const VecInt byte = ((VecInt)finish.outs[i].round(t) & 0xFF) ^ int32_t(finish.outs[i].shift);
+          words[i] |= byte << static_cast<int>(8 * c);
         }
       }
+      for (int i = 0; i < finish.count; ++i) {
+        const Sink& sink = finish.outs[i];
+        if (sink.room) std::memcpy(sink.row + x * kWord, &words[i], static_cast<size_t>(lanes * kWord));
+      }
+    }
   }
   for (int i = 0; i < kWidth; ++i)
     if (nan[i]) w.has_nan->store(true);
+}
+
+// Whether every stored result has pixels of a word, which are its own.
+inline bool in_words(const Work& w) {
+  const auto word = [&](int out) {
+    const Plane& p = w.program.planes[out];
+    return !p.kept || (p.stride == kWord && p.room == kWord);
+  };
+  return std::all_of(w.step.outs.begin(), w.step.outs.end(), word);
 }
 
 // Images in bytes: of every channel, a table for every result.
@@ -73,7 +85,7 @@ void quantize_any(const Work& w, int64_t begin, int64_t end) {
 void quantize(const Work& w, int64_t begin, int64_t end) {
   const bool alone = w.step.chained.empty() && !w.step.outs.empty();
   if (alone && w.pixels) return quantize_pixels(w, begin, end);
-  if (alone && w.program.image_channels <= kFewChannels) return quantize_rows(w, begin, end);
+  if (alone && w.program.image_channels <= kWord && in_words(w)) return quantize_rows(w, begin, end);
   quantize_any(w, begin, end);
 }
 
@@ -150,6 +162,26 @@ inline Span taps_inside(int64_t begin, int64_t dilation, int64_t kernel, int64_t
   return {begin + first * dilation, dilation, end - first};
 }
 
+// The largest bytes of a window, kVectors * kWidth channels of which the first `count` are stored.
+template <int kVectors>
+DFQ_INLINE inline void largest(const View2d& in, const Span& down, const Span& along, int64_t channel, uint8_t* to,
+                               int64_t count) {
+  Bytes most[kVectors] = {};
+  for (int64_t r = 0; r < down.count; ++r) {
+    const uint8_t* from = in.at(down.begin + r * down.step, along.begin) + channel;
+    for (int64_t k = 0; k < along.count; ++k, from += along.step * in.pixel)
+      for (int v = 0; v < kVectors; ++v) {
+        Bytes bytes;
+        std::memcpy(&bytes, from + v * kWidth, sizeof bytes);
+        most[v] = bytes > most[v] ? bytes : most[v];
+      }
+  }
+  for (int v = 0; v < kVectors; ++v, to += kWidth, count -= kWidth) {
+    if (count >= kWidth) std::memcpy(to, &most[v], sizeof most[v]);
+    else if (count > 0) store_first(to, most[v], count);
+  }
+}
+
 void max_pool(const Work& w, int64_t begin, int64_t end) {
   const Step& s = w.step;
   const View2d in(w.program.planes[s.x], w.arena), out(w.program.planes[s.outs[0]], w.arena);
@@ -166,12 +198,9 @@ void max_pool(const Work& w, int64_t begin, int64_t end) {
     for (int64_t x = 0; x < s.out_width; ++x) {
       const Span along = span(columns, x, s.stride_x, s.pad_x, s.dilation_x, s.kernel_x, in.plane->width);
       uint8_t* to = out.at(y, x);
-      std::memset(to, 0, static_cast<size_t>(room));
-      for (int64_t r = 0; r < down.count; ++r)
-        for (int64_t k = 0; k < along.count; ++k) {
-          const uint8_t* from = in.at(down.begin + r * down.step, along.begin + k * along.step);
-          for (int64_t c = 0; c < room; ++c) to[c] = std::max(to[c], from[c]);
-        }
+      int64_t c = 0;
+      for (; c + 2 * kWidth < room; c += 4 * kWidth) largest<4>(in, down, along, c, to + c, room - c);
+      if (c < room) largest<2>(in, down, along, c, to + c, room - c);
     }
   }
 }
