@@ -58,6 +58,7 @@ struct Dense {
   View2d in;
   Taps taps;
   int64_t inner, outer, blocks, block_bytes;  // channels of a group; blocks of 16 output channels, bytes of one's weights
+  bool joined;  // the pixels that make neighbours are neighbours, from the end of a row to the next row, too
 
   explicit Dense(const Work& w) : in(w.program.planes[w.step.x], w.arena) {
     const Step& s = w.step;
@@ -66,42 +67,52 @@ struct Dense {
     blocks = (outer + 15) / 16, block_bytes = int64_t(s.kernel_y) * s.kernel_x * (inner / group) * 64;
     taps = {s.kernel_y, s.kernel_x, static_cast<int32_t>(inner / group), s.dilation_y * in.row,
             s.dilation_x * in.pixel, s.stride_x * in.pixel};
+    const bool pointwise = s.kernel_y * s.kernel_x == 1 && s.stride_y * s.stride_x == 1 && s.pad_y + s.pad_x == 0;
+    joined = pointwise && in.plane->frame_x == 0;
   }
 };
 
-// The rows [begin, end) of blocks b, b + 1, ... of a group; dot(x, weight, start, acc) fills a tile.
+constexpr int64_t kHeldVectors = 128;  // of accumulators, a quarter of the first-level cache
+
+// `lines` times `length` neighbouring pixels from row `y` on of blocks b, b + 1, ... of a group; dot(x, weight, start, acc)
+// fills a tile. As many tiles as are held end together: an end costs as much as some pixels before its first one.
 template <class Fill>
 void convolve_blocks(const Work& w, const Dense& d, TileEnd& tile_end, int64_t group, int64_t b, int pixels,
-                     int tile_blocks, int64_t begin, int64_t end, const Fill& dot) {
+                     int tile_blocks, int64_t y, int64_t lines, int64_t length, const Fill& dot) {
   const Step& s = w.step;
-  alignas(64) int32_t acc[64 * kLanes];
+  alignas(64) int32_t acc[kHeldVectors * kLanes];
   const int64_t channel = group * d.outer + b * kLanes, channels = d.outer - b * kLanes;
   const uint8_t* weight = &s.packed[(group * d.blocks + b) * d.block_bytes];
   const int32_t* start = &s.start[(group * d.blocks + b) * kLanes];
-  for (int64_t y = begin; y < end; ++y) {
-    tile_end.finish.begin_row(y);
-    for (int64_t next = 0; next < s.out_width; next += pixels) {
-      const int64_t x = std::min<int64_t>(next, s.out_width - pixels);
-      dot(d.in.at(y * s.stride_y - s.pad_y, x * s.stride_x - s.pad_x) + group * d.inner, weight, start, acc);
-      finish_tile(w, tile_end, acc, pixels, tile_blocks, y, x, channel, channels);
+  const int64_t most = std::min(kRowTile, kHeldVectors / tile_blocks) / pixels * pixels;
+  for (; lines > 0; --lines, ++y) {
+    const uint8_t* from = d.in.at(y * s.stride_y - s.pad_y, -s.pad_x) + group * d.inner;
+    for (int64_t x = 0, count; x < length; x += count) {
+      x = std::min<int64_t>(x, length - pixels);
+      count = std::min(most, length - x);
+      for (int64_t p = 0; p < count; p += pixels) {
+        const int64_t place = std::min<int64_t>(p, count - pixels);
+        dot(from + (x + place) * d.taps.pixel_bytes, weight, start, acc + place * tile_blocks * kLanes);
+      }
+      finish_tile(w, tile_end, acc, count, tile_blocks, y + x / s.out_width, x % s.out_width, channel, channels);
     }
   }
 }
 
 #ifdef DFQ_AMX
 // False where AMX does not pay.
-bool convolve_tiles(const Work& w, const Dense& d, int64_t begin, int64_t end) {
+bool convolve_tiles(const Work& w, const Dense& d, int64_t y, int64_t lines, int64_t length) {
   using DotTiles = decltype(&dot_tiles<1, 1>);
   static const DotTiles dots[2][2] = {{dot_tiles<1, 1>, dot_tiles<1, 2>}, {dot_tiles<2, 1>, dot_tiles<2, 2>}};
   TileTaps tiles;
-  if (!has_amx() || !tiles.choose(d.taps, w.step.out_width, d.blocks)) return false;
+  if (!has_amx() || !tiles.choose(d.taps, length, d.blocks)) return false;
   TileEnd tile_end(w);
   tiles.set();
   for (int64_t group = 0; group < w.step.groups; ++group)
     for (int64_t b = 0; b < d.blocks; b += tiles.blocks) {
       const int blocks = static_cast<int>(std::min<int64_t>(tiles.blocks, d.blocks - b));
       const DotTiles dot = dots[tiles.groups - 1][blocks - 1];
-      convolve_blocks(w, d, tile_end, group, b, tiles.groups * tiles.pixels, blocks, begin, end,
+      convolve_blocks(w, d, tile_end, group, b, tiles.groups * tiles.pixels, blocks, y, lines, length,
                       [&](const uint8_t* x, const uint8_t* weight, const int32_t* start, int32_t* acc) {
                         dot(x, d.taps, tiles, weight, d.block_bytes, start, acc);
                       });
@@ -113,14 +124,15 @@ bool convolve_tiles(const Work& w, const Dense& d, int64_t begin, int64_t end) {
 
 void convolve_dense(const Work& w, int64_t begin, int64_t end) {
   const Dense d(w);
+  const int64_t lines = d.joined ? 1 : end - begin, length = d.joined ? (end - begin) * w.step.out_width : w.step.out_width;
 #ifdef DFQ_AMX
-  if (convolve_tiles(w, d, begin, end)) return;
+  if (convolve_tiles(w, d, begin, lines, length)) return;
 #endif
   TileEnd tile_end(w);
   for (int64_t group = 0; group < w.step.groups; ++group)
     for (int64_t b = 0; b < d.blocks;) {
-      const Tile tile = choose_tile(w.step.out_width, d.blocks - b, d.block_bytes);
-      convolve_blocks(w, d, tile_end, group, b, tile.pixels, tile.blocks, begin, end,
+      const Tile tile = choose_tile(length, d.blocks - b, d.block_bytes);
+      convolve_blocks(w, d, tile_end, group, b, tile.pixels, tile.blocks, begin, lines, length,
                       [&](const uint8_t* x, const uint8_t* weight, const int32_t* start, int32_t* acc) {
                         tile.dot(x, d.taps, weight, d.block_bytes, start, acc);
                       });
@@ -145,21 +157,23 @@ void convolve_depthwise_rows(const Work& w, int64_t begin, int64_t end) {
   const View2d in(w.program.planes[s.x], w.arena);
   TileEnd tile_end(w);
   const RowTaps taps = row_taps(s, in);
-  const int64_t block_bytes = int64_t(s.kernel_y + 3) / 4 * s.kernel_x * 64;
-  const int64_t most = std::min(kRowTile, (kScratchColumns - taps.columns_of(1)) / s.stride_x + 1);
-  alignas(64) uint8_t scratch[kScratchColumns * 64];
+  const Depthwise sum_row = depthwise_of(taps);
+  const int64_t block_bytes = int64_t(s.kernel_y + 3) / 4 * s.kernel_x * 64, width = s.out_width;
+  const int64_t most = std::min({width, kRowTile, (kScratchColumns - taps.columns_of(1)) / s.stride_x + 1});
+  const int64_t together = most == width ? kRowTile / width : 1;  // rows
+  alignas(64) uint8_t scratch[kScratchColumns * kDepthwiseScratch];
   alignas(64) int32_t acc[kRowTile * kLanes];
-  for (int64_t y = begin; y < end; ++y) {
-    tile_end.finish.begin_row(y);
-    for (int64_t x = 0; x < s.out_width; x += most)
+  for (int64_t y = begin; y < end; y += together)
+    for (int64_t x = 0; x < width; x += most)
       for (int64_t c = 0; c < s.out_channels; c += kLanes) {
-        const int64_t count = std::min<int64_t>(most, s.out_width - x);
-        const uint8_t* from = in.at(y * s.stride_y - s.pad_y, x * s.stride_x - s.pad_x) + c;
+        const int64_t rows = std::min(together, end - y), count = std::min(most, width - x);
         const auto* weight = reinterpret_cast<const int8_t*>(&s.packed[c / kLanes * block_bytes]);
-        depthwise4(from, taps, weight, &s.start[c], count, acc, scratch);
-        finish_tile(w, tile_end, acc, static_cast<int>(count), 1, y, x, c, s.out_channels - c);
+        for (int64_t row = 0; row < rows; ++row) {
+          const uint8_t* from = in.at((y + row) * s.stride_y - s.pad_y, x * s.stride_x - s.pad_x) + c;
+          sum_row(from, taps, weight, &s.start[c], count, acc + row * count * kLanes, scratch);
+        }
+        finish_tile(w, tile_end, acc, rows * count, 1, y, x, c, s.out_channels - c);
       }
-  }
 }
 #endif
 

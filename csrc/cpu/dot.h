@@ -88,6 +88,58 @@ DFQ_VNNI static void depthwise4(const uint8_t* x, const RowTaps& taps, const int
     }
   }
 }
+
+// The bytes of up to four rows in the lanes of 16 channels.
+template <int kRows>
+DFQ_VNNI static inline __m512i rows_in_lanes(const uint8_t* from, int64_t row_bytes) {
+  const auto row = [&](int r) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + r * row_bytes)); };
+  if (kRows == 1) return _mm512_cvtepu8_epi32(row(0));
+  __m512i rows = _mm512_inserti32x4(_mm512_zextsi128_si512(row(0)), row(1), 1);
+  if (kRows > 2) rows = _mm512_inserti32x4(rows, row(2), 2);
+  if (kRows > 3) rows = _mm512_inserti32x4(rows, row(3), 3);
+  const __m512i fours = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m128i places = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(fours, rows), _mm512_broadcast_i32x4(places));
+}
+
+// depthwise4 of a square kernel, whose weights stay in registers; columns of all its rows lie together in `scratch`.
+template <int kSize>
+DFQ_VNNI static void depthwise_square(const uint8_t* x, const RowTaps& taps, const int8_t* weight, const int32_t* start,
+                                      int64_t count, int32_t* acc, uint8_t* scratch) {
+  constexpr int kFours = (kSize + 3) / 4, kLast = kSize - 4 * (kFours - 1), kColumn = kFours * 64;
+  const int64_t columns = taps.columns_of(count), row_bytes = taps.row_bytes;
+  for (int64_t column = 0; column < columns; ++column, x += taps.column_bytes) {
+    uint8_t* const to = scratch + column * kColumn;
+    if (kFours == 2) _mm512_storeu_si512(to, rows_in_lanes<4>(x, row_bytes));
+    _mm512_storeu_si512(to + kColumn - 64, rows_in_lanes<kLast>(x + (kSize - kLast) * row_bytes, row_bytes));
+  }
+  __m512i w[kFours][kSize];
+  for (int f = 0; f < kFours; ++f)
+    for (int k = 0; k < kSize; ++k) w[f][k] = _mm512_loadu_si512(weight + (f * kSize + k) * 64);
+  const __m512i first = _mm512_loadu_si512(start);
+  const int64_t step = taps.stride * kColumn, apart = taps.dilation * kColumn;
+  for (int64_t p = 0; p < count; ++p, scratch += step) {
+    __m512i sum = first, second = _mm512_setzero_si512();  // two, so that products wait for fewer
+    for (int k = 0; k < kSize; ++k) {
+      sum = _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(scratch + k * apart), w[0][k]);
+      if (kFours == 2) second = _mm512_dpbusd_epi32(second, _mm512_loadu_si512(scratch + k * apart + 64), w[kFours - 1][k]);
+    }
+    _mm512_storeu_si512(acc + p * kLanes, kFours == 2 ? _mm512_add_epi32(sum, second) : sum);
+  }
+}
+
+using Depthwise = void (*)(const uint8_t*, const RowTaps&, const int8_t*, const int32_t*, int64_t, int32_t*, uint8_t*);
+constexpr int64_t kDepthwiseScratch = 128;  // bytes of a column at most
+
+static inline Depthwise depthwise_of(const RowTaps& taps) {
+  if (taps.rows != taps.columns) return depthwise4;
+  switch (taps.rows) {
+    case 3: return depthwise_square<3>;
+    case 5: return depthwise_square<5>;
+    case 7: return depthwise_square<7>;
+    default: return depthwise4;
+  }
+}
 #else
 static inline bool has_vnni() { return false; }
 #endif

@@ -77,11 +77,12 @@ DFQ_INLINE inline Vec real(const View2d& v, const uint8_t* from) {
 // An activation that is no clamp. Numbers of a clamp are its bounds.
 inline bool bends(int activation) { return activation >= kLeakyReLU; }
 
-DFQ_INLINE inline Vec bend(const Step& s, Vec t) {
-  if (s.activation == kLeakyReLU) return select(t > Vec{}, t, t * s.a);
+DFQ_INLINE inline Vec bend(int activation, float a, Vec t) {
+  if (activation == kLeakyReLU) return select(t > Vec{}, t, t * a);
   const Vec gate = clamp(t + 3.0f, Vec{}, broadcast(6.0f)) * (1.0f / 6.0f);
-  return s.activation == kHardSwish ? t * gate : gate;
+  return activation == kHardSwish ? t * gate : gate;
 }
+DFQ_INLINE inline Vec bend(const Step& s, Vec t) { return bend(s.activation, s.a, t); }
 
 DFQ_INLINE inline Vec activate(const Step& s, Vec t) {
   if (s.activation == kIdentity) return t;
@@ -170,11 +171,11 @@ struct Chain {
   Sink outs[kMostOuts];
 
   // What the step computes of a rounded result, before its activation.
-  DFQ_INLINE Vec value(Vec rounded, int64_t x, int64_t channel) const {
+  DFQ_INLINE Vec value(Vec rounded, const uint8_t* row, int64_t x, int64_t channel) const {
     const Vec whole = rounded - zero;
-    if (step->kind == kMultiply) return multiplied(*step, whole, other.integers(other_row, x, channel));
+    if (step->kind == kMultiply) return multiplied(*step, whole, other.integers(row, x, channel));
     if (step->kind == kAdd)
-      return whole * scale + __builtin_convertvector(other.integers(other_row, x, channel), Vec) * other.view.plane->scale;
+      return whole * scale + __builtin_convertvector(other.integers(row, x, channel), Vec) * other.view.plane->scale;
     return normalize(*step, whole * scale, channel);
   }
   DFQ_INLINE void run(Vec rounded, Bytes stored, int64_t x, int64_t channel) const {
@@ -187,7 +188,7 @@ struct Chain {
       }
       return;
     }
-    Vec t = value(rounded, x, channel);
+    Vec t = value(rounded, other_row, x, channel);
     if (bends(step->activation)) t = bend(*step, t);
     for (int i = 0; i < count; ++i) outs[i].put(t, x, channel);
   }
@@ -252,12 +253,38 @@ struct Work {
   std::atomic<bool>* has_nan;
 };
 
+// A row of a step that ends with one stored result: what does not change from pixel to pixel stays in registers.
+template <class Values>
+DFQ_INLINE inline void one_result(const Finish& finish, int64_t y, int64_t channels, const Values& t_of) {
+  const Sink sink = finish.outs[0];
+  const bool bent = finish.bent;
+  const int activation = finish.step->activation;
+  const float a = finish.step->a;
+  const int64_t width = finish.width;
+  for (int64_t c = 0; c < channels; c += kWidth) {
+    const int64_t lanes = sink.room - c;
+    uint8_t* to = sink.row + c;
+    for (int64_t x = 0; x < width; ++x, to += sink.view.pixel) {
+      Vec t = t_of(y, x, c);
+      if (bent) t = bend(activation, a, t);
+      const Bytes bytes = sink.stored(sink.round(t));
+      if (lanes >= kWidth) std::memcpy(to, &bytes, sizeof bytes);
+      else store_first(to, bytes, lanes);
+    }
+  }
+}
+
 // t_of(y, x, channel) for every pixel and every kWidth channels of some rows, and its end.
 template <class Values>
 DFQ_INLINE inline void each_pixel(const Work& w, int64_t begin, int64_t end, int64_t channels, const Values& t_of) {
   Finish finish(w.program, w.step, w.arena, w.real);
+  const bool frequent = finish.count == 1 && finish.chains == 0 && finish.outs[0].room > 0;
   for (int64_t y = begin; y < end; ++y) {
     finish.begin_row(y);
+    if (frequent) {
+      one_result(finish, y, channels, t_of);
+      continue;
+    }
     for (int64_t x = 0; x < w.step.out_width; ++x)
       for (int64_t c = 0; c < channels; c += kWidth) finish(t_of(y, x, c), x, c);
   }

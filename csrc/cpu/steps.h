@@ -9,31 +9,32 @@ namespace {
 constexpr int64_t kWord = 4;  // bytes
 
 // Images of few channels, and planes whose pixels are a word each: lanes are neighbours of a row, not channels. What is
-// behind the channels of a pixel becomes anything: weights are 0 there.
-void quantize_rows(const Work& w, int64_t begin, int64_t end) {
+// behind the channels of a pixel becomes 0; weights are 0 there.
+void quantize_words(const Work& w, int64_t begin, int64_t end) {
   const int64_t channels = w.program.image_channels, height = w.program.image_height, width = w.program.image_width;
   Finish finish(w.program, w.step, w.arena, w.real);
+  const bool bent = finish.bent;
+  const int activation = w.step.activation;
+  const float a = w.step.a;
   VecInt nan{};
-  for (int64_t y = begin; y < end; ++y) {
-    finish.begin_row(y);
-    for (int64_t x = 0; x < width; x += kWidth) {
-      const int64_t lanes = std::min<int64_t>(kWidth, width - x);
-      VecInt words[kMostOuts] = {};
-      for (int64_t c = 0; c < channels; ++c) {
-        const float* from = w.image + (c * height + y) * width + x;
-        Vec t{};
-        if (lanes == kWidth) t = load_vec(from);
-        else std::memcpy(&t, from, static_cast<size_t>(lanes) * sizeof(float));
-        nan |= t != t;
-        if (finish.bent) t = bend(w.step, t);
-        for (int i = 0; i < finish.count; ++i) {
-          const VecInt byte = ((VecInt)finish.outs[i].round(t) & 0xFF) ^ int32_t(finish.outs[i].shift);
-          words[i] |= byte << static_cast<int>(8 * c);
+  for (int i = 0; i < finish.count; ++i) {
+    const Sink sink = finish.outs[i];
+    for (int64_t y = begin; y < end; ++y) {
+      uint8_t* const row = sink.view.at(y, 0);
+      for (int64_t x = 0; x < width; x += kWidth) {
+        const int64_t lanes = std::min<int64_t>(kWidth, width - x);
+        VecInt words{};
+        for (int64_t c = channels - 1; c >= 0; --c) {
+          const float* from = w.image + (c * height + y) * width + x;
+          Vec t{};
+          if (lanes == kWidth) t = load_vec(from);
+          else std::memcpy(&t, from, static_cast<size_t>(lanes) * sizeof(float));
+          nan |= t != t;
+          if (bent) t = bend(activation, a, t);
+          words = words << 8 | (((VecInt)sink.round(t) & 0xFF) ^ int32_t(sink.shift));
         }
-      }
-      for (int i = 0; i < finish.count; ++i) {
-        const Sink& sink = finish.outs[i];
-        if (sink.room) std::memcpy(sink.row + x * kWord, &words[i], static_cast<size_t>(lanes * kWord));
+        if (sink.room && lanes == kWidth) std::memcpy(row + x * kWord, &words, sizeof words);
+        else if (sink.room) std::memcpy(row + x * kWord, &words, static_cast<size_t>(lanes * kWord));
       }
     }
   }
@@ -85,7 +86,7 @@ void quantize_any(const Work& w, int64_t begin, int64_t end) {
 void quantize(const Work& w, int64_t begin, int64_t end) {
   const bool alone = w.step.chained.empty() && !w.step.outs.empty();
   if (alone && w.pixels) return quantize_pixels(w, begin, end);
-  if (alone && w.program.image_channels <= kWord && in_words(w)) return quantize_rows(w, begin, end);
+  if (alone && w.program.image_channels <= kWord && in_words(w)) return quantize_words(w, begin, end);
   quantize_any(w, begin, end);
 }
 
