@@ -38,27 +38,52 @@ static inline bool has_vnni() {
   return there;
 }
 
+// An address as the compiler does not know it: it would keep one register for each pixel of a tile, more than there are.
+static inline const uint8_t* apart(const uint8_t* from) {
+  asm("" : "+r"(from));
+  return from;
+}
+
 template <int kPixels, int kBlocks>
 DFQ_VNNI static void dot4(const uint8_t* x, const Taps& taps, const uint8_t* weight, int64_t block_bytes,
                           const int32_t* start, int32_t* acc) {
+  constexpr int kBases = (kPixels + 3) / 4;
   __m512i sum[kPixels][kBlocks];
-  for (int b = 0; b < kBlocks; ++b)
-    for (int p = 0; p < kPixels; ++p) sum[p][b] = _mm512_loadu_si512(start + b * kLanes);
-  for (int r = 0; r < taps.rows; ++r)
-    for (int s = 0; s < taps.columns; ++s) {
-      const uint8_t* from = x + r * taps.row_bytes + s * taps.column_bytes;
-      for (int g = 0; g < taps.groups; ++g, from += 4, weight += 64) {
+#pragma GCC unroll 4
+  for (int b = 0; b < kBlocks; ++b) {
+    const __m512i first = _mm512_loadu_si512(start + b * kLanes);
+#pragma GCC unroll 16
+    for (int p = 0; p < kPixels; ++p) sum[p][b] = first;
+  }
+  const int64_t pixel = taps.pixel_bytes;
+  const int32_t groups = taps.groups, columns = taps.columns, rows = taps.rows;
+  const int64_t column_bytes = taps.column_bytes, row_bytes = taps.row_bytes;
+  for (int r = 0; r < rows; ++r, x += row_bytes) {
+    const uint8_t* tap = x;
+    for (int s = 0; s < columns; ++s, tap += column_bytes) {
+      const uint8_t* from[kBases];
+#pragma GCC unroll 4
+      for (int i = 0; i < kBases; ++i) from[i] = apart(tap + 4 * i * pixel);
+      for (int64_t g = 0; g < groups; ++g, weight += 64) {
         __m512i w[kBlocks];
+#pragma GCC unroll 4
         for (int b = 0; b < kBlocks; ++b) w[b] = _mm512_loadu_si512(weight + b * block_bytes);
+#pragma GCC unroll 16
         for (int p = 0; p < kPixels; ++p) {
           int32_t four;
-          std::memcpy(&four, from + p * taps.pixel_bytes, 4);
+          std::memcpy(&four, from[p / 4] + p % 4 * pixel, 4);
           const __m512i a = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
           for (int b = 0; b < kBlocks; ++b) sum[p][b] = _mm512_dpbusd_epi32(sum[p][b], a, w[b]);
         }
+#pragma GCC unroll 4
+        for (int i = 0; i < kBases; ++i) from[i] += 4;
       }
     }
+  }
+#pragma GCC unroll 16
   for (int p = 0; p < kPixels; ++p)
+#pragma GCC unroll 4
     for (int b = 0; b < kBlocks; ++b) _mm512_storeu_si512(acc + (p * kBlocks + b) * kLanes, sum[p][b]);
 }
 

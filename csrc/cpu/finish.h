@@ -44,14 +44,20 @@ DFQ_INLINE inline Bytes lowest_bytes(VecInt v) {
 }
 #endif
 
-// The first `count` bytes, 1 to kWidth. A copy of a length that the compiler does not know is a call.
+// The first `count` bytes or floats, 1 to kWidth. A copy of a length that the compiler does not know is a call.
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 DFQ_INLINE inline void store_first(uint8_t* to, Bytes bytes, int64_t count) {
   _mm_mask_storeu_epi8(to, static_cast<__mmask16>(0xFFFFu >> (kWidth - count)), (__m128i)bytes);
 }
+DFQ_INLINE inline void store_first(float* to, Vec v, int64_t count) {
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>(0xFFFFu >> (kWidth - count)), (__m512)v);
+}
 #else
 DFQ_INLINE inline void store_first(uint8_t* to, Bytes bytes, int64_t count) {
   std::memcpy(to, &bytes, static_cast<size_t>(count));
+}
+DFQ_INLINE inline void store_first(float* to, Vec v, int64_t count) {
+  std::memcpy(to, &v, static_cast<size_t>(count) * sizeof(float));
 }
 #endif
 
@@ -238,8 +244,9 @@ struct Finish {
     }
   }
   DFQ_INLINE void give_real(Vec t, int64_t x, int64_t channel) const {
-    const int64_t lanes = std::min<int64_t>(kWidth, channels - channel);
-    std::memcpy(real_row + x * channels + channel, &t, static_cast<size_t>(lanes) * sizeof(float));
+    float* to = real_row + x * channels + channel;
+    if (channel + kWidth <= channels) store_vec(to, t);
+    else store_first(to, t, channels - channel);
   }
 };
 
