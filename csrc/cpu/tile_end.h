@@ -118,7 +118,7 @@ struct TileEnd {
     bool bent = finish.bent;
     if (finish.chains) {
       const Chain& chain = finish.chained[0];
-      if (chain.count != 1) return;
+      if (chain.count != 1 || chain.outs[0].room == 0) return;  // the other way knows results that nobody reads
       const int code = chain.step->kind;
       kind = code == kTable ? kLookedUp : code == kAdd ? kSummed : code == kMultiply ? kMultiplied : kRescaled;
       bent |= bends(chain.step->activation) || !chain.step->slope.empty();
