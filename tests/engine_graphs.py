@@ -247,10 +247,19 @@ def vector_network() -> IntegerGraph:
     return b.graph(b.linear(b.cat(b.cut(y, 3, 13), b.rescale(x, SIGNED)), 6))
 
 
+def unread_network() -> IntegerGraph:
+    """A sum that nobody reads, chained to a layer that others read."""
+    b = Builder((3, 7, 9))
+    stem = b.conv(b.first, 20, 3)
+    inner = b.conv(stem, 20, 1)
+    b.plus(inner, stem)
+    return b.graph(b.linear(b.mean(b.conv(inner, 12, 1)), 5))
+
+
 GRAPHS: dict[str, Callable[[], IntegerGraph]] = {
     made.__name__.removesuffix("_network"): made
     for made in (
         residual_network, squeeze_network, dense_network, inception_network, shuffle_network, pyramid_network,
-        joined_twice_network, anywhere_network, vector_network,
+        joined_twice_network, anywhere_network, vector_network, unread_network,
     )
 }  # fmt: skip
