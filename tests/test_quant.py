@@ -132,7 +132,8 @@ def double_forward(student: nn.Module, x: torch.Tensor) -> torch.Tensor:
             factor = bn.weight.detach() * torch.rsqrt(bn.running_var + bn.eps)
             shift = (shift - bn.running_mean) * factor + bn.bias.detach()
         mult, view = scale * (weight_scales[name] * factor), [1, -1] + [1] * (acc.dim() - 2)
-        return acc.float() * mult.view(view) + shift.view(view)
+        bias = (shift / mult).round() * mult  # on the accumulators' grid
+        return acc.float() * mult.view(view) + bias.view(view)
 
     out = quantize(layer("conv1", quantize(x, "quantizers.x_8")).relu(), "conv1.tail.quantizer")
     residual, residual_scale = quantize(layer("shortcut", out), "shortcut.tail.quantizer")
