@@ -48,6 +48,12 @@ class Activation:
         bounds = self.bounds
         return self.name == "hardsigmoid" if bounds is None else bounds[0] >= 0
 
+    @property
+    def saturates(self) -> bool:
+        """Whether it is constant towards both ends."""
+        bounds = self.bounds
+        return self.name == "hardsigmoid" if bounds is None else math.isfinite(bounds[0]) and math.isfinite(bounds[1])
+
     def __str__(self) -> str:
         count = NAMES[self.name]
         numbers = ",".join(repr(number) for number in (self.a, self.b)[:count])

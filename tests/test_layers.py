@@ -10,8 +10,9 @@ from torch.utils import _pytree as pytree
 
 import dfq
 from dfq.engine import Engine
+from dfq.layers.activation import Ending
 from dfq.layers.table import QuantTable
-from dfq.layers.tail import Tail
+from dfq.layers.tail import Tail, activate
 from dfq.layers.weighted import on_accumulators
 from dfq.quant import prepared_of
 from dfq.student import integer_graph
@@ -59,6 +60,16 @@ def test_a_table_has_the_mean_slope_of_each_step(name: str, step: float, rise: f
     x = (torch.arange(-128, 128) * step).requires_grad_()
     layer(x, torch.tensor(step)).sum().backward()
     assert x.grad is not None and abs(float(x.grad.sum()) * step - rise) < 1e-3 * rise
+
+
+@pytest.mark.parametrize(("text", "rise"), [("hardsigmoid", 1.0), ("relu6", 6.0), ("hardtanh(-1.0,2.0)", 3.0)])
+def test_an_activation_of_its_own_has_it_too(text: str, rise: float) -> None:
+    layer = Ending(Tail(activation=text)).train()
+    x = (torch.arange(-128, 128) * 20.0).requires_grad_()
+    out = layer(x, torch.tensor(20.0))
+    out.sum().backward()
+    assert torch.equal(out, activate(x, text)) and x.grad is not None
+    assert float(x.grad.sum()) * 20 == pytest.approx(rise, rel=1e-4)
 
 
 def test_a_root_has_no_slope_where_it_ends() -> None:

@@ -15,6 +15,7 @@ import dfq
 from dfq.config import quant_config
 from dfq.export import ExportError
 from dfq.quant import prepared_of
+from dfq.quant.quantizers import weight_layers
 from tests.onnx_runtime import session
 
 
@@ -64,6 +65,24 @@ def test_onnx_runtime_gives_the_student_s_logits(preset: str, dead: bool, tmp_pa
         assert float((found - expected).norm()) <= 0.01 * float(expected.norm()), fused
 
 
+def test_channels_of_the_lowest_integer_are_turned_around(tmp_path: Path) -> None:
+    """By a negative batch norm, which -128 does not allow in int8: the channel's result is turned instead."""
+    torch.manual_seed(3)
+    images = torch.randn(16, 3, 12, 12)
+    student = dfq.prepare(Mixed(False).eval(), (3, 12, 12), config=quant_config("W8A8", ranges="lsq"))
+    dfq.calibrate(student, [images])
+    lowest = 0
+    with torch.no_grad():
+        for _, quantizer, weight in weight_layers(student):
+            quantizer.scale.mul_(0.5)
+            lowest = min(lowest, int((quantizer(weight)[0].flatten(1).amin(1) / quantizer.scale).min().round()))
+        expected = student.eval()(images)
+    assert lowest == -128
+    dfq.export_onnx(student, tmp_path / "net.onnx")
+    found = torch.from_numpy(session(tmp_path / "net.onnx", fused=True).run(None, {"images": images.numpy()})[0])
+    assert float((found - expected).norm()) <= 0.01 * float(expected.norm())
+
+
 def test_weights_with_zero_points_are_refused(tmp_path: Path) -> None:
     config = replace(quant_config("W4A4"), weight_scheme="affine")
     student = dfq.prepare(Mixed(False).eval(), (3, 12, 12), config=config)
@@ -73,8 +92,9 @@ def test_weights_with_zero_points_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "net.onnx").exists()
 
 
-def test_convolutions_are_integers_and_batch_norms_their_scales(tmp_path: Path) -> None:
-    written(False, "W8A8", tmp_path / "net.onnx")
+@pytest.mark.parametrize("dead", [False, True], ids=["", "dead channels"])
+def test_convolutions_are_integers_and_batch_norms_their_scales(dead: bool, tmp_path: Path) -> None:
+    written(dead, "W8A8", tmp_path / "net.onnx")
     session(tmp_path / "net.onnx", fused=True, optimized=tmp_path / "optimized.onnx")
     found = Counter(node.op_type for node in onnx.load(str(tmp_path / "optimized.onnx")).graph.node)
     assert found["QLinearConv"] == 3 and found["Conv"] + found["BatchNormalization"] == 0

@@ -27,7 +27,7 @@ from dfq.engine.graph import (
     as_map,
     inputs,
 )
-from dfq.export.items import ExportError, Item, Open, in_order, joined
+from dfq.export.items import ExportError, Item, Open, grid_of, in_order, joined
 from dfq.export.view import View
 from dfq.layers import Kind
 from dfq.layers.integers import factored
@@ -229,7 +229,7 @@ class Exporter:
 
     def _pair(self, node: fx.Node, item: Item, quantizer: ActivationQuantizer) -> None:
         """The value of a node that gives `(value, scale)`."""
-        grid = Grid(float(quantizer.scale), int(quantizer.zero_point), quantizer.quant_min, quantizer.quant_max)
+        grid = grid_of(quantizer)
         alone = len(item.bases) == 1 and item.order is None
         names = [
             self._rounded(base, grid, node.name if alone else f"{node.name}_part{index}")

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dfq.engine.graph import Step
 from dfq.layers.kind import per_channel
-from dfq.quant.quantizers import WeightQuantizer
+from dfq.quant.quantizers import ActivationQuantizer, WeightQuantizer
+from dfq_kernels.integers import Grid
 
 
 class ExportError(ValueError):
@@ -56,6 +57,11 @@ class Item:
         for side in self.shape:
             count *= side
         return torch.arange(count, dtype=torch.float64).view(1, *self.shape)
+
+
+def grid_of(quantizer: ActivationQuantizer) -> Grid:
+    """The grid of its range."""
+    return Grid(float(quantizer.scale), int(quantizer.zero_point), quantizer.quant_min, quantizer.quant_max)
 
 
 def integer_weight(name: str, quantizer: WeightQuantizer, weight: Tensor) -> tuple[Tensor, Tensor]:

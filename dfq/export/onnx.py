@@ -11,10 +11,8 @@ added to real numbers. The arithmetic is ONNX's, which differs from `dfq.engine.
 - a function is computed where ONNX has it, not looked up; windows of pools that ONNX has not are summed in fp32;
 - a layer's `mult` is split into the input's scale and a weight scale, and a runtime may apply them in another order;
 - ONNX Runtime, optimising, adds a convolution's bias to the accumulators in int32. So does an exported student, whose
-  biases lie on that grid (`dfq.layers.weighted.on_accumulators`). Of another network with weights of few bits they are
-  written times a factor that makes the grid finer, and a bias so that its rounding changes no result, where one can be
-  found. Elsewhere it moves a result by at most 1/16 of a step, or the bias is an Add that ONNX Runtime does not round:
-  in networks that have grids of fewer than 8 bits always.
+  biases lie on that grid (`dfq.layers.weighted.on_accumulators`). A layer of another network, with a bias between two
+  of its steps, has an Add that ONNX Runtime does not round.
 
 ONNX Runtime 1.32 then computes in integers every convolution and every linear layer but convolutions of more than one
 pixel that something is added to, or whose bias is such an Add.

@@ -13,7 +13,8 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401  (its operators a
 from torch.nn import functional as F
 
 from dfq.errors import first_line
-from dfq.export.items import ExportError, integer_weight
+from dfq.export.items import ExportError, grid_of, integer_weight
+from dfq.export.onnx_nodes.channels import channels
 from dfq.layers.kind import Layer, per_channel
 from dfq.layers.tail import Tail, activate
 from dfq.layers.weighted import QuantLayer, on_accumulators
@@ -22,8 +23,6 @@ from dfq.quant.quantizers import ActivationQuantizer, WeightQuantizers, weight_l
 from dfq.running.checkpoint import write_atomic
 
 OPSET = 20
-SMALLEST = 2.0**-125  # step of accumulators, normal in fp32
-ROOM = 2.0**30  # of the accumulators' 2^31, for a bias
 UINT8 = 0, 255, torch.uint8  # all values: ONNX Runtime's integer kernels on x86 know no int8 ones
 
 
@@ -38,8 +37,9 @@ class Portable(nn.Module):
         super().__init__()
         self.student = student.eval()
         quantizers = [module for module in student.modules() if isinstance(module, ActivationQuantizer)]
-        self.grids = {id(module): (float(module.scale), int(module.zero_point)) for module in quantizers}
+        self.grids = {id(module): grid_of(module) for module in quantizers}
         self.folded: dict[int, str] = {}  # a layer's id: its bias, with the batch norm in it
+        self.turned: dict[int, str] = {}  # a layer's id: what multiplies its channels, where one is turned around
         self.weights = self._weights()
         for index, (integers, scale) in enumerate(self.weights):
             self.register_buffer(f"integers_{index}", integers)
@@ -47,17 +47,21 @@ class Portable(nn.Module):
 
     @torch.no_grad()
     def _weights(self) -> list[tuple[Tensor, Tensor]]:
-        """Every layer's integers and scales, its batch norm in them where that can be."""
+        """Every layer's integers and scales; where its input is quantized, its batch norm is in them."""
         found, inputs = [], input_quantizers(self.student)
         for index, (name, quantizer, weight) in enumerate(weight_layers(self.student)):
             layer: Any = self.student.get_submodule(name)
             integers, scale = integer_weight(name, quantizer, weight.detach())
-            step = inputs[name]
             mult, bias = layer.tail.constants(layer.bias, scale)
-            if step is not None and _fits(integers, mult * step.scale, bias):
+            if (step := inputs[name]) is not None:
+                mult = step.scale * mult
+                made = channels(integers, mult, on_accumulators(bias, mult), self.grids[id(step)], name)
                 self.folded[id(layer)] = f"bias_{index}"
-                self.register_buffer(f"bias_{index}", on_accumulators(bias, mult * step.scale))
-                integers, scale = integers * per_channel(mult.sign(), integers, 0), mult.abs()
+                self.register_buffer(f"bias_{index}", made.bias)
+                if bool((made.sign < 0).any()):
+                    self.turned[id(layer)] = f"sign_{index}"
+                    self.register_buffer(f"sign_{index}", made.sign)
+                integers, scale = made.weight, made.scale
             found.append((integers.to(torch.int8), scale.clone()))
         return found
 
@@ -93,8 +97,11 @@ class Portable(nn.Module):
         if isinstance(module, QuantLayer):
             x, _, weight, _ = arguments
             if id(module) in self.folded:
-                bias = getattr(self, self.folded[id(module)])
-                return self._finished(module.tail, module.accumulate(x, weight, bias))
+                sums = module.accumulate(x, weight, getattr(self, self.folded[id(module)]))
+                if id(module) in self.turned:
+                    sign = getattr(self, self.turned[id(module)])
+                    sums = sums * per_channel(sign, sums, module.channel_axis % sums.dim())
+                return self._finished(module.tail, sums)
             return self._ended(module.tail, module.accumulate(x, weight, module.bias))
         if isinstance(module, Layer):
             return self._ended(module.tail, module.compute(*arguments))
@@ -121,19 +128,13 @@ class Portable(nn.Module):
 
     def _rounded(self, quantizer: ActivationQuantizer, x: Tensor) -> tuple[Tensor, Tensor]:
         """To a grid and back, of 8 bits or fewer: bounds are put before the rounding."""
-        scale, zero = self.grids[id(quantizer)]
-        lowest = -128 if quantizer.quant_min < 0 else 0
-        if (quantizer.quant_min - lowest, quantizer.quant_max - lowest) != UINT8[:2]:
-            x = x.clamp((quantizer.quant_min - zero) * scale, (quantizer.quant_max - zero) * scale)
-        calls = torch.ops.quantized_decomposed
-        q = calls.quantize_per_tensor(x, scale, zero - lowest, *UINT8)
-        return calls.dequantize_per_tensor(q, scale, zero - lowest, *UINT8), quantizer.scale
-
-
-def _fits(integers: Tensor, step: Tensor, bias: Tensor) -> bool:
-    """Whether int8 weights, scales above 0 and an int32 bias can say it: `step` is what an accumulator counts in."""
-    turned = bool((integers.flatten(1).amin(1)[step < 0] < -127).any())
-    return not turned and bool(((step.abs() > SMALLEST) & (bias.abs() < ROOM * step.abs())).all())
+        grid = self.grids[id(quantizer)]
+        lowest = -128 if grid.signed else 0
+        if (grid.quant_min - lowest, grid.quant_max - lowest) != UINT8[:2]:
+            ends = ((end - grid.zero_point) * grid.scale for end in (grid.quant_min, grid.quant_max))
+            x = x.clamp(*ends)
+        calls, onto = torch.ops.quantized_decomposed, (grid.scale, grid.zero_point - lowest, *UINT8)
+        return calls.dequantize_per_tensor(calls.quantize_per_tensor(x, *onto), *onto), quantizer.scale
 
 
 def save_portable(student: fx.GraphModule, input_shape: tuple[int, ...], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -9,7 +10,8 @@ from torch import Tensor
 from dfq.engine import graph
 from dfq.layers.integers import Integers
 from dfq.layers.kind import Kind, Layer, register
-from dfq.layers.tail import Tail
+from dfq.layers.slope import with_mean_slope
+from dfq.layers.tail import Activated, Tail, activate
 from dfq.network.calls import Call
 from dfq_kernels.activations import Activation, activation_of
 
@@ -67,6 +69,14 @@ class Ending(Layer):
     def compute(self, *pairs: Tensor | None) -> Tensor:
         assert pairs[0] is not None
         return pairs[0]
+
+    def forward(self, *pairs: Tensor | None) -> Activated:
+        x, scale = pairs
+        if not self.training or scale is None or not activation_of(self.tail.activation).saturates:
+            return super().forward(*pairs)
+        assert x is not None
+        out = with_mean_slope(partial(activate, text=self.tail.activation), x, scale)
+        return out if self.tail.quantizer is None else self.tail.quantizer(out)  # type: ignore[no-any-return]
 
     def export(self, to: Integers) -> None:
         to.step(graph.Rescale(to.value(0), (), None))

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from dfq.engine import graph
 from dfq.layers.integers import Integers
 from dfq.layers.kind import Kind, Layer, Read, integers_of, register
+from dfq.layers.slope import with_mean_slope
 from dfq.layers.tail import Tail
 from dfq.network.calls import Call
 from dfq_kernels.integers import Grid
@@ -57,29 +58,6 @@ _FUNCTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Function], bool]] = 
 }  # fmt: skip
 
 
-class _Rounded(torch.autograd.Function):
-    """`f(x)` of an `x` on a grid of step `s`, with its mean slope over the step, `(f(x + s/2) - f(x - s/2)) / s`.
-
-    The slope at `x` itself is that of the whole step only where the function is nearly straight over it. A gate whose
-    inputs reach 10^5 has steps of 10^3: the sigmoid's slope at 0 is 1/4, and over the step it is 1/1000. Where one side
-    is outside of the function's domain there is no slope.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, function: Function) -> Tensor:
-        ctx.save_for_backward(x, scale)
-        ctx.function = function
-        return function(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        x, scale = ctx.saved_tensors
-        half = scale.float() / 2  # and x in fp32: in bf16 the difference would have a digit or two
-        rise = ctx.function(x.float() + half) - ctx.function(x.float() - half)
-        slope = torch.nan_to_num(rise / scale, 0.0, 0.0, 0.0).to(x.dtype)
-        return gradients[0] * slope, None, None
-
-
 @register
 class TableFunction(Kind):
     name = "table"
@@ -114,8 +92,7 @@ class QuantTable(Layer):
     def compute(self, *pairs: Tensor | None) -> Tensor:
         x, scale = pairs
         assert x is not None
-        result: Tensor = self.function(x) if scale is None else _Rounded.apply(x, scale.detach(), self.function)
-        return result
+        return self.function(x) if scale is None else with_mean_slope(self.function, x, scale)
 
     def exact(self, *pairs: Tensor | None) -> Tensor:
         x, scale = pairs

@@ -134,6 +134,12 @@ def on_accumulators(bias: Tensor, mult: Tensor) -> Tensor:
     return torch.where(steps.abs() < EXACT_LIMIT, torch.round(steps) * mult, bias)
 
 
+def lies_on_accumulators(bias: Tensor, mult: Tensor) -> bool:
+    """Whether `on_accumulators` made it; 2^22 steps and more are not told apart, so fine is the grid there."""
+    steps = bias / mult
+    return bool(((torch.round(steps) * mult == bias) | ~(steps.abs() < EXACT_LIMIT / 4)).all())
+
+
 def node_or_tensor(value: Any, method: str, *arguments: Any) -> Any:
     """A method of a tensor, or the call of it in the graph that a node is in."""
     if isinstance(value, fx.Node):
