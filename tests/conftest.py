@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: kernels run on CPU tensors
@@ -104,21 +105,21 @@ SMALL_RECIPE = Recipe(
 @pytest.fixture
 def run_small(tmp_path: Path):
     """Quantizes the small net; keywords go to `dfq.quantize`."""
+    return partial(small_run, tmp_path / "run")
 
-    def run(**keywords):
-        settings = {
-            "input_shape": (1, 12, 12),
-            "num_classes": 4,
-            "preset": "W3A3",
-            "recipe": SMALL_RECIPE,
-            "steps": 4,
-            "out": tmp_path / "run",
-            "precision": "fp32",
-        }
-        settings |= keywords
-        return dfq.quantize(settings.pop("model", None) or small_net(), **settings)
 
-    return run
+def small_run(folder: Path, **keywords):
+    settings = {
+        "input_shape": (1, 12, 12),
+        "num_classes": 4,
+        "preset": "W3A3",
+        "recipe": SMALL_RECIPE,
+        "steps": 4,
+        "out": folder,
+        "precision": "fp32",
+    }
+    settings |= keywords
+    return dfq.quantize(settings.pop("model", None) or small_net(), **settings)
 
 
 @pytest.fixture

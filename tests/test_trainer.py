@@ -25,7 +25,7 @@ from dfq.quant.quantizers import weight_layers
 from dfq.running.checkpoint import CheckpointError, load_tree
 from dfq.running.loop import Interrupted, NonFiniteError
 from dfq.running.optimizers import cosine, one_cycle
-from tests.conftest import SMALL_RECIPE, small_net
+from tests.conftest import SMALL_RECIPE, small_net, small_run
 
 
 def task(recipe=SMALL_RECIPE, quant=None, steps=4, seed=0, device="cpu") -> DataFreeTraining:
@@ -183,19 +183,23 @@ class StopAt:
             os.kill(os.getpid(), self.number)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory):
+    return small_run(tmp_path_factory.mktemp("whole") / "run")
+
+
 @pytest.mark.parametrize("step", [0, 4, 6, 8])  # in each generator's warm-up, at the calibration, among student steps
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-def test_an_interrupted_run_resumes_to_the_same_bits(run_small, tmp_path: Path, step: int, number: int) -> None:
-    whole = run_small(out=tmp_path / "whole")
+def test_an_interrupted_run_resumes_to_the_same_bits(run_small, whole, tmp_path: Path, step: int, number: int) -> None:
     with pytest.raises(Interrupted, match=f"interrupted after step {step + 1} of 11; continue with --resume") as stop:
         run_small(out=tmp_path / "cut", observer=StopAt(step, number))
     assert stop.value.signal_number == number
     resumed = run_small(out=tmp_path / "cut", resume=True)
-    assert states_equal(tmp_path / "whole", tmp_path / "cut")
+    assert states_equal(whole.folder, tmp_path / "cut")
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
     assert [row["step"] for row in read_metrics(tmp_path / "cut")] == list(range(11))
-    assert read_metrics(tmp_path / "cut") == read_metrics(tmp_path / "whole")
+    assert read_metrics(tmp_path / "cut") == read_metrics(whole.folder)
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -85,21 +85,22 @@ def save_image_grid(rows: Sequence[tuple[str, Tensor, Tensor | None]], path: Pat
 
     Each image is stretched to its own range: these are not pictures of anything, but their structure shows.
     """
-    count = max(len(images) for _, images, _ in rows)
-    figure = new_figure((count * 0.8, len(rows) * 1.1))
-    axes = figure.subplots(len(rows), count, squeeze=False)
-    for (title, images, labels), line in zip(rows, axes, strict=True):
-        for index, axis in enumerate(line):
-            axis.axis("off")
-            if index >= len(images):
-                continue
-            image = images[index].float().cpu().numpy()
-            low, high = image.min(), image.max()
-            image = np.moveaxis((image - low) / max(high - low, 1e-12), 0, -1)
-            axis.imshow(image[..., 0] if image.shape[-1] not in (3, 4) else image, cmap="gray")
+    count, across, down = max(len(images) for _, images, _ in rows), 1.2, 1.65  # in sides of an image
+    figure = new_figure((count * 0.7, len(rows) * 0.95))
+    axis = figure.add_axes((0.0, 0.0, 1.0, 1.0))  # one for all: an axis for each image takes longer than the images
+    axis.axis("off")
+    for line, (title, images, labels) in enumerate(rows):
+        bottom = -down * line
+        axis.text(0, bottom + 1.12, title, fontsize=7)
+        for index, image in enumerate(images.float().cpu().numpy()):
+            left, low, high = across * index, image.min(), image.max()
+            shown = np.moveaxis((image - low) / max(high - low, 1e-12), 0, -1)
+            shown = shown[..., 0] if shown.shape[-1] not in (3, 4) else shown
+            axis.imshow(shown, cmap="gray", vmin=0, vmax=1, extent=(left, left + 1, bottom, bottom + 1))
             if labels is not None:
-                axis.text(0.98, 1.02, str(int(labels[index])), fontsize=6, ha="right", transform=axis.transAxes)
-        line[0].set_title(title, fontsize=7, loc="left")
+                axis.text(left + 0.98, bottom + 1.02, str(int(labels[index])), fontsize=6, ha="right")
+    axis.set_xlim(-0.1, across * count)
+    axis.set_ylim(-down * (len(rows) - 1) - 0.1, 1.5)
     save_figure(figure, path)
 
 
