@@ -1,4 +1,4 @@
-"""Data-free network quantization by adversarial knowledge distillation (arXiv 2005.04136)."""
+"""Quantization of convolutional networks to integers, with or without data (arXiv 2005.04136)."""
 
 from dfq.names import __getattr__  # noqa: F401
 

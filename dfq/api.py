@@ -1,4 +1,4 @@
-"""The five things that the library does, as functions; the command line is a thin layer over them."""
+"""Runs as functions: quantize, distill, teach, load_run. The command line is a thin layer over them."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def quantize(
         resume: continue the run in `out`.
         device: `auto`, `cpu`, `cuda`, `cuda:N`.
         precision: `auto`, `fp32`, `bf16` (autocast in training; judged by the exact forward always).
-        capture: steps as CUDA graphs: `auto` (on a GPU, and where it fails as they are, with a warning), `on` (or an
-            error), `off`; the same bits.
+        capture: steps as CUDA graphs. `auto`: captured on a GPU; if capture fails, a warning, and steps run uncaptured.
+            `on`: captured, or an error. `off`: not. The bits are the same.
         compile: networks go through `torch.compile` (a minute at the start).
         profile: writes a Chrome trace of the last ten steps and a table by operator into `out`.
         spec: how `model` is built by name, so that `dfq evaluate OUT` can build it again.
@@ -112,7 +112,7 @@ def quantize(
     check("quantize", "config", config, "a QuantConfig", config is None or isinstance(config, QuantConfig))
     if config is None:
         preset = preset or "W4A4"
-        config = quant_config(preset, ranges=recipe.ranges, overrides=overrides)
+        config = quant_config(preset, ranges=recipe.ranges, overrides=overrides, owner="quantize")
     elif preset is not None or overrides is not None:
         raise ValueError("quantize: config must be given without preset and overrides, got both")
     where = resolve_device(device)
@@ -323,7 +323,7 @@ def _classes(
 
 def _recipe(owner: str, recipe: Any) -> Recipe:
     check(owner, "recipe", recipe, "a name or a Recipe", isinstance(recipe, (str, Recipe)))
-    return recipe_named(recipe) if isinstance(recipe, str) else recipe
+    return recipe_named(recipe, owner) if isinstance(recipe, str) else recipe
 
 
 def _copy(owner: str, model: Any) -> nn.Module:

@@ -11,7 +11,7 @@ from typing import Any
 from dfq.errors import check
 
 PRESETS = ("W8A8", "W4A8", "W4A4", "W3A3", "W2A4", "W2A2", "gdfq")
-"""Named bit widths. Any `W<2-8>A<2-8>` works, and any of them behind `gdfq-`; `gdfq` alone is `gdfq-W4A4`."""
+"""Named bit widths. Any `W<2-8>A<2-8>` works, and any of them after `gdfq-`; `gdfq` alone is `gdfq-W4A4`."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,10 @@ class QuantConfig:
         ranges: `minmax` (moving average) or `lsq` (learned step sizes, for fewer than 8 bits).
         weight_scheme: `symmetric` or `affine`, per output channel.
         activations: `all` (an integer network: image, every layer's input, every stream) or
-            `after_relu` (the output of every ReLU, once: not an integer network, but the literature's convention).
-        residual_bits: of streams: what additions, products, batch norms of their own, averages and resizes read.
+            `after_relu` (the result of every activation function, once: ReLU, SiLU, ..., not PReLU; no integer
+            network, but the literature's convention).
+        residual_bits: of streams: values that anything in integers but a layer with weights, a table or a maximum
+            computes with.
         averaging_constant: weight of a batch in a moving range.
         batch_norm: `frozen` (the teacher's statistics) or `train`.
     """
@@ -89,26 +91,30 @@ class QuantConfig:
 
 
 def quant_config(
-    preset: str, *, ranges: str = "minmax", overrides: Mapping[str, LayerBits] | None = None
+    preset: str,
+    *,
+    ranges: str = "minmax",
+    overrides: Mapping[str, LayerBits] | None = None,
+    owner: str = "quant_config",
 ) -> QuantConfig:
     """The config of a preset.
 
     `W4A4`: 4-bit weights and activations between 8-bit edge layers. `gdfq-W4A4`: the convention of GDFQ and its
-    descendants: edge layers at these bits too, affine weights, only activations behind a ReLU.
+    descendants: edge layers at these bits too, affine weights, only the results of activation functions.
 
     Args:
         preset: one of `PRESETS`, or any `[gdfq-]W<2-8>A<2-8>`.
         ranges: `minmax` (as in these papers) or `lsq`.
         overrides: bits by layer name.
+        owner: who is named in errors.
 
     Raises:
         ValueError: an unknown preset, or bits out of range.
     """
-    match = re.fullmatch(r"(?:(gdfq)-)?W(\d+)A(\d+)", "gdfq-W4A4" if preset == "gdfq" else preset)
-    if match is None:
-        raise ValueError(
-            f"quantize: preset must be one of {', '.join(PRESETS)} or [gdfq-]W<bits>A<bits>, got {preset!r}"
-        )
+    name = "gdfq-W4A4" if preset == "gdfq" else preset
+    match = re.fullmatch(r"(?:(gdfq)-)?W(\d+)A(\d+)", name) if isinstance(name, str) else None
+    check(owner, "preset", preset, f"one of {', '.join(PRESETS)} or [gdfq-]W<bits>A<bits>", match is not None)
+    assert match is not None
     bits = LayerBits(int(match[2]), int(match[3]))
     if match[1]:
         return QuantConfig(
@@ -232,13 +238,13 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def recipe_named(name: str) -> Recipe:
-    """A recipe of `RECIPES`.
+def recipe_named(name: str, owner: str = "recipe_named") -> Recipe:
+    """A recipe of `RECIPES`; owner: who is named in errors.
 
     Raises:
         ValueError: an unknown name.
     """
-    check("quantize", "recipe", name, f"one of {', '.join(RECIPES)}", name in RECIPES)
+    check(owner, "recipe", name, f"one of {', '.join(RECIPES)}", name in RECIPES)
     return RECIPES[name]
 
 

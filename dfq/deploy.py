@@ -1,4 +1,7 @@
-"""From a finished run to an integer network in a file, and from image files to classes."""
+"""What comes before and after an integer network.
+
+Before: whether a student can be one; images of files. After: the likeliest classes; the time of one image.
+"""
 
 from __future__ import annotations
 

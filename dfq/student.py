@@ -2,7 +2,7 @@
 
 student = dfq.prepare(model, (3, 224, 224), preset="W8A8")
 dfq.calibrate(student, batches)
-engine = dfq.export_integers(student, "model.safetensors")
+engine = dfq.export_integers(student, "integers.safetensors")
 """
 
 from __future__ import annotations
@@ -49,9 +49,11 @@ def prepare(
         ValueError: an unknown preset, or weights that are not fp32.
     """
     check("prepare", "model", type(model).__name__, "a torch.nn.Module", isinstance(model, nn.Module))
+    check("prepare", "config", config, "a QuantConfig", config is None or isinstance(config, QuantConfig))
     check("prepare", "config", config, "given without preset", config is None or preset is None)
+    config = config or quant_config(preset or "W8A8", owner="prepare")
     check_weights(model, owner="prepare", name="model")
-    student = quant.prepare(model, input_shape, config or quant_config(preset or "W8A8"))
+    student = quant.prepare(model, input_shape, config)
     quant.set_adapting(student, True)
     return student
 
@@ -67,7 +69,7 @@ def calibrate(student: fx.GraphModule, batches: Iterable[Tensor]) -> None:
     Raises:
         ValueError: no batches, or none without NaN and infinities.
     """
-    quant.prepared_of(student)
+    quant.prepared_of(student, "calibrate")
     mode, count = student.training, 0
     where = next(student.parameters()).device
     student.train()
@@ -80,6 +82,9 @@ def calibrate(student: fx.GraphModule, batches: Iterable[Tensor]) -> None:
         quant.set_adapting(student, False)
         student.train(mode)
     check("calibrate", "batches", count, "at least one", count > 0)
+    unset = quant.unset_ranges(student)
+    got = f"no range of {unset[0]}" if unset else "all"
+    check("calibrate", "batches", got, "images that are finite in every layer", not unset)
     quant.freeze_ranges(student)
 
 
@@ -89,12 +94,13 @@ def export_integers(
     """The integer network: bit-equal to the student in evaluation mode.
 
     Args:
-        student: of `prepare`, with ranges that `calibrate` or `freeze_ranges` has fixed; stays as it is.
+        student: of `prepare`, with ranges that `calibrate`, or `dfq.quant.freeze_ranges` after training, has fixed. It
+            stays as it is.
         path: where to write its file; None: nowhere.
         normalization: mean and deviation per channel of pixels / 255, for an engine that is given pixels.
 
     Raises:
-        ExportError: a part that stays in floating point (names it), a range that is not fixed.
+        ExportError: a part that stays in floating point (names it), or a range that moves or is learned.
         CheckpointError: the file cannot be written.
     """
     graph = integer_graph(student, normalization)
@@ -106,7 +112,7 @@ def export_integers(
 
 def integer_graph(student: nn.Module, normalization: Normalization | None = None) -> IntegerGraph:
     """The integer network as plain data; arguments and errors as of `export_integers`."""
-    shape = quant.prepared_of(student).input_shape
+    shape = quant.prepared_of(student, "export").input_shape
     normalization = check_normalization("export", normalization, shape[0])
     return export(copy.deepcopy(student).cpu(), normalization=normalization)  # type: ignore[arg-type]
 
@@ -119,10 +125,10 @@ def export_onnx(student: fx.GraphModule, path: str | Path) -> None:
         path: the file.
 
     Raises:
-        ExportError: a range that is not fixed, weights with zero points, or a call without an ONNX form.
+        ExportError: a range that moves or is learned, weights with zero points, or a call without an ONNX form.
         CheckpointError: the file cannot be written.
     """
-    known = quant.prepared_of(student)
+    known = quant.prepared_of(student, "export")
     if known.floats:
         save_portable(copy.deepcopy(student).cpu(), known.input_shape, Path(path))
     else:

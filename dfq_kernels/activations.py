@@ -20,7 +20,6 @@ NAMES: dict[str | None, int] = {
     None: 0, "relu": 0, "relu6": 0, "hardtanh": 2, "leaky_relu": 1, "hardsigmoid": 0, "hardswish": 0,
 }  # fmt: skip
 CODES = {name: code for code, name in enumerate(NAMES)}
-CLAMPS = ("relu", "relu6", "hardtanh")  # bounds of t become bounds of the integers
 
 
 @dataclass(frozen=True)

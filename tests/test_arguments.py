@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,27 @@ def test_teach(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=text):
             dfq.teach(spec, given, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: dfq.prepare(small_net(), (1, 12, 12), preset="W9"), "prepare: preset must be one of .*, got 'W9'"),
+        (lambda: dfq.prepare(small_net(), (1, 12, 12), preset=8), "prepare: preset must be one of .*, got 8"),
+        (lambda: dfq.prepare(small_net(), (1, 12, 12), config="x"), "prepare: config must be a QuantConfig, got 'x'"),
+        (lambda: dfq.quant_config(None), "quant_config: preset must be one of .*, got None"),
+        (lambda: dfq.calibrate(small_net(), []), "calibrate: student must be a network that dfq.prepare made"),
+        (lambda: dfq.export_integers(small_net()), "export: student must be a network that dfq.prepare made"),
+        (lambda: dfq.export_onnx(small_net(), "x"), "export: student must be a network that dfq.prepare made"),
+        (lambda: dfq.calibrate(dfq.prepare(small_net(), (1, 12, 12)), []), "calibrate: batches must be at least one"),
+        (lambda: dfq.calibrate(dfq.prepare(small_net(), (1, 12, 12)), [torch.full((2, 1, 12, 12), torch.nan)]),
+         "calibrate: batches must be images that are finite in every layer, got .no range of conv1"),
+    ],
+)  # fmt: skip
+def test_the_functions_of_somebody_s_own_loop_name_themselves(call: Callable[[], object], text: str) -> None:
+    with pytest.raises(ValueError, match=f"^{text}") as error:
+        call()
+    assert "\n" not in str(error.value)
 
 
 def test_configs() -> None:

@@ -126,7 +126,7 @@ def broken(net: torch.nn.Module, what: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("what", "text"),
-    [("missing", "'fc.bias' is missing"), ("extra", "no other tensors than the model's, got 'other'"),
+    [("missing", "got none of 'fc.bias'"), ("extra", "no other tensors than the model's, got 'other'"),
      ("shape", r"fc.weight in .* must have shape \(4, 8\), got \(9, 9\)"),
      ("nan", "conv1.weight in .* must be finite")],
 )  # fmt: skip

@@ -17,26 +17,11 @@ from typer.testing import CliRunner
 
 import dfq_kernels
 from dfq.running.checkpoint import save_weights
+from tests.command_line import ENVIRONMENT, RUN, dfq_command
 from tests.conftest import small_net
 
-RUN = """
-import dataclasses, sys
-import dfq.config
-from tests.conftest import SMALL_RECIPE
-dfq.config.RECIPES["default"] = dataclasses.replace(SMALL_RECIPE, name="default")
-from dfq.cli.app import main
-main()
-"""
 FACTORY = ["--model", "tests.conftest:small_net", "--input-shape", "1,12,12", "--num-classes", "4"]
 QUANTIZE = ["quantize", *FACTORY, "--steps", "3", "--preset", "W4A4"]
-
-
-def dfq_command(*arguments: str, cwd: Path | None = None, **keywords) -> subprocess.CompletedProcess[str]:
-    """The command with recipe `default` made small; everything else is the real thing."""
-    environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    return subprocess.run(
-        [sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, cwd=cwd, env=environment, **keywords
-    )
 
 
 def test_quantize_writes_its_folder_and_says_where(tmp_path: Path) -> None:
@@ -113,8 +98,9 @@ def test_teach_and_distill(tmp_path: Path) -> None:
 
 
 def test_interrupt_and_resume(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    command = [sys.executable, "-c", RUN, "quantize", *FACTORY, "--steps", "4000", "--out", str(tmp_path / "run")]
+    environment = {**os.environ, **ENVIRONMENT}
+    command = [sys.executable, "-c", f"{RUN}main()", "quantize", *FACTORY, "--steps", "4000"]
+    command += ["--out", str(tmp_path / "run")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -174,7 +160,7 @@ WRONG = {
     "error: quantize: model must accept images of (3, 12, 12)": [*QUANTIZE, "--input-shape", "3,12,12"],
     "error: dfq: model_kwargs must be a JSON object": [*QUANTIZE, "--model-kwargs", "[1"],
     "error: load_images: cifar10 (test) needs": [*QUANTIZE, "--data", "cifar10", "--data-root", "nowhere"],
-    "error: device must be one that this machine has": [*QUANTIZE, "--device", "cuda:7"],
+    "error: dfq: device must be one that this machine has": [*QUANTIZE, "--device", "cuda:7"],
     "error: dfq: model must be given with stem, got none": ["quantize", "--stem", "imagenet"],
     "error: dfq: model must be given with input_shape, got none": ["quantize", "--input-shape", "1,28,28"],
     "error: dfq: stem must be given with a named model": [*QUANTIZE, "--stem", "imagenet"],
@@ -199,55 +185,12 @@ WRONG = {
 }
 
 
-FORKED = (
-    RUN.replace("main()\n", "")
-    + """
-import json, os, traceback
-for number, arguments in enumerate(json.load(sys.stdin)):
-    child = os.fork()
-    if child:
-        print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
-        continue
-    for descriptor, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{number}.{name}", os.O_CREAT | os.O_WRONLY), descriptor)
-    os.mkdir(str(number))
-    os.chdir(str(number))
-    sys.argv, code = ["dfq", *arguments], 0
-    try:
-        main()
-    except SystemExit as exit:
-        code = exit.code or 0
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    os._exit(code)
-"""
-)
-
-
-@pytest.fixture(scope="module")
-def wrong(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, Path]]:
-    """Exit code, standard error and folder of every wrong command; a process each, forked where all is imported."""
-    folder = tmp_path_factory.mktemp("wrong")
-    environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", FORKED], input=json.dumps(list(WRONG.values())), capture_output=True, text=True,
-        cwd=folder, env=environment, check=True,
-    )  # fmt: skip
-    codes = [json.loads(line) for line in done.stdout.split()]
-    return {
-        text: (code, (folder / f"{number}.err").read_text(), folder / str(number))
-        for number, (text, code) in enumerate(zip(WRONG, codes, strict=True))
-    }
-
-
 @pytest.mark.parametrize("text", WRONG)
-def test_wrong_input_is_one_line_and_exit_code_1(wrong: dict[str, tuple[int, str, Path]], text: str) -> None:
-    code, stderr, folder = wrong[text]
-    assert code == 1 and text in stderr
-    assert len(stderr.strip().splitlines()) == 1 and "Traceback" not in stderr
-    assert not (folder / "run").exists()
+def test_wrong_input_is_one_line_and_exit_code_1(tmp_path: Path, text: str) -> None:
+    done = dfq_command(*WRONG[text], cwd=tmp_path)
+    assert done.returncode == 1 and text in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_without_norms_is_refused(tmp_path: Path) -> None:
@@ -266,7 +209,7 @@ def test_a_model_without_norms_is_refused(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
     """A file size limit stands for the disk: the first file past it cannot be written."""
     code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-    code += "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" + RUN
+    code += "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" + RUN + "main()"
     out = tmp_path / "run"
     done = subprocess.run([sys.executable, "-c", code, *QUANTIZE, "--out", str(out)], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr

@@ -159,6 +159,16 @@ def test_a_run_with_parts_in_floating_point_is_shown_and_drawn(run_small, tmp_pa
     assert found["floats"] == written["floating_point"] and picture.read_bytes()[1:4] == b"PNG"
 
 
+def test_a_run_with_parts_in_floating_point_is_exported_as_onnx_alone(run_small, tmp_path: Path) -> None:
+    spec = ModelSpec("tests.test_inspect:mixed", 1, 4)
+    run = run_small(model=Mixed().eval(), preset="W8A8", steps=1, integers=False, spec=spec).folder
+    onnx, integers = tmp_path / "net.onnx", tmp_path / "integers.safetensors"
+    shown = command("export", run, "--onnx", onnx, "-o", integers)
+    assert f"{onnx} is written; {integers} is not: " in shown and onnx.exists() and not integers.exists()
+    found = json.loads(command("export", run, "--onnx", onnx, "-o", integers, "--json"))
+    assert found["onnx"] == str(onnx) and found["file"] is None and found["floating_point"] >= 3
+
+
 def test_a_run_of_integers_shows_what_its_file_shows(run_small) -> None:
     result = run_small(spec=ModelSpec("tests.conftest:small_net", 1, 4), steps=1)
     run = json.loads(command("inspect", result.folder, "--json"))

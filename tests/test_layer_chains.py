@@ -45,7 +45,7 @@ def test_parts_in_any_order_are_the_same_integers(names: list[str], sides: tuple
         assert torch.equal(Engine(made)(images), student(images))
 
 
-# a padded value as an output and, with fewer bits, in a layer: what fills it was rounded twice
+# a padded value as an output and, with fewer bits, in a layer: both round what fills it
 PADDED_TWICE = Wiring((("conv", 0, 0), ("pad and crop", 0, 0), ("halves", 0, 1), ("conv", 1, 1)), (1,), (4, 4))
 PADDED_AGAIN = Wiring((("conv", 0, 0), ("pad and crop", 0, 0), ("pad and crop", 0, 0)), (), (7, 3))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
@@ -80,6 +80,35 @@ def test_a_root_has_no_slope_where_it_ends() -> None:
     assert x.grad is not None and x.grad.tolist() == pytest.approx(
         [0.0, *((q + 0.5) ** 0.5 - (q - 0.5) ** 0.5 for q in (1, 2, 3))]
     )
+
+
+class Constants(nn.Module):
+    """Parameters that are used as they are, reshaped, subtracted and divided by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.plain, self.shaped = nn.Parameter(torch.full((1, 4, 1, 1), 0.5)), nn.Parameter(torch.full((4,), 2.0))
+        self.less, self.over = nn.Parameter(torch.full((4, 1, 1), 0.25)), nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.conv(x) * self.plain * self.shaped.view(1, -1, 1, 1) - self.less) / self.over
+
+
+def test_constants_that_a_model_trains_are_trained_in_the_student() -> None:
+    model = Constants().eval()
+    student = dfq.prepare(model, (3, 8, 8))
+    images = torch.randn(4, 3, 8, 8)
+    student(images).square().mean().backward()
+    constants = [value for name, value in student.named_parameters() if name.endswith("constant")]
+    assert len(constants) == 4 and all(value.grad is not None and bool(value.grad.any()) for value in constants)
+    assert any(value is model.plain for value in constants)
+    with torch.no_grad():
+        for value in constants:
+            value.mul_(1.5)
+    dfq.calibrate(student, [images])
+    with torch.no_grad():
+        assert torch.equal(dfq.export_integers(student)(images), student.eval()(images))
 
 
 def test_a_bias_lies_on_the_accumulators_grid() -> None:

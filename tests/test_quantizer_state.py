@@ -12,6 +12,7 @@ from torch import distributed as dist
 from torch import multiprocessing as mp
 from torch import nn
 
+import dfq
 from dfq.config import quant_config
 from dfq.export import ExportError, export
 from dfq.layers import Tail
@@ -60,6 +61,21 @@ def test_a_network_that_saw_no_finite_image_is_not_frozen_learned_or_exported(se
             call(student)
     with pytest.raises(ExportError, match="must have fixed ranges"):
         export(student.eval())
+
+
+def test_ranges_that_move_or_are_learned_are_not_exported() -> None:
+    """The integer network would have another scale than the student's own evaluation."""
+    student = dfq.prepare(small_net(), (1, 12, 12), config=quant_config("W4A4", **LSQ))
+    images = torch.randn(4, 1, 12, 12)
+    student(images)
+    with pytest.raises(ExportError, match="must have fixed ranges .dfq.calibrate, .*got a moving one of conv1"):
+        dfq.export_integers(student)
+    learn_ranges(student, quant_config("W4A4", **LSQ))
+    with pytest.raises(ExportError, match="must have fixed ranges .*got a (moving|learned) one of"):
+        dfq.export_integers(student)
+    freeze_ranges(student)
+    with torch.no_grad():
+        assert torch.equal(dfq.export_integers(student)(images), student.eval()(images))
 
 
 @pytest.mark.parametrize("factor", [1e-9, 1e-5, 1e5, 1e9])

@@ -188,8 +188,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory):
     return small_run(tmp_path_factory.mktemp("whole") / "run")
 
 
-@pytest.mark.parametrize("step", [0, 4, 6, 8])  # in each generator's warm-up, at the calibration, among student steps
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+# in each generator's warm-up, at the calibration, among student steps; by either signal
+@pytest.mark.parametrize(("step", "number"), [(0, signal.SIGINT), (4, signal.SIGTERM), (6, signal.SIGINT),
+                                              (8, signal.SIGTERM), (8, signal.SIGINT)])  # fmt: skip
 def test_an_interrupted_run_resumes_to_the_same_bits(run_small, whole, tmp_path: Path, step: int, number: int) -> None:
     with pytest.raises(Interrupted, match=f"interrupted after step {step + 1} of 11; continue with --resume") as stop:
         run_small(out=tmp_path / "cut", observer=StopAt(step, number))

@@ -80,7 +80,7 @@ def _test_images(data: str | None, root: Path | None, normalization: Any) -> Ima
 
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write.")] = Path("model.safetensors"),
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write.")] = Path("integers.safetensors"),
     mean: Mean = None,
     std: Std = None,
     data: Annotated[
@@ -88,7 +88,8 @@ def export(
         typer.Option(help="Data set whose mean and deviation pixels get. Default: what the run was given."),
     ] = None,
     onnx: Annotated[
-        Path | None, typer.Option(help="Also write it as ONNX (QDQ) to this file; needs the package onnx.")
+        Path | None,
+        typer.Option(help="Also write it as ONNX (QDQ) to this file; needs onnx, for float parts onnxscript."),
     ] = None,
     json_output: Json = False,
 ) -> None:
@@ -101,7 +102,8 @@ def export(
     if onnx is not None:
         export_onnx(model, onnx)  # type: ignore[arg-type]
     if onnx is not None and floats:
-        print(f"{onnx} is written; {out} is not: {len(floats)} calls stay in floating point ({floats[0][1]}, ...)")
+        said_so = f"{onnx} is written; {out} is not: {len(floats)} calls stay in floating point ({floats[0][1]}, ...)"
+        print(json.dumps({"file": None, "onnx": str(onnx), "floating_point": len(floats)}) if json_output else said_so)
         return
     graph = integer_graph(model, said)
     engine.save_graph(graph, out)

@@ -25,7 +25,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp")
 
 
 def _read_bytes(path: Path) -> bytes:
-    """The file, or the file with `.gz` behind its name, unpacked."""
+    """The file, or the file with `.gz` after its name, unpacked."""
     packed = path.with_name(path.name + ".gz")
     if not path.exists() and packed.exists():
         return gzip.decompress(packed.read_bytes())
@@ -47,6 +47,7 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
 
 
 def fashion_mnist(folder: Path, split: str) -> tuple[Tensor, Tensor]:
+    """`[N, 1, 32, 32]`: its two IDX files, 28x28 pixels with two zeros more on every side."""
     prefix = "train" if split == "train" else "t10k"
     pixels = torch.from_numpy(read_idx(folder / f"{prefix}-images-idx3-ubyte", 3).copy())
     if pixels.shape[1:] != (28, 28):
@@ -56,6 +57,8 @@ def fashion_mnist(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def cifar(archive: str, label_bytes: int) -> Callable[[Path, str], tuple[Tensor, Tensor]]:
+    """The reader of an archive's binary files: records of `label_bytes` labels, of which the last counts, and
+    `[3, 32, 32]` pixels."""
     files = {
         ("cifar-10-batches-bin", "train"): [f"data_batch_{i}.bin" for i in range(1, 6)],
         ("cifar-10-batches-bin", "test"): ["test_batch.bin"],
@@ -80,6 +83,7 @@ def cifar(archive: str, label_bytes: int) -> Callable[[Path, str], tuple[Tensor,
 
 
 def svhn(folder: Path, split: str) -> tuple[Tensor, Tensor]:
+    """`<split>_32x32.mat`: X `[32, 32, 3, N]`, y from 1 to 10, where 10 is the digit 0."""
     arrays = read_mat((folder / f"{split}_32x32.mat").read_bytes())
     if arrays["X"].dtype != np.uint8 or arrays["X"].ndim != 4:
         raise ValueError(f"X must be bytes with 4 axes, got {arrays['X'].dtype} with {arrays['X'].ndim}")
@@ -89,6 +93,7 @@ def svhn(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def tiny_imagenet(folder: Path, split: str) -> tuple[Tensor, Tensor]:
+    """`train/<class>/images`, or `val` by its annotations; a class's number is its line in `wnids.txt`."""
     inner = folder / "tiny-imagenet-200" if (folder / "tiny-imagenet-200").is_dir() else folder
     classes = {name: label for label, name in enumerate((inner / "wnids.txt").read_text().split())}
     if split == "train":

@@ -1,7 +1,7 @@
 """The integer network as plain data: values on grids, and the steps that make them, in order.
 
-A value of one image is a map `(C, H, W)` or a vector `(C,)`, which is a map of one pixel. Every step ends alike, in
-fp32, each operation rounded on its own (`t` is what the step computes):
+A value of one image is a map `(C, H, W)` or a vector `(C,)`, which is a map of one pixel. All steps but moves and
+maxima end alike, in fp32, each operation rounded on its own (`t` is what the step computes):
 
     t = act(t);  q = clamp(rne(t * (1 / scale) + zero_point), quant_min, quant_max)      for each of its results
 

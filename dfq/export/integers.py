@@ -27,7 +27,7 @@ from dfq.engine.graph import (
     as_map,
     inputs,
 )
-from dfq.export.items import ExportError, Item, Open, grid_of, in_order, joined
+from dfq.export.items import ExportError, Item, Open, check_fixed, grid_of, in_order, joined
 from dfq.export.view import View
 from dfq.layers import Kind
 from dfq.layers.integers import factored
@@ -85,9 +85,7 @@ class Exporter:
 
     def __init__(self, model: fx.GraphModule) -> None:
         self.model, self.input_shape = model, prepared_of(model).input_shape
-        for name, module in model.named_modules():
-            if isinstance(module, ActivationQuantizer) and not module.seen:
-                raise ExportError(f"export: the model must have fixed ranges (freeze_ranges), got {name} without one")
+        check_fixed(model)
         self.weights = {name: (quantizer, weight) for name, quantizer, weight in weight_layers(model)}
         self.bounds = self._check_bounds()
         self.items: dict[fx.Node, Item] = {}

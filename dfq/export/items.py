@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfq.engine.graph import Step
 from dfq.layers.kind import per_channel
-from dfq.quant.quantizers import ActivationQuantizer, WeightQuantizer
+from dfq.quant.quantizers import FIXED, ActivationQuantizer, WeightQuantizer
 from dfq_kernels.integers import Grid
 
 
@@ -57,6 +57,18 @@ class Item:
         for side in self.shape:
             count *= side
         return torch.arange(count, dtype=torch.float64).view(1, *self.shape)
+
+
+def check_fixed(model: nn.Module) -> None:
+    """Whether every range stays where it is.
+
+    Raises:
+        ExportError: one that still follows the batches, or is a parameter.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, ActivationQuantizer) and module.source != FIXED:
+            how = "dfq.calibrate, or dfq.quant.freeze_ranges after training"
+            raise ExportError(f"export: the model must have fixed ranges ({how}), got a {module.source} one of {name}")
 
 
 def grid_of(quantizer: ActivationQuantizer) -> Grid:

@@ -6,7 +6,7 @@ above where that is under 255. ReLU, other clamps and grids of fewer bits are th
 own. Moves work on these integers. No sum is rounded that the network does not round: what is added to a layer's sums is
 added to real numbers. The arithmetic is ONNX's, which differs from `dfq.engine.graph` in this:
 
-- QuantizeLinear divides by the scale where the engine multiplies by its reciprocal, and adds the zero point behind the
+- QuantizeLinear divides by the scale where the engine multiplies by its reciprocal, and adds the zero point after the
   rounding where the engine adds it before: a value at a tie may land on the neighbour;
 - a function is computed where ONNX has it, not looked up; windows of pools that ONNX has not are summed in fp32;
 - a layer's `mult` is split into the input's scale and a weight scale, and a runtime may apply them in another order;
@@ -14,8 +14,9 @@ added to real numbers. The arithmetic is ONNX's, which differs from `dfq.engine.
   biases lie on that grid (`dfq.layers.weighted.on_accumulators`). A layer of another network, with a bias between two
   of its steps, has an Add that ONNX Runtime does not round.
 
-ONNX Runtime 1.32 then computes in integers every convolution and every linear layer but convolutions of more than one
-pixel that something is added to, or whose bias is such an Add.
+ONNX Runtime 1.32 then computes linear layers in integers, and every convolution whose sums one QuantizeLinear reads. It
+does not where something is added to the sums, where the bias is such an Add, or where the activation is more than
+bounds. In the first two cases a convolution of single pixels is a MatMul, whose real sums need no QuantizeLinear.
 """
 
 from __future__ import annotations
@@ -69,12 +70,13 @@ def save_onnx(graph: IntegerGraph, path: Path) -> None:
     try:
         import onnx
     except ImportError as error:
-        raise ExportError("export: the package onnx must be installed for an ONNX file (pip install onnx)") from error
+        rule = "the package onnx must be installed for an ONNX file (pip install onnx)"
+        raise ExportError(f"export: {rule}, got none") from error
     model = _model(Writer(graph, onnx))
     try:
         onnx.checker.check_model(model, full_check=True)
     except Exception as error:  # its errors are Exceptions of several modules
-        raise ExportError(f"export: the network must have an ONNX form: {first_line(error)}") from error
+        raise ExportError(f"export: the network must have an ONNX form, got {first_line(error)}") from error
     write_atomic(path, model.SerializeToString())
 
 
@@ -174,7 +176,7 @@ def _rescale(writer: Writer, step: Rescale, out: str) -> str:
 
 
 def _output(writer: Writer, output: Output, name: str) -> None:
-    """Elements in their order and shape, and the function behind them."""
+    """Elements in their order and shape, and the function after them."""
     real, shape = writer.reals[output.value], writer.shapes[output.value]
     last = name if output.function is None else f"{name}.before"
     if output.order is not None:

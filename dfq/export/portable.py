@@ -13,7 +13,7 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401  (its operators a
 from torch.nn import functional as F
 
 from dfq.errors import first_line
-from dfq.export.items import ExportError, grid_of, integer_weight
+from dfq.export.items import ExportError, check_fixed, grid_of, integer_weight
 from dfq.export.onnx_nodes.channels import channels
 from dfq.layers.kind import Layer, per_channel
 from dfq.layers.tail import Tail, activate
@@ -35,6 +35,7 @@ class Portable(nn.Module):
 
     def __init__(self, student: fx.GraphModule) -> None:
         super().__init__()
+        check_fixed(student)
         self.student = student.eval()
         quantizers = [module for module in student.modules() if isinstance(module, ActivationQuantizer)]
         self.grids = {id(module): grid_of(module) for module in quantizers}
@@ -148,7 +149,7 @@ def save_portable(student: fx.GraphModule, input_shape: tuple[int, ...], path: P
         import onnxscript  # noqa: F401
     except ImportError as error:
         rule = "the packages onnx and onnxscript must be installed for a network with parts in floating point"
-        raise ExportError(f"export: {rule} (pip install onnx onnxscript)") from error
+        raise ExportError(f"export: {rule} (pip install onnx onnxscript), got none") from error
     images = torch.zeros(2, *input_shape)
     batch = torch.export.Dim("N", min=1)
     try:

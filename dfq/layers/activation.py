@@ -25,6 +25,8 @@ LARGEST = float("inf")
 
 @register
 class FusedActivation(Kind):
+    """`t = act(t)` in fp32, at the end of the step before it where it alone reads that; else `t = act((x - z) * s)`."""
+
     name = "activation"
     calls = (*_PLAIN, *_CLAMPS, "aten.leaky_relu.default")
     activation = rectifies = True

@@ -13,6 +13,8 @@ from dfq.network.calls import Call, shape_of
 
 @register
 class Add(Kind):
+    """`x + y` of two values of one shape, or one of them spread over the other."""
+
     name = "addition"
     calls = ("aten.add.Tensor",)
     sums = True
@@ -38,6 +40,8 @@ def why_not_two(call: Call) -> str | None:
 
 
 class QuantAdd(Layer):
+    """`t = x + y`, of real values; where one of them is a layer's sums, its step is that layer's, with a residual."""
+
     def compute(self, *pairs: Tensor | None) -> Tensor:
         x, _, other, _ = pairs
         assert x is not None and other is not None

@@ -24,6 +24,8 @@ _REDUCTIONS = ("aten.mean.dim", "aten.sum.dim_IntList")
 
 @register
 class AveragePool(Kind):
+    """The average of each window, of a kernel or of an adaptive pool: `t = float(sum of (x - z)) * (s / count)`."""
+
     name = "average pool"
     calls = ("aten.avg_pool1d.default", "aten.avg_pool2d.default", *_ADAPTIVE)
 
@@ -148,6 +150,8 @@ def _dims(dim: Any, axes: int) -> list[int]:
 
 
 class QuantReduction(Layer):
+    """`t = float(sum over dims of (x - z)) * s`; of a mean `s / count` in place of `s`."""
+
     def __init__(self, dims: list[int], keepdim: bool, mean: bool, tail: Tail) -> None:
         super().__init__(tail)
         self.dims, self.keepdim, self.mean = dims, keepdim, mean

@@ -1,4 +1,4 @@
-"""Batch norms of stored statistics. Behind a layer they are in its constants; on their own they are a step:
+"""Batch norms of stored statistics. After a layer they are in its constants; on their own they are a step:
 `t = (x - mean[c]) * mult[c] + bias[c]`."""
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from dfq_kernels.bn_act_stats.reference import multiplier
 
 @register
 class BatchNorm(Kind):
+    """`t = (x - mean[c]) * (weight[c] / sqrt(var[c] + eps)) + bias[c]`, of stored statistics."""
+
     name = "batch norm"
     calls = ("aten.batch_norm.default",)
     normalizes = True

@@ -22,6 +22,8 @@ from dfq.network.calls import Call
 
 @register
 class Convolution(Weighted):
+    """`t = conv(x, w) + b` over one or two axes, in groups, with any padding."""
+
     name = "convolution"
     calls = ("aten.conv1d.default", "aten.conv2d.default", "aten.conv1d.padding", "aten.conv2d.padding")
 
@@ -62,7 +64,7 @@ class QuantConv(QuantLayer):
 
     def accumulate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x, weight = self._map(x), wide(weight)
-        return self._as(F.conv2d(x, weight, bias, **self.geometry), weight)
+        return self._as(F.conv2d(x, weight, bias, **self.geometry))
 
     def fake_quantized(self, x: Tensor, x_scale: Tensor | None, weight: Tensor, weight_scale: Tensor) -> Tensor:
         if x_scale is None:
@@ -73,13 +75,13 @@ class QuantConv(QuantLayer):
             self._map(x), x_scale, wide(weight), weight_scale, self.bias, **self.geometry,
             dtype=torch.get_autocast_dtype(kind) if autocast and x.dtype != torch.float64 else None,
         )  # fmt: skip
-        return self._as(out, weight)
+        return self._as(out)
 
     def _map(self, x: Tensor) -> Tensor:
         x = x.unsqueeze(-2) if self.weight.dim() == 3 else x
         return F.pad(x, (0, self.after[1], 0, self.after[0])) if any(self.after) else x
 
-    def _as(self, out: Tensor, weight: Tensor) -> Tensor:
+    def _as(self, out: Tensor) -> Tensor:
         return out.squeeze(-2) if self.weight.dim() == 3 else out
 
     def export(self, to: Integers) -> None:

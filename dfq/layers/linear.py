@@ -17,6 +17,8 @@ from dfq.network.calls import Call
 
 @register
 class Linear(Weighted):
+    """`t = float(acc) * mult[o] + bias[o]`, `acc` the sum over the last axis of `(x - z) * weight[o]`."""
+
     name = "linear"
     calls = ("aten.linear.default",)
 

@@ -16,6 +16,8 @@ _PLAIN = ("aten.max_pool1d.default", "aten.max_pool2d.default")
 
 @register
 class MaxPool(Kind):
+    """The largest integer of each window of a kernel; the grid stays."""
+
     name = "max pool"
     calls: ClassVar[tuple[str, ...]] = _PLAIN
 
@@ -40,6 +42,8 @@ class MaxPool(Kind):
 
 @register
 class AdaptiveMaxPool(MaxPool):
+    """The largest integer of each window, as many windows an axis as the result has places; the grid stays."""
+
     name = "adaptive max pool"
     calls = (ADAPTIVE_MAX,)
 

@@ -16,6 +16,8 @@ _SCATTERS = ("aten.slice_scatter.default", "aten.select_scatter.default")
 
 @register
 class Move(Kind):
+    """Every element of the result is one of the operand's: reshapes, permutations, slices, shuffles, repetitions."""
+
     name = "move"
     calls = tuple(
         f"aten.{name}" for name in (

@@ -15,6 +15,8 @@ from dfq.network.calls import Call
 
 @register
 class Multiply(Kind):
+    """`x * y` of two values of one shape, or one of them spread over the other."""
+
     name = "multiplication"
     calls = ("aten.mul.Tensor",)
 
@@ -29,6 +31,8 @@ class Multiply(Kind):
 
 
 class QuantMultiply(Layer):
+    """In training `x * y`; exact: the product of both integers, times the product of both scales."""
+
     def compute(self, *pairs: Tensor | None) -> Tensor:
         x, _, other, _ = pairs
         assert x is not None and other is not None

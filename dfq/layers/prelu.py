@@ -14,6 +14,8 @@ from dfq.network.calls import Call
 
 @register
 class PReLU(Kind):
+    """`t > 0 ? t : slope[c] * t`, with one slope or one for each channel; the student trains it."""
+
     name = "prelu"
     calls = ("aten.prelu.default", "aten._prelu_kernel.default")
 
@@ -30,6 +32,8 @@ class PReLU(Kind):
 
 
 class QuantPReLU(Layer):
+    """`t = (x - z) * s`, then `t > 0 ? t : slope[c] * t`; a slope that is a parameter of the model stays that one."""
+
     def __init__(self, slope: nn.Parameter, tail: Tail) -> None:
         super().__init__(tail)
         self.slope = slope

@@ -19,6 +19,8 @@ from dfq.network.calls import Call, shape_of
 
 @register
 class Resize(Kind):
+    """Linear and bilinear resizing to a size or by factors, with corners aligned or not."""
+
     name = "resize"
     calls = ("aten.upsample_linear1d.vec", "aten.upsample_bilinear2d.vec")
 
@@ -47,6 +49,11 @@ def _axis(before: int, after: int, factor: float | None, align_corners: bool) ->
 
 
 class QuantResize(Layer):
+    """In training torch's resizing; exact: `h` and `t` on integers, from places and weights that are computed once.
+
+    rows, columns: int32 `[2, OH]` and `[2, OW]`, both neighbours; row_weights, column_weights: fp32, of the second.
+    """
+
     rows: Tensor
     row_weights: Tensor
     columns: Tensor

@@ -14,7 +14,8 @@ from dfq.network.calls import Call
 
 @register
 class Scale(Kind):
-    """`x * constant` or `x + constant`; what a model trains in the constant, the student trains too."""
+    """`x * constant` or `x + constant`. A constant that is made of the model's parameters (`gamma.view(1, -1, 1, 1)`,
+    `1 / c`) is a parameter of the student."""
 
     name = "scale"
     calls = ("aten.mul.Tensor", "aten.add.Tensor")
@@ -50,6 +51,8 @@ def _constant(call: Call) -> Tensor | None:
 
 
 class QuantScale(Layer):
+    """`x * constant` or `x + constant` and what follows."""
+
     def __init__(self, constant: Tensor, multiplies: bool, tail: Tail) -> None:
         super().__init__(tail)
         self.multiplies = multiplies

@@ -11,6 +11,8 @@ FUNCTIONS = {"aten.softmax.int": "softmax", "aten.log_softmax.int": "log_softmax
 
 @register
 class Softmax(Kind):
+    """`exp(x) / (the sum of exp(x) along an axis)`, or its logarithm: the function of an output, no step."""
+
     name = "softmax of an output"
     calls = tuple(FUNCTIONS)
 

@@ -60,6 +60,8 @@ _FUNCTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Function], bool]] = 
 
 @register
 class TableFunction(Kind):
+    """`t = f(x)`, looked up: x has 8 bits, so f has at most 256 values. Powers are whole and not negative."""
+
     name = "table"
     calls = tuple(_FUNCTIONS)
     rectifies = True

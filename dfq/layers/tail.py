@@ -113,7 +113,7 @@ class Tail(nn.Module):
         return quantized
 
     def constants(self, layer_bias: Tensor | None, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
-        """`(mult, bias)` per channel behind an accumulator: layer bias and batch norm, never folded into weights."""
+        """`(mult, bias)` per channel after an accumulator: layer bias and batch norm, never folded into weights."""
         bias = torch.zeros_like(weight_scale) if layer_bias is None else layer_bias.float()
         if self.bn is None:
             return weight_scale, bias

@@ -22,6 +22,8 @@ from dfq.network.calls import Call
 
 @register
 class TransposedConvolution(Weighted):
+    """`acc = sum of (x - z) * weight`, of the input with `stride - 1` zeros between its pixels."""
+
     name = "transposed convolution"
     calls = ("aten.conv_transpose1d.default", "aten.conv_transpose2d.input")
 

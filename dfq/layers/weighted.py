@@ -43,7 +43,7 @@ class Weighted(Kind):
         return weight
 
     def joins_batch_norm(self, call: Call) -> bool:
-        """Whether a batch norm behind the call counts the call's own output channels."""
+        """Whether a batch norm after the call counts the call's own output channels."""
         return True
 
 

@@ -102,6 +102,7 @@ class DataFreeTraining:
     # --- the algorithm ------------------------------------------------------------------------------------------
 
     def step(self, index: int) -> Mapping[str, Tensor]:
+        """Step `index` of all phases, its randomness a function of seed and index; gives the loss terms by name."""
         with seeded_initialisation(self.seed, "step", index):  # for a dropout in a float student
             return self._step(index)
 
@@ -205,6 +206,7 @@ class DataFreeTraining:
     # --- parts --------------------------------------------------------------------------------------------------
 
     def phase(self, index: int) -> str:
+        """What step `index` is part of: `generator 2 of 3`, `calibrate` or `student`."""
         if index < self.warm_up_steps:
             return f"generator {index // self.recipe.warm_up + 1} of {len(self.sources)}"
         return "calibrate" if index < self.warm_up_steps + self.calibration_steps else "student"
@@ -221,6 +223,7 @@ class DataFreeTraining:
         return names + [f"generator {source.index + 1}, live" for source in self.sources if source.config.live]
 
     def add_snapshot(self, source: Source) -> None:
+        """A copy of the generator as it is now joins the pool, frozen."""
         self.pool.frozen.append(copy.deepcopy(source.generator).requires_grad_(False))
         self.snapshot_owners.append(source.index)
 

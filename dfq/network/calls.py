@@ -73,6 +73,7 @@ def is_size(node: fx.Node) -> bool:
 
 
 def target_of(node: fx.Node) -> str:
+    """What a node calls: an operator as `aten.conv2d.default`, a function by its `__name__`, else its text."""
     return (
         str(node.target)
         if isinstance(node.target, torch._ops.OpOverload)

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from dfq.errors import first_line
 from dfq.network.calls import MODULE, is_size, target_of
 from dfq.network.classifier import evaluation
-from dfq.network.normalize import normalize
+from dfq.network.normalize import made_of, normalize
 
 BATCH = 2  # images of the example: torch.export takes a batch of 1 for a constant
 
@@ -236,7 +236,8 @@ def _fold(graph: fx.Graph, tensors: dict[str, Tensor]) -> None:
             continue
         arguments, keywords = fx.map_arg((node.args, node.kwargs), lambda item: tensors[str(item.target)])
         name = f"constants.{node.name}"
-        tensors[name] = node.target(*arguments, **keywords).detach()
+        sources = [tensors[str(item.target)] for item in node.all_input_nodes]
+        tensors[name] = made_of(sources, node.target(*arguments, **keywords))
         with graph.inserting_before(node):
             folded = graph.get_attr(name)
         folded.meta |= {"val": node.meta["val"], MODULE: node.meta.get(MODULE, "")}

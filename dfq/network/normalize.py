@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from dfq.network.calls import MODULE, arguments_of, is_size, target_of
 
@@ -193,11 +193,19 @@ def _times(value: Any, tensors: dict[str, Tensor], node: fx.Node, *, factor: flo
     if factor == 1.0 and not inverse:
         return value
     name = f"constants.{node.name}_other"
-    tensors[name] = (1.0 / tensors[str(value.target)] if inverse else tensors[str(value.target)] * factor).detach()
+    source = tensors[str(value.target)]
+    tensors[name] = made_of([source], 1.0 / source if inverse else source * factor)
     with node.graph.inserting_before(node):
         made = node.graph.get_attr(name)
     made.meta |= value.meta
     return made
+
+
+def made_of(sources: list[Tensor], value: Tensor) -> Tensor:
+    """A constant computed from others: a parameter if one of them is, so that students train what models train."""
+    trained = any(isinstance(source, nn.Parameter) for source in sources) and value.is_floating_point()
+    needs_grad = any(source.requires_grad for source in sources)
+    return nn.Parameter(value.detach(), requires_grad=needs_grad) if trained else value.detach()
 
 
 def _spreads(node: fx.Node, _: dict[str, Tensor]) -> None:

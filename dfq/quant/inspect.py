@@ -78,7 +78,7 @@ class _Walk(fx.Interpreter):
         if n.op == "call_module":
             self._module(n, self.student.get_submodule(str(n.target)), result)
         elif n.op == "call_function" and KIND in n.meta and not is_size(n):
-            self._row(n, n.meta[KIND].name, n.name, result)
+            self._row(n.meta[KIND].name, n.name, result)
         return result
 
     def _module(self, node: fx.Node, module: nn.Module, result: Any) -> None:
@@ -86,11 +86,11 @@ class _Walk(fx.Interpreter):
         quantizers = [item for item in module.modules() if isinstance(item, ActivationQuantizer)]
         shown = name.removeprefix("calls.").removeprefix("quantizers.")
         if isinstance(module, ActivationQuantizer):
-            self._row(node, "quantize", shown, result)
+            self._row("quantize", shown, result)
         elif isinstance(module, Layer):
             own = getattr(module.tail, "quantizer", None)
             quantizers = [] if own is None else [own]
-            row = self._row(node, _kind(module), shown, result)
+            row = self._row(_kind(module), shown, result)
             row["activation"] = module.tail.activation
             if isinstance(module, QuantLayer):
                 self._layer(name, module, row, result)
@@ -125,11 +125,11 @@ class _Walk(fx.Interpreter):
         module, call = str(node.meta.get(MODULE, "")), target_of(node)
         if call.startswith("getitem"):
             return
-        row = self._row(node, call, module or node.name, result)
+        row = self._row(call, module or node.name, result)
         row |= {"integer": False, "multiplications": count}
         self.floats.append({"module": module, "call": call, "why": why, "multiplications": count})
 
-    def _row(self, node: fx.Node, kind: str, name: str, result: Any) -> dict[str, Any]:
+    def _row(self, kind: str, name: str, result: Any) -> dict[str, Any]:
         value = result[0] if isinstance(result, (tuple, list)) else result
         self.rows.append(
             {

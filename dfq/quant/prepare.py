@@ -1,9 +1,11 @@
 """Float model to fake-quantized network: walks the captured calls and asks each kind of layer what it wants.
 
-What is quantized: the input of every convolution and linear layer, their weights, and every stream. A value that feeds
-an addition, a multiplication, a batch norm of its own or an average is a stream: it is quantized once, and every reader
-reads the quantized one; a layer's input is quantized from it, with the layer's bits. Of the two values of an addition,
-one that comes straight from a layer stays an accumulator. A call without an integer form stays in floating point.
+What is quantized: the input of every layer with weights and of every table, the weights, and every stream. A stream is
+a value that anything in integers but a layer with weights, a table or a maximum computes with. It is quantized once,
+with `residual_bits` (8 by default), and every reader reads the quantized one; a layer's input is quantized from it,
+with the layer's bits. Streams are also what a maximum reads whose readers do not agree on bits, and what a
+concatenation reads unless a step makes it for the concatenation alone. Of the two values of an addition, one that comes
+straight from a layer stays an accumulator. A call without an integer form stays in floating point.
 """
 
 from __future__ import annotations
@@ -64,15 +66,15 @@ def prepare(
     return student.train()
 
 
-def prepared_of(student: nn.Module) -> Prepared:
-    """What `prepare` knew.
+def prepared_of(student: nn.Module, owner: str = "prepare") -> Prepared:
+    """What `prepare` knew; owner: who is named in errors.
 
     Raises:
         ValueError: a network that `prepare` did not make.
     """
     found = student.meta.get(KEY) if isinstance(student, fx.GraphModule) else None
     if not isinstance(found, Prepared):
-        raise ValueError(f"prepare: student must be a network that dfq.prepare made, got a {type(student).__name__}")
+        raise ValueError(f"{owner}: student must be a network that dfq.prepare made, got a {type(student).__name__}")
     return found
 
 

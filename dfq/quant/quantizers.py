@@ -44,6 +44,7 @@ class Quantizer(nn.Module):
         self.register_buffer("grid", torch.tensor([quant_min, quant_max, 0]))
 
     def current_scale(self) -> Tensor:
+        """`exp(log_scale)` where it is learned, with its gradient; else the buffer `scale`."""
         return self.scale if self.log_scale is None else self.log_scale.exp()
 
     def _enter(self, phase: str) -> None:
@@ -53,6 +54,7 @@ class Quantizer(nn.Module):
         self.grid[2] = PHASES.index(phase)
 
     def fix(self) -> None:
+        """`scale` becomes the current one, and neither batches nor an optimizer move it from then on."""
         self.scale.copy_(self.current_scale().detach())
         self._enter(FIXED)
 
@@ -239,14 +241,17 @@ def set_adapting(model: nn.Module, adapting: bool, *, batch_norms: bool = True) 
             module.adapting = adapting and (is_range or batch_norms)  # type: ignore[assignment]
 
 
-def _check_seen(owner: str, model: nn.Module) -> None:
-    """A range that nothing has set would make a network of its default scale, without a word."""
-    unseen = [
+def unset_ranges(model: nn.Module) -> list[str]:
+    """The quantizers that no finite batch has set: each would make a network of its default scale, without a word."""
+    return [
         name for name, module in model.named_modules() if isinstance(module, ActivationQuantizer) and not module.seen
     ]
-    if unseen:
+
+
+def _check_seen(owner: str, model: nn.Module) -> None:
+    if unset := unset_ranges(model):
         rule = "have seen finite images in training mode while adapting (set_adapting)"
-        raise ValueError(f"{owner}: model must {rule}, got no range of {unseen[0]} ({len(unseen)} without)")
+        raise ValueError(f"{owner}: model must {rule}, got no range of {unset[0]} ({len(unset)} without)")
 
 
 def learn_ranges(model: nn.Module, config: QuantConfig) -> None:

@@ -19,11 +19,17 @@ def accuracy(
 ) -> float:
     """Share of images, in percent, whose largest logit is their label's.
 
-    A model of `dfq.quant.prepare` runs its exact forward (`numerics`): convolutions on integer-valued tensors, fp32
-    constants. A float model runs in fp32; an integer engine in integers.
+    A model of `dfq.prepare` runs its exact forward: convolutions on integer-valued tensors, fp32 constants. A float
+    model runs in fp32; an integer engine in integers.
+
+    Args:
+        model: makes logits `[N, classes]` of normalised images; a module is evaluated and gets its own mode back.
+        images: what to judge by, with labels.
+        device: where the model is.
+        batch_size: images in one call.
 
     Raises:
-        ValueError: images of another channel count than the model takes, or other classes.
+        ValueError: no images, images of another channel count than the model takes, or other classes.
     """
     if len(images) == 0:
         raise ValueError("evaluate: images must hold at least one, got none")

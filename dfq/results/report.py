@@ -128,6 +128,7 @@ def save_curves(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def new_figure(inches: tuple[float, float]) -> Figure:
+    """An empty figure of this width and height, outside of pyplot: no window and no list of figures holds it."""
     from matplotlib.figure import Figure  # half a second, which only a run needs
 
     return Figure(figsize=inches)

@@ -107,7 +107,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if not state.keys() & expected.keys():  # saved from a DataParallel
         state = {name.removeprefix("module."): value for name, value in state.items()}
     if missing := [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]:
-        raise CheckpointError(f"checkpoint: {path} must hold every tensor of the model, {missing[0]!r} is missing")
+        raise CheckpointError(f"checkpoint: {path} must hold every tensor of the model, got none of {missing[0]!r}")
     if extra := [name for name in state if name not in expected]:
         raise CheckpointError(f"checkpoint: {path} must hold no other tensors than the model's, got {extra[0]!r}")
     for name, tensor in state.items():

@@ -20,12 +20,12 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+        raise ValueError(f"dfq: device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
     if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+        raise ValueError(f"dfq: device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device must be one that this machine has, got {name!r} with {torch.cuda.device_count()} GPUs"
+            f"dfq: device must be one that this machine has, got {name!r} with {torch.cuda.device_count()} GPUs"
         )
     return device
 
@@ -37,7 +37,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
         ValueError: an unknown precision.
     """
     if name not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
+        raise ValueError(f"dfq: precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
     if name != "auto":
         return name
     if device.type == "cuda":

@@ -129,7 +129,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     data = read_json(folder / "config.json")
     config = data.get("config") if isinstance(data, dict) else None
     if not isinstance(config, dict) or not config.keys() >= COMMON_KEYS:
-        raise CheckpointError(f"run: {folder} must hold a run, its config.json is of something else")
+        raise CheckpointError(f"run: {folder} must hold a run, got a config.json of something else")
     return config
 
 
@@ -140,7 +140,7 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise CheckpointError(f"run: {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise CheckpointError(f"run: {path} must be JSON: {error}") from error
+        raise CheckpointError(f"run: {path} must be JSON, got {error}") from error
 
 
 def _step_of(line: str) -> float:

@@ -56,7 +56,7 @@ def int_conv2d(
         t = float(acc) * mult[c] + bias[c] + float(residual - its zero_point) * its scale
         q = clamp(rne(act(t) * (1 / scale) + zero_point), quant_min, quant_max)          for each of outs
 
-    fp32 behind the sum, every operation rounded on its own. With `mult = x.grid.scale * weight scale` (times a batch
+    fp32 after the sum, every operation rounded on its own. With `mult = x.grid.scale * weight scale` (times a batch
     norm's factor) it is the convolution of what the integers stand for.
 
     Args:

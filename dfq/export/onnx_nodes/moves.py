@@ -75,7 +75,7 @@ class _Places:
         return self.writer.node("Slice", [name, *names], out)
 
     def indexed(self, name: str, places: Tensor, axis: int, axes: int, out: str) -> str:
-        """Places along an axis, of `axes` behind the batch; the fill where there is none."""
+        """Places along an axis, of `axes` after the batch; the fill where there is none."""
         absent = places < 0
         index = self.writer.constant(f"{out}.places", places.clamp(min=0).long())
         if not bool(absent.any()):

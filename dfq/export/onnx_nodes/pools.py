@@ -89,7 +89,7 @@ def _even(sides: Sides, output: Sides) -> tuple[Sides, Sides, Sides] | None:
 
 
 def _ends(sides: Sides, counts: Sides, kernel: Sides, stride: Sides, padding: Sides, dilation: Sides) -> list[int]:
-    """Padding behind the map that makes as many windows as torch does, whose ceil_mode is not ONNX's."""
+    """Padding after the map that makes as many windows as torch does, whose ceil_mode is not ONNX's."""
     return [
         max(0, (count - 1) * s + (k - 1) * d + 1 - side - p)
         for side, count, k, s, p, d in zip(sides, counts, kernel, stride, padding, dilation, strict=True)

@@ -79,7 +79,7 @@ class Writer:
         return [scale, zero_point]
 
     def quantized(self, name: str, real: str, activation: str | None) -> None:
-        """`name`, the integers of real numbers behind an activation, which is bounds here or has been computed."""
+        """`name`, the integers of real numbers after an activation, which is bounds here or has been computed."""
         low, high = bounds(self.graph.grids[name], activation)
         least, most = low - self.lowest[name], high - self.lowest[name]
         bounded = least > 0 or most < UINT8
@@ -100,7 +100,7 @@ class Bounds(NamedTuple):
 
 
 def bounds(grid: Grid, activation: str | None) -> Bounds:
-    """The integers that a grid and an activation leave: rounding keeps the order, so a clamp may come behind it."""
+    """The integers that a grid and an activation leave: rounding keeps the order, so a clamp may come after it."""
     low, high = grid.quant_min, grid.quant_max
     known = activation_of(activation)
     if known.bounds is not None:
