@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 import dfq
 from dfq.quant import prepared_of
 
+HERE = Path(__file__).parent
 BATCHES = (1, 3, 16)  # images at once: bits must be equal for every size
 TIMES = 31
 
@@ -58,8 +62,21 @@ def network(
     return facts | {
         "bytes_float": sum(4 * value.numel() for value in model.state_dict().values() if value.is_floating_point()),
         "bytes_integers": size, "ms_float": _milliseconds(model, one), "ms_integers": _milliseconds(engine, one),
-        "threads": torch.get_num_threads(), "seconds_to_integers": round(seconds, 1), "torch": torch.__version__,
+        "seconds_to_integers": round(seconds, 1),
     }  # fmt: skip
+
+
+def write(path: Path, facts: Sequence[dict[str, Any]]) -> None:
+    """Facts, and the machine, the commit and the day that they are of."""
+    listed = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.partition(":")[2].strip() for line in listed if line.startswith("model name")), "unknown")
+    git = ["git", "describe", "--always", "--dirty"] if shutil.which("git") else ["true"]
+    commit = subprocess.run(git, capture_output=True, text=True, cwd=HERE).stdout.strip() or "unknown"
+    machine = {
+        "cpu": cpu, "threads": torch.get_num_threads(), "torch": str(torch.__version__), "commit": commit,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }  # fmt: skip
+    path.write_text(json.dumps({"machine": machine, "rows": list(facts)}, indent=2) + "\n")
 
 
 def finish(facts: Sequence[dict[str, Any]], description: str | None) -> None:
@@ -72,7 +89,7 @@ def finish(facts: Sequence[dict[str, Any]], description: str | None) -> None:
         for name, value in found.items():
             print(f"    {name.replace('_', ' ')}: {value}")
     if path is not None:
-        path.write_text(json.dumps(list(facts), indent=2) + "\n")
+        write(path, facts)
     if not all(found["bit_equal"] for found in facts):
         raise SystemExit(1)
 

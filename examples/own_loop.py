@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from measure import write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -115,7 +115,7 @@ def main() -> None:
     for name, value in facts.items():
         print(f"{name.replace('_', ' ')}: {value}")
     if options.json is not None:
-        options.json.write_text(json.dumps([facts], indent=2) + "\n")
+        write(options.json, [facts])
 
 
 if __name__ == "__main__":
