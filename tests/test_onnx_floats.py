@@ -98,3 +98,20 @@ def test_convolutions_are_integers_and_batch_norms_their_scales(dead: bool, tmp_
     session(tmp_path / "net.onnx", fused=True, optimized=tmp_path / "optimized.onnx")
     found = Counter(node.op_type for node in onnx.load(str(tmp_path / "optimized.onnx")).graph.node)
     assert found["QLinearConv"] == 3 and found["Conv"] + found["BatchNormalization"] == 0
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_functions_near_a_tie_are_looked_up(near: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`near_tie` says of which tables (`test_onnx_nodes`); here of all or none."""
+    monkeypatch.setattr("dfq.export.portable.near_tie", lambda *_: near)
+    torch.manual_seed(3)
+    layers = nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(512, 5)
+    student, images = dfq.prepare(nn.Sequential(*layers).eval(), (3, 12, 12)), torch.randn(16, 3, 12, 12)
+    dfq.calibrate(student, [images])
+    dfq.export_onnx(student, tmp_path / "net.onnx")
+    nodes = Counter(node.op_type for node in onnx.load(str(tmp_path / "net.onnx")).graph.node)
+    assert (nodes["Sigmoid"], any(name.startswith("Gather") for name in nodes)) == (int(not near), near)
+    with torch.no_grad():
+        expected = student.eval()(images)
+    found = torch.from_numpy(session(tmp_path / "net.onnx", fused=True).run(None, {"images": images.numpy()})[0])
+    assert float((found - expected).norm()) <= 0.01 * float(expected.norm())

@@ -223,8 +223,7 @@ dfq.quantize(small_net(), input_shape=(1, 12, 12), num_classes=4, preset="W3A3",
 """
 
 
-def test_a_killed_run_resumes_to_the_same_bits(run_small, tmp_path: Path) -> None:
-    run_small(out=tmp_path / "whole")
+def test_a_killed_run_resumes_to_the_same_bits(whole, tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path / "cut")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -237,8 +236,8 @@ def test_a_killed_run_resumes_to_the_same_bits(run_small, tmp_path: Path) -> Non
         file.write('{"step": 8, "pha')
     assert load_tree(tmp_path / "cut" / "checkpoint.safetensors")["next_step"] in (7, 8)
     subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL)
-    assert states_equal(tmp_path / "whole", tmp_path / "cut")
-    assert read_metrics(tmp_path / "cut") == read_metrics(tmp_path / "whole")
+    assert states_equal(whole.folder, tmp_path / "cut")
+    assert read_metrics(tmp_path / "cut") == read_metrics(whole.folder)
 
 
 def test_resume_needs_the_same_settings(run_small) -> None:

@@ -46,7 +46,7 @@ from dfq.engine.graph import (
 )
 from dfq.errors import first_line
 from dfq.export.items import ExportError
-from dfq.export.onnx_nodes.functions import activated, table
+from dfq.export.onnx_nodes.functions import activated, integer_table, table
 from dfq.export.onnx_nodes.layers import layer
 from dfq.export.onnx_nodes.moves import move
 from dfq.export.onnx_nodes.pools import average_pool, max_pool, resize
@@ -131,6 +131,8 @@ def _write(writer: Writer, step: Step) -> None:
         return
     first = step.outs[0]
     real = first not in writer.graph.grids
+    if isinstance(step, Table) and not real and integer_table(writer, step):
+        return
     total = activated(
         writer, _total(writer, step, f"{first}.total"), step.activation, f"{first}.activated", clamps=real
     )

@@ -15,12 +15,14 @@ from torch.nn import functional as F
 from dfq.errors import first_line
 from dfq.export.items import ExportError, check_fixed, grid_of, integer_weight
 from dfq.export.onnx_nodes.channels import channels
+from dfq.export.onnx_nodes.functions import near_tie, on_grid, reals_of
 from dfq.layers.kind import Layer, per_channel
 from dfq.layers.tail import Tail, activate
 from dfq.layers.weighted import QuantLayer, on_accumulators
-from dfq.quant.exactness import input_quantizers
+from dfq.quant.exactness import input_quantizers, quantizer_of
 from dfq.quant.quantizers import ActivationQuantizer, WeightQuantizers, weight_layers
 from dfq.running.checkpoint import write_atomic
+from dfq_kernels.integers import Grid
 
 OPSET = 20
 UINT8 = 0, 255, torch.uint8  # all values: ONNX Runtime's integer kernels on x86 know no int8 ones
@@ -45,6 +47,27 @@ class Portable(nn.Module):
         for index, (integers, scale) in enumerate(self.weights):
             self.register_buffer(f"integers_{index}", integers)
             self.register_buffer(f"scale_{index}", scale)
+        self.tables = self._tables()
+
+    @torch.no_grad()
+    def _tables(self) -> dict[int, tuple[str, Grid]]:
+        """By a table's id the buffer of what its integers become, and its argument's grid; only of those that another
+        runtime's function may round to other integers."""
+        found: dict[int, tuple[str, Grid]] = {}
+        for node in self.student.graph.nodes:
+            layer: Any = self.student.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if not isinstance(layer, Layer) or len(node.args) != 2 or layer.tail.quantizer is None:
+                continue
+            if (step := quantizer_of(node.args[1], self.student)) is None:
+                continue
+            grid, onto = self.grids[id(step)], self.grids[id(layer.tail.quantizer)]
+            if (reals := layer.table(grid)) is None:
+                continue
+            reals = activate(reals, layer.tail.activation)
+            if near_tie(reals, reals_of(grid), onto):
+                found[id(layer)] = f"table_{len(found)}", grid
+                self.register_buffer(found[id(layer)][0], (on_grid(reals, onto) - onto.zero_point) * onto.scale)
+        return found
 
     @torch.no_grad()
     def _weights(self) -> list[tuple[Tensor, Tensor]]:
@@ -104,6 +127,11 @@ class Portable(nn.Module):
                     sums = sums * per_channel(sign, sums, module.channel_axis % sums.dim())
                 return self._finished(module.tail, sums)
             return self._ended(module.tail, module.accumulate(x, weight, module.bias))
+        if id(module) in self.tables:
+            name, grid = self.tables[id(module)]
+            place = torch.round(arguments[0] / grid.scale).to(torch.int64) + (grid.zero_point - grid.quant_min)
+            found: Any = module.tail
+            return self._rounded(found.quantizer, getattr(self, name)[place])
         if isinstance(module, Layer):
             return self._ended(module.tail, module.compute(*arguments))
         return module(*arguments)

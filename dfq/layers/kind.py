@@ -17,6 +17,7 @@ from dfq.network.calls import Call, per_image, target_of
 
 if TYPE_CHECKING:
     from dfq.layers.integers import Integers
+    from dfq_kernels.integers import Grid
 
 AS_IT_IS, ON_A_GRID, STREAM = "as it is", "on a grid", "stream"
 """How a call reads a value: as it is; quantized somehow; with the bits of streams. A number: with these bits."""
@@ -42,6 +43,10 @@ class Layer(nn.Module):
     def exact(self, *pairs: Tensor | None) -> Tensor:
         """What the integer step computes before its activation; fp32, every operation rounded on its own."""
         return self.compute(*pairs)
+
+    def table(self, grid: Grid) -> Tensor | None:
+        """What `exact` makes of every integer of a grid, fp32, where the layer is a function of one argument."""
+        return None
 
     def export(self, to: Integers) -> None:
         """Adds the integer step."""

@@ -105,6 +105,10 @@ class QuantTable(Layer):
         low, high = int(q.min()), int(q.max())
         return self._values(torch.arange(low, high + 1, device=x.device), scale)[(q - low).long()]
 
+    def table(self, grid: Grid) -> Tensor:
+        whole = torch.arange(grid.quant_min, grid.quant_max + 1) - grid.zero_point
+        return self._values(whole, torch.tensor(grid.scale))
+
     def _values(self, whole: Tensor, scale: Tensor) -> Tensor:
         """The function of `whole * scale`, the product rounded as every real value is."""
         argument = whole.float() * scale.float()
@@ -113,5 +117,4 @@ class QuantTable(Layer):
     def export(self, to: Integers) -> None:
         x = to.value(0)
         grid: Grid = to.grid(x)
-        whole = torch.arange(grid.quant_min, grid.quant_max + 1) - grid.zero_point
-        to.step(graph.Table(x, (), None, self._values(whole, torch.tensor(grid.scale)), self.function_name))
+        to.step(graph.Table(x, (), None, self.table(grid), self.function_name))

@@ -38,13 +38,13 @@ def layer_bounds(model: fx.GraphModule) -> list[LayerBound]:
 def input_quantizers(model: fx.GraphModule) -> dict[str, ActivationQuantizer | None]:
     """By the name of a layer with weights what quantizes its input."""
     return {
-        str(node.target): _quantizer_of(node.args[1], model)
+        str(node.target): quantizer_of(node.args[1], model)
         for node in model.graph.nodes
         if node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), QuantLayer)
     }
 
 
-def _quantizer_of(scale: fx.Node | None, model: fx.GraphModule) -> ActivationQuantizer | None:
+def quantizer_of(scale: fx.Node | None, model: fx.GraphModule) -> ActivationQuantizer | None:
     """The quantizer whose second result `scale` is."""
     if scale is None:
         return None

@@ -1,4 +1,7 @@
-"""Activations and functions of one argument in ONNX's operators; a table whose function is not known is looked up."""
+"""Activations and functions of one argument in ONNX's operators; a table is looked up where its function is not known,
+or where a runtime that computes the function with another last digit may round to another integer: all elements of this
+argument would differ, and of 256 arguments each has some 0.4 % of the elements.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,11 @@ from torch.nn import functional as F
 
 from dfq.engine.graph import Table
 from dfq.export.onnx_nodes.values import Writer
+from dfq.layers.tail import activate
 from dfq_kernels.activations import activation_of
+from dfq_kernels.integers import Grid
 
+LAST_DIGITS = 2.0**-20  # what runtimes' functions are off by, of the result
 CLOSE = 1e-5  # of a table to its function: it holds what the function gives in fp32
 Function = tuple[Callable[[Tensor], Tensor], Callable[[Writer, str, str], str]]
 
@@ -37,14 +43,55 @@ def activated(writer: Writer, real: str, activation: str | None, out: str, *, cl
 
 def table(writer: Writer, step: Table, out: str) -> str:
     """`t` of a table step: its function where ONNX has it and the table holds nothing else."""
-    grid = writer.graph.grids[step.x]
+    if _is_function(writer, step):
+        return _FUNCTIONS[step.function][1](writer, writer.real(step.x), out)
+    return _looked_up(writer, step, step.values, out)
+
+
+def integer_table(writer: Writer, step: Table) -> bool:
+    """Writes the integers of a table step as tables of integers, unless its function gives the same ones everywhere."""
+    reals, grids = activate(step.values, step.activation), [writer.graph.grids[out] for out in step.outs]
+    x = writer.graph.grids[step.x]
+    if _is_function(writer, step) and not any(near_tie(reals, reals_of(x), grid) for grid in grids):
+        return False
+    for out, grid in zip(step.outs, grids, strict=True):
+        _looked_up(writer, step, (on_grid(reals, grid) - writer.lowest[out]).to(torch.uint8), out)
+    return True
+
+
+def reals_of(grid: Grid) -> Tensor:
+    """What the integers of a grid stand for, float64."""
+    return (torch.arange(grid.quant_min, grid.quant_max + 1).double() - grid.zero_point) * grid.scale
+
+
+def on_grid(reals: Tensor, grid: Grid) -> Tensor:
+    """The integers of fp32 numbers, as the engine rounds them."""
+    return torch.round(reals * grid.inverse + grid.zero_point).clamp(grid.quant_min, grid.quant_max)
+
+
+def near_tie(reals: Tensor, of: Tensor, grid: Grid) -> bool:
+    """Whether a function with another last digit, or a rounding in another order, may give another integer.
+
+    Args:
+        reals: the function's values; of: its arguments.
+        grid: of the result.
+    """
+    steps = reals.double() / grid.scale + grid.zero_point
+    error = (LAST_DIGITS * reals.double().abs() + of.abs() * 2.0**-24) / grid.scale + 2.0**-22 * steps.abs()
+    inside = (steps > grid.quant_min - 1) & (steps < grid.quant_max + 1)
+    return bool((inside & (((steps - steps.floor()) - 0.5).abs() <= error)).any())
+
+
+def _is_function(writer: Writer, step: Table) -> bool:
     known = _FUNCTIONS.get(step.function)
-    if known is not None:
-        q = torch.arange(grid.quant_min, grid.quant_max + 1).double()
-        exact = known[0]((q - grid.zero_point) * grid.scale)
-        if torch.allclose(step.values.double(), exact, rtol=CLOSE, atol=CLOSE):
-            return known[1](writer, writer.real(step.x), out)
-    values = step.values[writer.lowest[step.x] - grid.quant_min :]
+    if known is None:
+        return False
+    exact = known[0](reals_of(writer.graph.grids[step.x]))
+    return torch.allclose(step.values.double(), exact, rtol=CLOSE, atol=CLOSE)
+
+
+def _looked_up(writer: Writer, step: Table, values: Tensor, out: str) -> str:
+    values = values[writer.lowest[step.x] - writer.graph.grids[step.x].quant_min :]
     place = writer.node("Cast", [step.x], f"{out}.place", to=writer.onnx.TensorProto.INT32)
     return writer.node("Gather", [writer.constant(f"{out}.values", values), place], out, axis=0)
 
