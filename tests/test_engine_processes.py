@@ -72,8 +72,9 @@ def test_an_engine_is_pickled(network: Path, backend: str) -> None:
 
 @pytest.mark.skipif(missing("native", torch.device("cpu")) is not None, reason="no native kernels")
 def test_two_threads_beside_other_processes_do_not_wait_for_whole_slices() -> None:
-    """A thread that gives up its core while it waits for the other gets it back milliseconds later: the network was 7 to
-    100 times as slow as on one thread."""
+    """A thread that gives up its core while it waits for the other gets it back milliseconds later.
+
+    The network was 7 to 100 times as slow as on one thread."""
     loaded, images = engine.Engine(exported("mobilenet-v2", "W8A8")[1]), torch.randn(1, *input_shape("mobilenet-v2"))
     busy = [sys.executable, "-c", "import os\nos.nice(10)\nwhile True: pass"]
     others = [subprocess.Popen(busy) for _ in range(os.cpu_count() or 1)]
