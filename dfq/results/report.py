@@ -91,7 +91,7 @@ def save_image_grid(rows: Sequence[tuple[str, Tensor, Tensor | None]], path: Pat
     axis.axis("off")
     for line, (title, images, labels) in enumerate(rows):
         bottom = -down * line
-        axis.text(0, bottom + 1.12, title, fontsize=7)
+        axis.text(0, bottom + 1.26, title, fontsize=7)  # above the labels
         for index, image in enumerate(images.float().cpu().numpy()):
             left, low, high = across * index, image.min(), image.max()
             shown = np.moveaxis((image - low) / max(high - low, 1e-12), 0, -1)
@@ -100,7 +100,7 @@ def save_image_grid(rows: Sequence[tuple[str, Tensor, Tensor | None]], path: Pat
             if labels is not None:
                 axis.text(left + 0.98, bottom + 1.02, str(int(labels[index])), fontsize=6, ha="right")
     axis.set_xlim(-0.1, across * count)
-    axis.set_ylim(-down * (len(rows) - 1) - 0.1, 1.5)
+    axis.set_ylim(-down * (len(rows) - 1) - 0.1, 1.6)
     save_figure(figure, path)
 
 
