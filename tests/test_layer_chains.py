@@ -47,6 +47,7 @@ def test_parts_in_any_order_are_the_same_integers(names: list[str], sides: tuple
 
 # a padded value as an output and, with fewer bits, in a layer: both round what fills it
 PADDED_TWICE = Wiring((("conv", 0, 0), ("pad and crop", 0, 0), ("halves", 0, 1), ("conv", 1, 1)), (1,), (4, 4))
+PADDED_AND_ADDED = Wiring((("pad and crop", 0, 0), ("add", 0, 0)), (), (3, 3))  # what fills the sum is twice the fill
 PADDED_AGAIN = Wiring((("conv", 0, 0), ("pad and crop", 0, 0), ("pad and crop", 0, 0)), (), (7, 3))
 
 
@@ -69,6 +70,7 @@ PRESETS = st.sampled_from(["W8A8", "W4A8", "W4A4"])
 @given(wiring=wirings(), preset=PRESETS)
 @example(PADDED_TWICE, "W4A4")
 @example(PADDED_AGAIN, "W8A8")
+@example(PADDED_AND_ADDED, "W8A8")
 def test_any_wiring_is_the_same_integers(wiring: Wiring, preset: str) -> None:
     """Values that several calls read with different bits, as they are, or as outputs."""
     for backend in ["reference"] if extension.missing("cpu") else ["reference", "native"]:

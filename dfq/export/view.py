@@ -76,7 +76,8 @@ class View:
                                           and torch.equal(one.order, two.order))  # fmt: skip
         bases = (*one.bases, *two.bases)
         maps = [self.exporter.maps[base] for base in bases if isinstance(base, str)]
-        if one.shape == two.shape and same and len(bases) == 2 and maps[0] == maps[1]:
+        filled = one.padded or two.padded  # what fills the result is what both fills give
+        if one.shape == two.shape and same and not filled and len(bases) == 2 and maps[0] == maps[1]:
             x, other = str(one.bases[0]), str(two.bases[0])
             step = make(x, other)
             self.exporter.open(self.node, step, maps[0], one.order)
