@@ -89,10 +89,10 @@ class Constants(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3)
         self.plain, self.shaped = nn.Parameter(torch.full((1, 4, 1, 1), 0.5)), nn.Parameter(torch.full((4,), 2.0))
-        self.less, self.over = nn.Parameter(torch.full((4, 1, 1), 0.25)), nn.Parameter(torch.tensor(3.0))
+        self.less, self.over = nn.Parameter(torch.full((1, 1, 1), 0.25)), nn.Parameter(torch.tensor(3.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.conv(x) * self.plain * self.shaped.view(1, -1, 1, 1) - self.less) / self.over
+        return (self.conv(x) * self.plain * self.shaped.view(1, -1, 1, 1) - self.less.expand(4, 1, 1)) / self.over
 
 
 def test_constants_that_a_model_trains_are_trained_in_the_student() -> None:
@@ -103,6 +103,9 @@ def test_constants_that_a_model_trains_are_trained_in_the_student() -> None:
     constants = [value for name, value in student.named_parameters() if name.endswith("constant")]
     assert len(constants) == 4 and all(value.grad is not None and bool(value.grad.any()) for value in constants)
     assert any(value is model.plain for value in constants)
+    assert all(
+        value.data_ptr() != model.shaped.data_ptr() for value in constants
+    )  # what is computed is the student's own
     with torch.no_grad():
         for value in constants:
             value.mul_(1.5)

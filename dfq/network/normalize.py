@@ -205,7 +205,9 @@ def made_of(sources: list[Tensor], value: Tensor) -> Tensor:
     """A constant computed from others: a parameter if one of them is, so that students train what models train."""
     trained = any(isinstance(source, nn.Parameter) for source in sources) and value.is_floating_point()
     needs_grad = any(source.requires_grad for source in sources)
-    return nn.Parameter(value.detach(), requires_grad=needs_grad) if trained else value.detach()
+    if not trained:
+        return value.detach()
+    return nn.Parameter(value.detach().clone(), requires_grad=needs_grad)  # an optimizer cannot change a view
 
 
 def _spreads(node: fx.Node, _: dict[str, Tensor]) -> None:
