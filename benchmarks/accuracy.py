@@ -170,6 +170,11 @@ def warm_up(task: DataFreeTraining, source: Source, seed: int) -> None:
     load_optimizer(source.optimizer, loaded["optimizer"])
 
 
+def steps_without_generators(task: DataFreeTraining) -> list[int]:
+    """The steps of all phases but the generators' warm-up."""
+    return [index for index in range(task.total_steps) if not task.phase(index).startswith("generator")]
+
+
 def run(row: Row) -> Mapping[str, Any]:
     """Trains and judges one row."""
     started = time.monotonic()
@@ -190,14 +195,14 @@ def run(row: Row) -> Mapping[str, Any]:
         images = load_images("fashion-mnist", "train")
         task.pool = RealImages(Batches(images, row.recipe.batch_size, row.seed, augmented=True))  # type: ignore[assignment]
     values: dict[str, Any] = {}
-    task.step(task.warm_up_steps)
-    if row.table != "ablation" and row.seed == 0:
-        calibrated = prepare(copy.deepcopy(teacher), INPUT_SHAPE, config)
-        calibrated.load_state_dict(task.calibrated)
-        freeze_ranges(calibrated)
-        values["calibrated"] = accuracy(calibrated, test, device=CPU)
-    for index in range(task.warm_up_steps + 1, task.total_steps):
+    for index in steps_without_generators(task):
         metrics = task.step(index)
+    if row.table != "ablation":
+        for rung, state in task.rungs.items():
+            student = prepare(copy.deepcopy(teacher), INPUT_SHAPE, config)
+            student.load_state_dict(state)
+            freeze_ranges(student)
+            values[rung] = accuracy(student, test, device=CPU)
     freeze_ranges(students[0])
     values["accuracy"] = accuracy(students[0], test, device=CPU)
     values["distillation"] = float(metrics["student0/distillation"])

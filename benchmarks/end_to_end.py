@@ -91,7 +91,7 @@ def calibrated(work: Workload, execution: Execution | None = None, device: str =
         precision="bf16" if work.precision == "bf16" else "fp32",
         execution=execution,
     )  # fmt: skip
-    for index in range(task.warm_up_steps + task.calibration_steps):
+    for index in range(task.first_step("student")):
         task.step(index)
     return task
 
@@ -121,7 +121,7 @@ def variants(work: Workload, device: torch.device, compiled: bool) -> dict[str, 
 
 def _steps(name: str, work: Workload, execution: Execution) -> Callable[[], Any]:
     task = calibrated(work, execution, execution.device.type)
-    steps = count(task.warm_up_steps + task.calibration_steps)
+    steps = count(task.first_step("student"))
     if name.startswith("dfq"):
         return lambda: task.step(next(steps))
     operators = TorchAo()

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dfq.config import (
+    EFFORTS,
     LayerBits,
     QuantConfig,
     Recipe,
@@ -41,6 +42,9 @@ from dfq.running.profiling import Profiled
 from dfq.running.run_folder import RunFolder, read_config
 from dfq.running.seeds import seeded_initialisation
 
+RUNG_NAMES = {"analytic": "analytic", "calibrated": "DF-Q", "reconstructed": "reconstructed", "distilled": "DF-QAT-KD"}
+"""What a run's table calls a rung of `dfq.config.RUNGS`."""
+
 
 def quantize(
     model: nn.Module,
@@ -48,8 +52,9 @@ def quantize(
     input_shape: tuple[int, int, int],
     num_classes: int | None = None,
     preset: str | None = None,
-    recipe: str | Recipe = "default",
-    steps: int = 200,
+    effort: str | None = None,
+    recipe: str | Recipe | None = None,
+    steps: int | None = None,
     seed: int = 0,
     out: str | Path = "run",
     overrides: Mapping[str, LayerBits] | None = None,
@@ -74,8 +79,11 @@ def quantize(
         input_shape: `(C, H, W)` of its images.
         num_classes: of its logits; found out where it is not given.
         preset: bits, `W4A4` and so on (`dfq.config.quant_config`); `W4A4` if nothing is given.
-        recipe: `default`, `paper`, or a `dfq.config.Recipe`.
-        steps: student steps.
+        effort: `instant` (ranges from the batch norms alone: seconds, no image is made), `quick` (images, and every layer
+            fitted to its float self on them) or `full` (images, and the network trained as a whole: minutes; the
+            default).
+        recipe: instead of `effort`, how exactly: a name of `dfq.config.RECIPES` or a `dfq.config.Recipe`.
+        steps: student steps; the recipe's where nothing is given.
         seed: of everything random; the same seed and number of threads give the same bits.
         out: a new folder for config, metrics, pictures and checkpoints.
         overrides: bits by layer name.
@@ -107,8 +115,8 @@ def quantize(
         Interrupted: Ctrl-C or SIGTERM, after saving.
     """
     input_shape = _sizes("quantize", input_shape)
-    steps, seed = integer("quantize", "steps", steps, 1), integer("quantize", "seed", seed, 0)
-    recipe = _recipe("quantize", recipe)
+    seed = integer("quantize", "seed", seed, 0)
+    recipe, steps = _recipe("quantize", _recipe_of_effort(effort, recipe), steps)
     check("quantize", "config", config, "a QuantConfig", config is None or isinstance(config, QuantConfig))
     if config is None:
         preset = preset or "W4A4"
@@ -142,13 +150,11 @@ def quantize(
         run_loop(steps_to_run, folder, resume=resume, observer=observer)
         student = students[0]
         freeze_ranges(student)
-        calibrated = fresh.to(where)
-        calibrated.load_state_dict(task.calibrated)
-        freeze_ranges(calibrated)
-        models = {"teacher": task.teacher, "DF-Q": calibrated.eval(), "DF-QAT-KD": student.eval()}
-        return finish(
-            folder, models, student, calibrated, task, test_images, where, started, normalization, integers=integers
-        )
+        models: dict[str, nn.Module] = {"teacher": task.teacher}
+        for rung, state in task.rungs.items():
+            models[RUNG_NAMES[rung]] = _at_rung(fresh, state, where)
+        models[RUNG_NAMES[recipe.rungs[-1]]] = student.eval()
+        return finish(folder, models, student, task, test_images, where, started, normalization, integers=integers)
 
 
 def distill(
@@ -157,8 +163,8 @@ def distill(
     *,
     input_shape: tuple[int, int, int],
     num_classes: int | None = None,
-    recipe: str | Recipe = "paper",
-    steps: int = 2000,
+    recipe: str | Recipe = "distill",
+    steps: int | None = None,
     seed: int = 0,
     out: str | Path = "run",
     test_images: Images | None = None,
@@ -176,7 +182,8 @@ def distill(
         teacher: trained float classifier with batch norms.
         students: freshly initialised classifiers, of any architectures; the first is the product, all of them are what
             live generators disagree with. They are trained in place.
-        input_shape, num_classes, recipe, steps, seed, out, test_images, resume, device, precision, capture, compile,
+        recipe: a name of `dfq.config.RECIPES` or a `dfq.config.Recipe`, with generators.
+        input_shape, num_classes, steps, seed, out, test_images, resume, device, precision, capture, compile,
             observer: as in `quantize`.
         specs: how teacher and students are built by name.
 
@@ -187,8 +194,9 @@ def distill(
         ValueError, NonFiniteError, ExecutionError, Interrupted: as `quantize`.
     """
     input_shape = _sizes("distill", input_shape)
-    steps, seed = integer("distill", "steps", steps, 1), integer("distill", "seed", seed, 0)
-    recipe = _recipe("distill", recipe)
+    seed = integer("distill", "seed", seed, 0)
+    recipe, steps = _recipe("distill", recipe, steps)
+    check("distill", "recipe", recipe.name, "one with generators", bool(recipe.generators))
     networks = isinstance(students, list) and all(isinstance(student, nn.Module) for student in students)
     different = networks and len({id(student) for student in students}) == len(students)
     check("distill", "students", students, "a list of different networks, at least one", different and bool(students))
@@ -213,7 +221,7 @@ def distill(
     with RunFolder(Path(out), settings, resume=resume) as folder:
         run_loop(task, folder, resume=resume, observer=observer)
         models = {"teacher": task.teacher, "student": students[0].eval()}
-        return finish(folder, models, students[0], None, task, test_images, where, started)
+        return finish(folder, models, students[0], task, test_images, where, started)
 
 
 def teach(
@@ -263,7 +271,7 @@ def teach(
     started = time.monotonic()
     with RunFolder(Path(out), settings, resume=resume) as folder:
         run_loop(task, folder, resume=resume, observer=observer)
-        return finish(folder, {"teacher": model.eval()}, model, None, None, test_images, where, started)
+        return finish(folder, {"teacher": model.eval()}, model, None, test_images, where, started)
 
 
 def seeded_model(spec: ModelSpec, seed: int, index: int) -> nn.Module:
@@ -321,9 +329,30 @@ def _classes(
     return check_teacher(model.to(device), input_shape, known, device=device, owner=owner, name=name)
 
 
-def _recipe(owner: str, recipe: Any) -> Recipe:
+def _recipe_of_effort(effort: str | None, recipe: str | Recipe | None) -> str | Recipe:
+    check("quantize", "effort", effort, "given without recipe", effort is None or recipe is None)
+    if recipe is not None:
+        return recipe
+    effort = "full" if effort is None else effort
+    check("quantize", "effort", effort, f"one of {', '.join(EFFORTS)}", effort in EFFORTS)
+    return EFFORTS[effort]
+
+
+def _recipe(owner: str, recipe: Any, steps: int | None) -> tuple[Recipe, int]:
+    """The recipe, and its student steps or those that were asked for."""
     check(owner, "recipe", recipe, "a name or a Recipe", isinstance(recipe, (str, Recipe)))
-    return recipe_named(recipe, owner) if isinstance(recipe, str) else recipe
+    recipe = recipe_named(recipe, owner) if isinstance(recipe, str) else recipe
+    if "distilled" not in recipe.rungs:
+        check(owner, "steps", steps, f"left out with recipe {recipe.name}, which trains nothing", steps is None)
+        return recipe, 0
+    return recipe, recipe.steps if steps is None else integer(owner, "steps", steps, 1)
+
+
+def _at_rung(fresh: nn.Module, state: dict[str, Any], device: torch.device) -> nn.Module:
+    student = copy.deepcopy(fresh).to(device)
+    student.load_state_dict(state)
+    freeze_ranges(student)
+    return student.eval()
 
 
 def _copy(owner: str, model: Any) -> nn.Module:

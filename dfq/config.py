@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dfq.errors import check
@@ -163,11 +163,46 @@ class GeneratorConfig:
 
 
 @dataclass(frozen=True)
+class LayerFit:
+    """How one layer is fitted to its float self: Adam, cosine.
+
+    Args:
+        images: of the pool, that all layers are fitted on.
+        steps, batch_size: of one layer.
+        learning_rate: of weights, biases and batch norms.
+        range_learning_rate: of the logarithms of step sizes.
+    """
+
+    images: int = 1024
+    steps: int = 100
+    batch_size: int = 64
+    learning_rate: float = 5e-4
+    range_learning_rate: float = 5e-2
+
+    def __post_init__(self) -> None:
+        for name in ("images", "steps", "batch_size"):
+            value = getattr(self, name)
+            check("LayerFit", name, value, "an integer of at least 1", type(value) is int and value >= 1)
+        for name in ("learning_rate", "range_learning_rate"):
+            check("LayerFit", name, getattr(self, name), "> 0", getattr(self, name) > 0)
+
+
+RUNGS = ("analytic", "calibrated", "reconstructed", "distilled")
+"""What a quantized student becomes, each better and dearer than the one before."""
+DISTANCES = ("kl", "l1")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How images are made and how the student learns from them: data, not branches.
 
     Args:
-        generators: the pool; each has its own seed.
+        generators: the pool; each has its own seed. None, where the only rung is `analytic`.
+        steps: student steps, where nobody says another number.
+        rungs: of `RUNGS`, those that a quantized student climbs, in this order. A float student is distilled.
+        fit: of the rung `reconstructed`.
+        distance: between teacher and student, which the student minimises and live generators maximise: `kl` of the
+            classes, or `l1` of the logits.
         warm_up: steps of each generator alone, on its own terms.
         bn, instance, batch, label: weights of the generator's terms.
         adversary: weight of the students' disagreement, which live generators maximise.
@@ -184,6 +219,10 @@ class Recipe:
     name: str
     generators: tuple[GeneratorConfig, ...]
     warm_up: int
+    steps: int = 200
+    rungs: tuple[str, ...] = ("analytic", "calibrated", "distilled")
+    fit: LayerFit = LayerFit()
+    distance: str = "kl"
     bn: float = 4.0
     instance: float = 1.0
     batch: float = 1.0
@@ -203,39 +242,57 @@ class Recipe:
     range_learning_rate: float = 3e-3
 
     def __post_init__(self) -> None:
-        positive = ("warm_up", "student_steps_per_generator_step", "students", "calibration_batches", "noise", "clip",
+        positive = ("warm_up", "steps", "student_steps_per_generator_step", "students", "calibration_batches", "noise", "clip",
                     "generator_learning_rate", "student_learning_rate", "range_learning_rate")  # fmt: skip
         for name in positive:
             check("Recipe", name, getattr(self, name), "> 0", getattr(self, name) > 0)
-        counts = ("warm_up", "student_steps_per_generator_step", "students", "calibration_batches", "batch_size",
+        counts = ("warm_up", "steps", "student_steps_per_generator_step", "students", "calibration_batches", "batch_size",
                   "noise", "width")  # fmt: skip
         for name in counts:
             check("Recipe", name, getattr(self, name), "an integer", type(getattr(self, name)) is int)
         for name in ("bn", "instance", "batch", "label", "adversary", "weight_decay"):
             check("Recipe", name, getattr(self, name), ">= 0", getattr(self, name) >= 0)
         check("Recipe", "batch_size", self.batch_size, "at least 2", self.batch_size >= 2)
+        check("Recipe", "distance", self.distance, f"one of {', '.join(DISTANCES)}", self.distance in DISTANCES)
+        ordered = bool(self.rungs) and self.rungs == tuple(rung for rung in RUNGS if rung in self.rungs)
+        check("Recipe", "rungs", self.rungs, f"some of {', '.join(RUNGS)}, in this order", ordered)
+        calibrated = self.rungs == ("analytic",) or "calibrated" in self.rungs
+        check("Recipe", "rungs", self.rungs, "analytic alone, or calibrated among them", calibrated)
         in_pool = any(item.live or item.snapshots for item in self.generators)
-        check("Recipe", "generators", self.generators, "at least one that is live or has a snapshot", in_pool)
+        needed = in_pool or self.rungs == ("analytic",)
+        check("Recipe", "generators", self.generators, "at least one that is live or has a snapshot", needed)
 
+
+SNAPSHOTS = GeneratorConfig(snapshots=(0.25, 0.5, 1.0))
+DEFAULT = Recipe(
+    "default", (SNAPSHOTS, SNAPSHOTS, GeneratorConfig(conditional=True, snapshots=(0.25, 0.5, 1.0))), warm_up=150,
+    ranges="lsq", generator_learning_rate=3e-3, student_learning_rate=1e-2, range_learning_rate=1e-2,
+)  # fmt: skip
 
 RECIPES: dict[str, Recipe] = {
     # the published minimax: one live generator, one student, min/max ranges
     "paper": Recipe("paper", (GeneratorConfig(live=True, snapshots=()),), warm_up=50, student_learning_rate=5e-3),
     # the best measured: frozen snapshots of several generators, learned step sizes
-    "default": Recipe(
-        "default",
-        (
-            GeneratorConfig(snapshots=(0.25, 0.5, 1.0)),
-            GeneratorConfig(snapshots=(0.25, 0.5, 1.0)),
-            GeneratorConfig(conditional=True, snapshots=(0.25, 0.5, 1.0)),
-        ),
+    "default": DEFAULT,
+    # no generator and no step: ranges from what batch norms remember
+    "analytic": Recipe("analytic", (), warm_up=1, rungs=("analytic",)),
+    # layer by layer on a thousand images
+    "reconstruct": replace(DEFAULT, name="reconstruct", rungs=("analytic", "calibrated", "reconstructed")),
+    # float students from nothing: a live adversary, the logits themselves
+    "distill": Recipe(
+        "distill",
+        (GeneratorConfig(live=True, snapshots=()),),
         warm_up=150,
-        ranges="lsq",
-        generator_learning_rate=3e-3,
-        student_learning_rate=1e-2,
-        range_learning_rate=1e-2,
+        steps=10_000,
+        distance="l1",
+        student_steps_per_generator_step=5,
+        student_learning_rate=0.1,
+        weight_decay=5e-4,
+        clip=5.0,
     ),
 }
+EFFORTS = {"instant": "analytic", "quick": "reconstruct", "full": "default"}
+"""How much is done for a quantized network, from seconds to minutes, and the recipe that does it."""
 
 
 def recipe_named(name: str, owner: str = "recipe_named") -> Recipe:

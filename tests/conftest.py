@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import dfq
-from dfq.config import GeneratorConfig, Recipe
+from dfq.config import RUNGS, GeneratorConfig, LayerFit, Recipe
 from dfq.engine.run import missing
 from tests.gpu_settings import exact_gpu  # noqa: F401  for every test
 from tests.skips import pytest_runtest_logreport, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
@@ -101,7 +101,7 @@ SMALL_RECIPE = Recipe(
     "small",
     (GeneratorConfig(live=True, snapshots=(0.5,)), GeneratorConfig(conditional=True, snapshots=(1.0,))),
     warm_up=3, batch_size=8, noise=8, width=8, calibration_batches=2, students=2, student_steps_per_generator_step=2,
-    ranges="lsq",
+    ranges="lsq", rungs=RUNGS, fit=LayerFit(images=16, steps=2, batch_size=4),
 )  # fmt: skip
 
 

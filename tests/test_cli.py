@@ -24,6 +24,9 @@ FACTORY = ["--model", "tests.conftest:small_net", "--input-shape", "1,12,12", "-
 QUANTIZE = ["quantize", *FACTORY, "--steps", "3", "--preset", "W4A4"]
 
 
+MODELS = {"analytic", "DF-Q", "reconstructed", "DF-QAT-KD"}
+
+
 def test_quantize_writes_its_folder_and_says_where(tmp_path: Path) -> None:
     out = tmp_path / "run"
     done = dfq_command(*QUANTIZE, "--out", str(out), "--layer-bits", "conv3=W2A3")
@@ -37,7 +40,7 @@ def test_quantize_writes_its_folder_and_says_where(tmp_path: Path) -> None:
         "conv3": {"weights": 2, "activations": 3}
     }
     assert config["versions"]["torch"] == str(torch.__version__)
-    assert len((out / "metrics.jsonl").read_text().splitlines()) == 3 * 2 + 1 + 3
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 1 + 3 * 2 + 1 + 5 + 3
     assert (out / "images.png").read_bytes()[:4] == b"\x89PNG"
     assert list((out / "tensorboard").glob("events*"))
 
@@ -45,7 +48,8 @@ def test_quantize_writes_its_folder_and_says_where(tmp_path: Path) -> None:
 def test_json_is_all_that_is_printed(tmp_path: Path) -> None:
     done = dfq_command(*QUANTIZE, "--out", str(tmp_path / "run"), "--json", "--profile", "--capture", "auto")
     facts = json.loads(done.stdout)
-    assert facts["out"] == str(tmp_path / "run") and set(facts["bytes"]) == {"teacher", "DF-Q", "DF-QAT-KD", "integers"}
+    assert facts["out"] == str(tmp_path / "run") and set(facts["bytes"]) == {*MODELS, "teacher", "integers"}
+    assert set(facts["divergences"]) == MODELS >= set(facts["worse"])
     assert 0 < facts["bytes"]["DF-QAT-KD"] < facts["bytes"]["teacher"] and done.stderr == ""
     assert "SGD.step" in (tmp_path / "run" / "profile.txt").read_text()
 

@@ -61,9 +61,9 @@ def test_a_ruined_state_is_never_saved(tmp_path: Path, at: int, what: str) -> No
         (lambda tree: tree["task"].pop("students"), "KeyError"),
         (lambda tree: tree["task"]["generators"].pop(), "ValueError"),
         (lambda tree: tree["task"]["students"][0].popitem(), "RuntimeError"),
-        (lambda tree: tree["task"]["calibrated"].popitem(), "RuntimeError"),
+        (lambda tree: tree["task"]["rungs"]["calibrated"].popitem(), "RuntimeError"),
         (lambda tree: tree["task"]["students"][0]["conv1.weight"].fill_(math.nan), "students/0/conv1.weight has NaN"),
-        (lambda tree: tree["task"].update(calibrated=[1]), "AttributeError"),
+        (lambda tree: tree["task"].update(rungs=[1]), "AttributeError"),
     ],
 )  # fmt: skip
 def test_a_damaged_checkpoint_is_one_line_and_stays_as_it_was(run_small, tmp_path: Path, change, text: str) -> None:

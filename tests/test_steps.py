@@ -102,7 +102,7 @@ def test_calibration_sees_as_many_batches_as_the_recipe_says(monkeypatch: pytest
     asked = []
     batch = work.pool.batch
     monkeypatch.setattr(work.pool, "batch", lambda purpose, step: asked.append((purpose, step)) or batch(purpose, step))
-    for index in range(work.warm_up_steps + 1):
+    for index in range(work.first_step("calibrate") + 1):
         work.step(index)
     assert asked == [("calibrate", step) for step in range(5)]
 
@@ -111,8 +111,9 @@ def test_snapshots_are_taken_at_their_fractions() -> None:
     generators = (GeneratorConfig(snapshots=(1.0, 0.25, 0.5)), GeneratorConfig(live=True, snapshots=(0.5,)))
     work = task(replace(ONE, generators=generators, warm_up=8))
     seen = []
-    for index in range(work.warm_up_steps):
-        work.step(index)
+    first = work.first_step("generator 1 of 2")
+    for index in range(16):
+        work.step(first + index)
         seen.append({name: value.clone() for name, value in work.sources[index // 8].generator.state_dict().items()})
     assert work.pool_names() == ["generator 1, step 2", "generator 1, step 4", "generator 1, step 8",
                                  "generator 2, step 4", "generator 2, live"]  # fmt: skip

@@ -91,7 +91,10 @@ Capture = Annotated[
     typer.Option(help=f"Steps as CUDA graphs: {', '.join(MODES)}. auto: on a GPU, and as they are where that fails."),
 ]
 Compile = Annotated[bool, typer.Option("--compile", help="Networks through torch.compile: a minute at the start.")]
-RecipeName = Annotated[str, typer.Option(help=f"How images are made and students learn: {', '.join(RECIPES)}.")]
+RecipeName = Annotated[
+    str | None, typer.Option(help=f"Instead of --effort, how images are made and students learn: {', '.join(RECIPES)}.")
+]
+Steps = Annotated[int | None, typer.Option(help="Student steps. Default: the recipe's.")]
 
 
 @app.command()
@@ -140,8 +143,14 @@ def quantize(
     layer_bits: Annotated[
         list[str] | None, typer.Option(help="Bits of one layer, LAYER=W<bits>A<bits>; may be given more than once.")
     ] = None,
-    recipe: RecipeName = "default",
-    steps: Annotated[int, typer.Option(help="Student steps.")] = 200,
+    effort: Annotated[
+        str | None,
+        typer.Option(
+            help="instant (seconds: ranges from batch norms, no images), quick (layer by layer on generated images) or full (trained as a whole). Default: full."
+        ),
+    ] = None,
+    recipe: RecipeName = None,
+    steps: Steps = None,
     data: Data = None,
     data_root: DataRoot = None,
     mean: Mean = None,
@@ -167,8 +176,8 @@ def quantize(
     network, spec, shape, test = _network(model, weights, model_kwargs, stem, input_shape, num_classes, data, data_root)
     with _observer(json_output) as observer:
         result = api.quantize(
-            network, input_shape=shape, num_classes=spec.num_classes, preset=preset, recipe=recipe, steps=steps,
-            seed=seed, out=out, overrides=_layer_bits(layer_bits or []), test_images=test, resume=resume,
+            network, input_shape=shape, num_classes=spec.num_classes, preset=preset, effort=effort, recipe=recipe,
+            steps=steps, seed=seed, out=out, overrides=_layer_bits(layer_bits or []), test_images=test, resume=resume,
             normalization=normalization(mean, std), integers=integers,
             device=device, precision=precision, capture=capture, compile=compile_networks, profile=profile, spec=spec,
             observer=observer,
@@ -187,8 +196,10 @@ def distill(
     stem: Stem = None,
     input_shape: InputShape = None,
     num_classes: NumClasses = None,
-    recipe: RecipeName = "paper",
-    steps: Annotated[int, typer.Option(help="Student steps.")] = 2000,
+    recipe: Annotated[
+        str, typer.Option(help=f"How images are made and students learn: {', '.join(RECIPES)}.")
+    ] = "distill",
+    steps: Steps = None,
     data: Data = None,
     data_root: DataRoot = None,
     seed: Seed = 0,
@@ -310,15 +321,18 @@ def _show(result: api.Result, json_output: bool) -> None:
     if json_output:
         facts = {"out": str(result.folder), "accuracies": result.accuracies, "bytes": result.sizes,
                  "milliseconds": result.milliseconds, "seconds": round(result.seconds, 1),
-                 "integer_share": result.integer_share, "floating_point": result.floats}  # fmt: skip
+                 "integer_share": result.integer_share, "floating_point": result.floats,
+                 "divergences": result.divergences, "worse": result.worse}  # fmt: skip
         print(json.dumps(facts))
         return
     rows = [(name, result.accuracies.get(name), size) for name, size in result.sizes.items()]
     title = f"{result.seconds:.0f} s, exact forward"
-    Console().print(accuracy_table(rows, title, milliseconds=result.milliseconds))
+    Console().print(accuracy_table(rows, title, milliseconds=result.milliseconds, divergences=result.divergences))
     if result.floats:
         Console().print(floats_table(result.floats, result.integer_share or 0.0))
     plain = Console(soft_wrap=True, highlight=False)
+    for name in result.worse:
+        plain.print(f"{name} is further from the teacher on generated images than the row above it", markup=False)
     if result.no_integers is not None:
         plain.print(f"no integer network: {result.no_integers}", markup=False)
     plain.print(f"everything is in {result.folder}", markup=False)

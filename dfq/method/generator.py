@@ -34,7 +34,7 @@ def upsample_conv2d(x: Tensor, weight: Tensor) -> Tensor:
 class Generator(nn.Module):
     """Linear to a small map, three times nearest upsampling with convolution, BN and ReLU, a convolution to images.
 
-    `[N, noise]` (and labels `[N]`, if `num_classes`) to `[N, C, H, W]` with zero mean and unit variance per channel.
+    `[N, noise]` (and labels `[N]`, if `num_classes`) to `[N, C, H, W]` with one mean and deviation for each channel.
     Batch norms use the batch's statistics always; nothing is stored. Channels: width, width/2, width/4, width/8.
 
     Args:
@@ -42,9 +42,17 @@ class Generator(nn.Module):
         noise: length of the noise vector.
         width: channels of the first map, a multiple of 8.
         num_classes: 0, or the number of labels that images can be asked for.
+        mean: of every channel of the images, `[C]`; None: 0.
+        deviation: of all channels.
     """
 
-    def __init__(self, image_shape: tuple[int, int, int], *, noise: int, width: int, num_classes: int = 0) -> None:
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(
+        self, image_shape: tuple[int, int, int], *, noise: int, width: int, num_classes: int = 0,
+        mean: Tensor | None = None, deviation: float = 1.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         if width < 8 or width % 8:
             raise ValueError(f"Generator: width must be a positive multiple of 8, got {width}")
@@ -58,6 +66,9 @@ class Generator(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm2d(after, track_running_stats=False) for after in channels[1:])
         self.to_image = nn.Conv2d(channels[-1], image_shape[0], 3, 1, 1)
         self.normalize = nn.BatchNorm2d(image_shape[0], affine=False, track_running_stats=False)
+        mean = torch.zeros(image_shape[0]) if mean is None else mean
+        self.register_buffer("mean", mean.detach().clone().view(-1, 1, 1))
+        self.register_buffer("deviation", torch.tensor(deviation))
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is not None:
@@ -69,4 +80,4 @@ class Generator(nn.Module):
             x = F.relu(norm(upsample_conv2d(x, conv.get_parameter("weight"))))
         _, height, width = self.image_shape
         images = torch.tanh(self.to_image(x).float())[:, :, :height, :width]
-        return self.normalize(images)
+        return self.mean + self.deviation * self.normalize(images)

@@ -9,11 +9,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def divergences(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """`KL(softmax(teacher) || softmax(student))` of each image, `[N]`, in nats."""
+    teacher = F.log_softmax(teacher_logits.float(), dim=1)
+    student = F.log_softmax(student_logits.float(), dim=1)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+
+
 def distillation(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     """`D = KL(softmax(teacher) || softmax(student))`, mean over the batch, in nats; `[N, K]` each."""
     teacher = F.log_softmax(teacher_logits.float(), dim=1)
     student = F.log_softmax(student_logits.float(), dim=1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def logit_distance(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """`|teacher - student|`, mean over logits and batch; `[N, K]` each. Its gradient does not fade as both agree.
+
+    Source: G. Fang et al., Data-Free Adversarial Distillation, arXiv 1912.11006, section 3.2.
+    """
+    return (teacher_logits.float() - student_logits.float()).abs().mean()
 
 
 def instance_entropy(teacher_logits: Tensor) -> Tensor:

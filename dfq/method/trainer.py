@@ -1,8 +1,10 @@
 """Data-free training: generators warm up, then generators and students alternate. Source: arXiv 2005.04136.
 
+the first ranges, from what batch norms remember (rung "analytic")
 for each generator:  warm-up steps on L_psi; frozen snapshots join the pool
-calibrate the students' ranges on images of the pool
-for each step:
+calibrate the students' ranges on images of the pool (rung "calibrated")
+fit them to the teacher layer by layer, where the recipe says so (rung "reconstructed")
+for each step (rung "distilled"):
     each live generator:  minimise  alpha L_psi - adversary * sum over students of D(teacher, student)
     each student:         minimise  D(teacher, student) on fresh images of one generator of the pool
 """
@@ -10,7 +12,7 @@ for each step:
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,18 +21,37 @@ import torch
 from torch import Tensor, nn
 
 from dfq.config import GeneratorConfig, QuantConfig, Recipe
+from dfq.method.analytic import analytic_ranges
 from dfq.method.bn_stats import BnStatistics
 from dfq.method.generator import Generator
-from dfq.method.losses import batch_negentropy, distillation, instance_entropy, label_cross_entropy
+from dfq.method.losses import (
+    batch_negentropy,
+    distillation,
+    instance_entropy,
+    label_cross_entropy,
+    logit_distance,
+)  # fmt: skip
+from dfq.method.noise import image_moments
 from dfq.method.pool import ImagePool
+from dfq.method.reconstruct import Reconstruction
 from dfq.method.teacher import freeze, teacher_graph
 from dfq.network import Network, capture
 from dfq.network.classifier import check_classifier, check_learns, check_teacher, check_weights
 from dfq.quant import learn_ranges, range_parameters, set_adapting
+from dfq.quant.quantizers import weight_layers
 from dfq.running.device import autocast
 from dfq.running.execution import Execution
 from dfq.running.optimizers import adam, cosine, load_optimizer, set_learning_rate, sgd
 from dfq.running.seeds import seeded_initialisation
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps of one kind; `step` takes their number within the phase and gives the loss terms by name."""
+
+    name: str
+    steps: int
+    step: Callable[[int], Mapping[str, Tensor]]
 
 
 @dataclass
@@ -93,26 +114,49 @@ class DataFreeTraining:
         )
         self.pool.live = [source.generator for source in self.sources if source.config.live]
         self.snapshot_owners: list[int] = []
-        self.calibrated: dict[str, Tensor] = {}
+        self.rungs: dict[str, dict[str, Tensor]] = {}  # the product's state after each rung but the last
         self.optimizers: list[tuple[torch.optim.Optimizer, ...]] = [] if quant else self._student_optimizers()
-        self.warm_up_steps = recipe.warm_up * len(self.sources)
-        self.calibration_steps = 1 if quant else 0
-        self.total_steps = self.warm_up_steps + self.calibration_steps + steps
+        self.phases = self._phases()
+        self.total_steps = sum(phase.steps for phase in self.phases)
 
     # --- the algorithm ------------------------------------------------------------------------------------------
 
+    def _phases(self) -> list[Phase]:
+        rungs, count = self.recipe.rungs if self.quant else ("distilled",), len(self.sources)
+        phases = [Phase("analytic", 1, self._analytic)] if "analytic" in rungs else []
+        for number, source in enumerate(self.sources, 1):
+            phases.append(
+                Phase(f"generator {number} of {count}", self.recipe.warm_up, partial(self.warm_up_step, source))
+            )
+        if "calibrated" in rungs:
+            phases.append(Phase("calibrate", 1, self._calibrate))
+        if "reconstructed" in rungs:
+            self.exact = [copy.deepcopy(student) for student in self.students]
+            self.reconstructions: list[Reconstruction] = []
+            phases.append(Phase("reconstruct", len(weight_layers(self.students[0])), self._reconstruct))
+        return [*phases, Phase("student", self.steps, self._alternate)] if "distilled" in rungs else phases
+
+    def first_step(self, name: str) -> int:
+        """How many steps come before those of a phase."""
+        names = [phase.name for phase in self.phases]
+        return sum(phase.steps for phase in self.phases[: names.index(name)])
+
+    def phase(self, index: int) -> str:
+        """What step `index` is part of: `generator 2 of 3`, `calibrate`, `student`, ..."""
+        return self._find(index)[0].name
+
+    def _find(self, index: int) -> tuple[Phase, int]:
+        for phase in self.phases:
+            if index < phase.steps:
+                return phase, index
+            index -= phase.steps
+        raise IndexError(index)
+
     def step(self, index: int) -> Mapping[str, Tensor]:
         """Step `index` of all phases, its randomness a function of seed and index; gives the loss terms by name."""
+        phase, local = self._find(index)
         with seeded_initialisation(self.seed, "step", index):  # for a dropout in a float student
-            return self._step(index)
-
-    def _step(self, index: int) -> Mapping[str, Tensor]:
-        if index < self.warm_up_steps:
-            source, local = divmod(index, self.recipe.warm_up)
-            return self.warm_up_step(self.sources[source], local)
-        if index < self.warm_up_steps + self.calibration_steps:
-            return self._calibrate()
-        return self._alternate(index - self.warm_up_steps - self.calibration_steps)
+            return phase.step(local)
 
     def warm_up_step(self, source: Source, step: int) -> Mapping[str, Tensor]:
         metrics = self.generator_step(source, "warm-up", step, students=[])
@@ -153,7 +197,7 @@ class DataFreeTraining:
             terms["label"] = recipe.label * label_cross_entropy(teacher_logits, labels)
         if students and recipe.adversary > 0:
             disagreement = [
-                distillation(teacher_logits, self._forward(student, images, learning=False)) for student in students
+                self.distance(teacher_logits, self._forward(student, images, learning=False)) for student in students
             ]
             terms["adversary"] = -recipe.adversary * torch.stack(disagreement).sum()
         source.optimizer.zero_grad(set_to_none=True)
@@ -184,11 +228,20 @@ class DataFreeTraining:
         return {f"student{index}/distillation": loss.detach()}
 
     def distance(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-        """What a student minimises: `D`."""
-        return distillation(teacher_logits, student_logits)
+        """`D`: what a student minimises and live generators maximise."""
+        measure = {"kl": distillation, "l1": logit_distance}[self.recipe.distance]
+        return measure(teacher_logits, student_logits)
 
-    def _calibrate(self) -> Mapping[str, Tensor]:
-        """Sets every range on images of the pool, keeps the calibrated state (DF-Q), starts the learned ranges."""
+    def _analytic(self, _: int) -> Mapping[str, Tensor]:
+        student = copy.deepcopy(self.students[0])  # type: ignore[assignment]
+        analytic_ranges(student, self.moments, seed=self.seed)  # type: ignore[arg-type]
+        self.rungs["analytic"] = _state(student)
+        if self.recipe.rungs[-1] == "analytic":
+            self.students[0].load_state_dict(self.rungs["analytic"])
+        return {}
+
+    def _calibrate(self, _: int) -> Mapping[str, Tensor]:
+        """Sets every range on images of the pool, keeps that rung (DF-Q), starts the learned ranges."""
         assert self.quant is not None
         for student in self.students:
             student.train()
@@ -197,19 +250,30 @@ class DataFreeTraining:
                 for batch in range(self.recipe.calibration_batches):
                     student(self.pool.batch("calibrate", batch))
             set_adapting(student, False)
-        self.calibrated = {name: value.clone() for name, value in self.students[0].state_dict().items()}
+        self.rungs["calibrated"] = _state(self.students[0])
         for student in self.students:
             learn_ranges(student, self.quant)
         self.optimizers = self._student_optimizers()
         return {}
 
-    # --- parts --------------------------------------------------------------------------------------------------
+    def _reconstruct(self, layer: int) -> Mapping[str, Tensor]:
+        """Fits one layer of every student; the walk up to it is made anew after a resume."""
+        fit, size = self.recipe.fit, self.recipe.batch_size
+        if not self.reconstructions:
+            batches = [self.pool.batch("reconstruct", batch) for batch in range(-(-fit.images // size))]
+            self.reconstructions = [
+                Reconstruction(student, exact, batches, fit, self.seed)  # type: ignore[arg-type]
+                for student, exact in zip(self.students, self.exact, strict=True)
+            ]
+        with autocast(self.device, self.precision):
+            fitted = [reconstruction.step(layer) for reconstruction in self.reconstructions]
+        if layer + 1 == self.reconstructions[0].steps:
+            self.reconstructions = []  # the images' values need memory
+            if self.recipe.rungs[-1] != "reconstructed":
+                self.rungs["reconstructed"] = _state(self.students[0])
+        return {f"student{i}/{name}": value for i, terms in enumerate(fitted) for name, value in terms.items()}
 
-    def phase(self, index: int) -> str:
-        """What step `index` is part of: `generator 2 of 3`, `calibrate` or `student`."""
-        if index < self.warm_up_steps:
-            return f"generator {index // self.recipe.warm_up + 1} of {len(self.sources)}"
-        return "calibrate" if index < self.warm_up_steps + self.calibration_steps else "student"
+    # --- parts --------------------------------------------------------------------------------------------------
 
     def _snapshot_steps(self, source: Source) -> list[int]:
         return sorted({max(1, round(part * self.recipe.warm_up)) for part in source.config.snapshots})
@@ -238,7 +302,8 @@ class DataFreeTraining:
         with seeded_initialisation(self.seed, "generator", index):
             generator = Generator(
                 self.input_shape, noise=recipe.noise, width=recipe.width,
-                num_classes=self.num_classes if config.conditional else 0,
+                num_classes=self.num_classes if config.conditional else 0, mean=self.moments.mean.cpu(),
+                deviation=self.moments.deviation,
             )  # fmt: skip
         generator = generator.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = adam(generator.parameters(), recipe.generator_learning_rate, betas=(0.5, 0.999))
@@ -250,6 +315,7 @@ class DataFreeTraining:
         network = network or capture(self.teacher, self.input_shape, owner)
         self.fused_teacher = teacher_graph(network, torch.bfloat16 if self.precision == "bf16" else None)
         self.bn_statistics = BnStatistics(self.fused_teacher)
+        self.moments = image_moments(teacher_graph(network), self.input_shape, self.device)
         images = torch.randn(4, *self.input_shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         with torch.no_grad(), self.bn_statistics as statistics, autocast(self.device, self.precision):
             self.fused_teacher(images)
@@ -278,7 +344,7 @@ class DataFreeTraining:
             "generator_optimizers": [source.optimizer.state_dict() for source in self.sources],
             "snapshot_owners": self.snapshot_owners,
             "snapshots": [generator.state_dict() for generator in self.pool.frozen],
-            "calibrated": self.calibrated,
+            "rungs": self.rungs,
             "students": [student.state_dict() for student in self.students],
             "optimizers": [[optimizer.state_dict() for optimizer in row] for row in self.optimizers],
         }
@@ -294,9 +360,12 @@ class DataFreeTraining:
         for owner, weights in zip(state["snapshot_owners"], state["snapshots"], strict=True):
             self.add_snapshot(self.sources[owner])
             self.pool.frozen[-1].load_state_dict(weights)
-        self.calibrated = {name: value.to(self.device) for name, value in state["calibrated"].items()}
-        if self.calibrated:
-            self.students[0].load_state_dict(self.calibrated)  # it fits, or the checkpoint is refused now
+        self.rungs = {
+            rung: {name: value.to(self.device) for name, value in values.items()}
+            for rung, values in state["rungs"].items()
+        }
+        for values in self.rungs.values():
+            self.students[0].load_state_dict(values)  # it fits, or the checkpoint is refused now
         for student, weights in zip(self.students, state["students"], strict=True):
             student.load_state_dict(weights)
         if self.quant and state["optimizers"]:
@@ -304,3 +373,7 @@ class DataFreeTraining:
         for row, saved in zip(self.optimizers, state["optimizers"], strict=True):
             for optimizer, values in zip(row, saved, strict=True):
                 load_optimizer(optimizer, values)
+
+
+def _state(student: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in student.state_dict().items()}

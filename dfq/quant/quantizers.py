@@ -75,7 +75,7 @@ class ActivationQuantizer(Quantizer):
     """Per-tensor affine fake quantization; unsigned for values that are never negative.
 
     `source`: `moving` (the range follows the batches while `adapting`), `learned` (LSQ: the logarithm of the scale is a
-    parameter) or `fixed`.
+    parameter) or `fixed`. `bypassed`: values pass as they are (`dfq.quant.modes`).
     """
 
     running_min: Tensor
@@ -85,6 +85,7 @@ class ActivationQuantizer(Quantizer):
         quant_min = -(2 ** (bits - 1)) if signed else 0
         super().__init__(quant_min, quant_min + 2**bits - 1)
         self.bits, self.averaging_constant, self.adapting = bits, averaging_constant, False
+        self.bypassed = False
         self.register_buffer("running_min", torch.full((), float("inf")))
         self.register_buffer("running_max", torch.full((), float("-inf")))
 
@@ -99,6 +100,8 @@ class ActivationQuantizer(Quantizer):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`(fake-quantized x, scale)`."""
+        if self.bypassed:
+            return x, self.scale
         low, high = self.quant_min, self.quant_max
         if self.observing and synchronizes():
             self._observe_all_ranks(x.detach())
@@ -130,7 +133,7 @@ class ActivationQuantizer(Quantizer):
         activation: str | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`(fake-quantized act(batch norm(x)), scale)` in one pass, where one process sees all images."""
-        if self.observing and synchronizes():
+        if self.bypassed or (self.observing and synchronizes()):
             out = F.batch_norm(x, mean, var, norm.weight, norm.bias, training, momentum, norm.eps)
             return self(activate(out, activation))  # type: ignore[no-any-return]
         scale = self.current_scale()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dfq.config import to_json
 from dfq.data.images import Images, Normalization
 from dfq.deploy import milliseconds
 from dfq.engine import Engine, save_graph
+from dfq.method.losses import divergences
 from dfq.method.trainer import DataFreeTraining
 from dfq.quant import layer_bounds
 from dfq.quant.inspect import student_facts
@@ -23,6 +25,7 @@ from dfq.running.checkpoint import save_weights
 from dfq.running.run_folder import RunFolder
 from dfq.student import integer_graph
 
+HELD_BATCHES = 2  # of generated images that rungs are compared on
 SHOWN = 10  # images of each member of the pool in a run's picture
 
 
@@ -31,8 +34,11 @@ class Result:
     """What a run made.
 
     model: the trained network in evaluation mode (fake-quantized: exact forward); folder: where everything is;
-    calibrated: DF-Q, the same network before training (None for float students);
-    accuracies: percent by name (`teacher`, `DF-Q`, `DF-QAT-KD`, `student`, `integers`), empty without test images;
+    rungs: the same network after every rung that was climbed, by name (`analytic`, `DF-Q`, `reconstructed`,
+    `DF-QAT-KD`), the last one is `model`; empty for float students;
+    accuracies: percent by name (`teacher`, the rungs, `student`, `integers`), empty without test images;
+    divergences: of each rung from the teacher on generated images that nothing was trained on, in nats; empty where no
+    images were made; worse: rungs that are further from the teacher than the one before, by more than chance;
     sizes: bytes by the same names; milliseconds: of one image on the CPU, by name;
     integers: the network as integers, also in the folder; None where it cannot be one, and why not in `no_integers`;
     integer_share: of the quantized network's multiplications, 0 to 1 (None for float networks); floats: its calls in
@@ -41,7 +47,7 @@ class Result:
 
     model: nn.Module
     folder: Path
-    calibrated: nn.Module | None
+    rungs: dict[str, nn.Module]
     accuracies: dict[str, float]
     sizes: dict[str, int]
     milliseconds: dict[str, float]
@@ -50,13 +56,19 @@ class Result:
     seconds: float
     integer_share: float | None = None
     floats: tuple[dict[str, Any], ...] = ()
+    divergences: dict[str, float] = field(default_factory=dict)
+    worse: tuple[str, ...] = ()
+
+    @property
+    def calibrated(self) -> nn.Module | None:
+        """DF-Q: ranges from generated images, nothing trained; None where the run has no such rung."""
+        return self.rungs.get("DF-Q")
 
 
 def finish(
     folder: RunFolder,
     models: dict[str, nn.Module],
     product: nn.Module,
-    calibrated: nn.Module | None,
     task: DataFreeTraining | None,
     test_images: Images | None,
     device: torch.device,
@@ -68,7 +80,7 @@ def finish(
     """Writes weights, pictures and result.json, and judges every model by its exact forward."""
     save_weights(product, folder.model)
     save_curves(folder.metrics(), folder.path / "curves.png")
-    if task is not None:
+    if task is not None and task.sources:
         drawn = zip(task.pool_names(), task.pool.sample(), strict=True)
         pictures = [
             (name, images[:SHOWN], None if labels is None else labels[:SHOWN]) for name, (images, labels) in drawn
@@ -76,8 +88,9 @@ def finish(
         save_image_grid(pictures, folder.path / "images.png")
     sizes = {name: model_bytes(model) for name, model in models.items()}
     engine, why_not = (None, None)
-    if integers and task is not None and task.quant is not None:
-        engine, why_not = _integers(product, task, folder, normalization)
+    quantized = task if task is not None and task.quant is not None else None
+    if integers and quantized is not None:
+        engine, why_not = _integers(product, quantized, folder, normalization)
     judged: dict[str, Any] = dict(models)
     if engine is not None:
         judged["integers"], sizes["integers"] = engine, folder.integers.stat().st_size
@@ -96,13 +109,34 @@ def finish(
     if why_not is not None:
         facts["no_integers"] = why_not
     share, floats = None, ()
-    if calibrated is not None:
+    rungs = {name: model for name, model in models.items() if name != "teacher"} if quantized is not None else {}
+    found, worse = _held_out(quantized, rungs) if quantized is not None and quantized.sources else ({}, ())
+    if quantized is not None:
         facts["layers"] = to_json(layer_bounds(product))  # type: ignore[arg-type, assignment]
         inside = student_facts(product)  # type: ignore[arg-type]
         share, floats = inside["integer_share"], tuple(inside["floats"])
-        facts |= {"integer_share": share, "floating_point": floats}
+        facts |= {"integer_share": share, "floating_point": floats, "divergences": found, "worse": worse}
     folder.write_json("result.json", facts)
-    return Result(product, folder.path, calibrated, accuracies, sizes, times, engine, why_not, seconds, share, floats)
+    return Result(
+        product, folder.path, rungs, accuracies, sizes, times, engine, why_not, seconds, share, floats, found, worse
+    )
+
+
+@torch.no_grad()
+def _held_out(task: DataFreeTraining, rungs: dict[str, nn.Module]) -> tuple[dict[str, float], tuple[str, ...]]:
+    """How far every rung is from the teacher on generated images that no rung has seen, and which are worse.
+
+    Worse: further away than the rung before by more than two standard errors of the images' differences.
+    """
+    images = torch.cat([task.pool.batch("held out", batch) for batch in range(HELD_BATCHES)]).float()
+    wanted = task.teacher(images)
+    each = {name: divergences(wanted, model(images)) for name, model in rungs.items()}
+    worse = []
+    for (_, before), (name, after) in pairwise(each.items()):
+        difference = after - before
+        if float(difference.mean()) > 2 * float(difference.std()) / len(difference) ** 0.5:
+            worse.append(name)
+    return {name: float(values.mean()) for name, values in each.items()}, tuple(worse)
 
 
 def _integers(

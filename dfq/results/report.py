@@ -57,15 +57,19 @@ def bounds_table(bounds: Sequence[LayerBound]) -> Table:
 
 
 def accuracy_table(
-    rows: Sequence[tuple[str, float | None, int]], title: str, *, milliseconds: Mapping[str, float] | None = None
+    rows: Sequence[tuple[str, float | None, int]],
+    title: str,
+    *,
+    milliseconds: Mapping[str, float] | None = None,
+    divergences: Mapping[str, float] | None = None,
 ) -> Table:
     """Model, accuracy in percent, below the first row by, size in kB of what inference needs (`model_bytes`, or the
-    file), milliseconds of one image where they are known."""
-    compared, times = len(rows) > 1, milliseconds or {}
+    file); where they are known, nats from the teacher on generated images and milliseconds of one image."""
+    compared, times, nats = len(rows) > 1, milliseconds or {}, divergences or {}
     table = Table(title=title)
     table.add_column("model")
-    optional = {"below teacher": compared, "ms per image": bool(times)}
-    for heading in ("accuracy %", "below teacher", "packed size kB", "ms per image"):
+    optional = {"below teacher": compared, "KL, generated": bool(nats), "ms per image": bool(times)}
+    for heading in ("accuracy %", "below teacher", "KL, generated", "packed size kB", "ms per image"):
         if not optional.get(heading, True):
             continue
         table.add_column(heading, justify="right")
@@ -73,7 +77,10 @@ def accuracy_table(
     for index, (name, accuracy, size) in enumerate(rows):
         known = accuracy is not None and reference is not None
         below = f"{reference - accuracy:.2f}" if known and index else ""  # type: ignore[operator]
-        cells = ["" if accuracy is None else f"{accuracy:.2f}", *([below] if compared else []), f"{size / 1000:.1f}"]
+        cells = ["" if accuracy is None else f"{accuracy:.2f}", *([below] if compared else [])]
+        if nats:
+            cells.append(f"{nats[name]:.4f}" if name in nats else "")
+        cells.append(f"{size / 1000:.1f}")
         if times:
             cells.append(f"{times[name]:.2f}" if name in times else "")
         table.add_row(escape(name), *cells)

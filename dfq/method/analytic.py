@@ -1,0 +1,50 @@
+"""Ranges without an image, a generator or a step: what batch norms remember of the training data is enough.
+
+    noise, with the images' mean and deviation
+    every batch norm normalises it by its own statistics, not by the stored ones
+    ranges are what is seen then
+
+A batch norm's result has mean `bias[c]` and deviation `|weight[c]|` over the training data. Normalised by its own
+statistics, noise has the same ones there, after every batch norm anew; what lies between two of them is computed of
+values that are so distributed. Source of the idea, with normal distributions propagated by formulas: M. Nagel et al.,
+Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV 2019, section 4.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import fx
+
+from dfq.method.noise import Moments, pink_noise
+from dfq.quant.modes import batch_statistics
+from dfq.quant.prepare import prepared_of
+
+BATCHES = 4
+PIXELS = 2**16  # of a batch; of large images fewer
+LEAST, MOST = 8, 64  # images of a batch
+
+
+@torch.no_grad()
+def analytic_ranges(student: fx.GraphModule, moments: Moments, *, seed: int = 0) -> None:
+    """Sets every range of a student that has seen nothing yet.
+
+    Args:
+        student: of `dfq.quant.prepare`, ranges `moving`; batch norms stay as they are.
+        moments: of the images.
+        seed: of the noise.
+
+    Raises:
+        ValueError: no batch norm that ends or begins a layer.
+    """
+    shape = prepared_of(student, "analytic_ranges").input_shape
+    images = min(max(PIXELS // math.prod(shape[1:]), LEAST), MOST)
+    random = torch.Generator().manual_seed(seed)
+    mean = moments.mean.view(-1, *[1] * (len(shape) - 1))
+    with batch_statistics(student) as norms:
+        if not norms:
+            raise ValueError("analytic_ranges: student must have batch norms, got none")
+        for _ in range(BATCHES):
+            noise = pink_noise(images, shape, random).to(mean.device)
+            student(mean + moments.deviation * noise)

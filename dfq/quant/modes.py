@@ -1,0 +1,53 @@
+"""How a fake-quantized network runs for a while: in floating point, or with its batches' own statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from dfq.layers.tail import Tail
+from dfq.quant.quantizers import ActivationQuantizer, set_adapting
+
+
+@contextmanager
+def bypassed(student: nn.Module) -> Iterator[None]:
+    """Activations pass their quantizers as they are."""
+    quantizers = [module for module in student.modules() if isinstance(module, ActivationQuantizer)]
+    for quantizer in quantizers:
+        quantizer.bypassed = True
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.bypassed = False
+
+
+@contextmanager
+def batch_statistics(student: nn.Module) -> Iterator[int]:
+    """Batch norms normalise by the batch's statistics, ranges follow; gives how many batch norms there are.
+
+    Afterwards the batch norms are what they were.
+    """
+    tails = [module for module in student.modules() if isinstance(module, Tail) and module.bn is not None]
+    kept = [
+        (tail, tail.train_batch_norm, [(buffer, buffer.clone()) for buffer in tail.bn.buffers()])  # type: ignore[union-attr]
+        for tail in tails
+    ]
+    mode = student.training
+    student.train()
+    set_adapting(student, True)
+    for tail in tails:
+        tail.train_batch_norm = True
+    try:
+        yield len(tails)
+    finally:
+        set_adapting(student, False)
+        student.train(mode)
+        with torch.no_grad():
+            for tail, trains, buffers in kept:
+                tail.train_batch_norm = trains
+                for buffer, value in buffers:
+                    buffer.copy_(value)
