@@ -79,8 +79,8 @@ def quantize(
         input_shape: `(C, H, W)` of its images.
         num_classes: of its logits; found out where it is not given.
         preset: bits, `W4A4` and so on (`dfq.config.quant_config`); `W4A4` if nothing is given.
-        effort: `instant` (ranges from the batch norms alone: seconds, no image is made), `quick` (images, and every layer
-            fitted to its float self on them) or `full` (images, and the network trained as a whole: minutes; the
+        effort: `instant` (ranges from the batch norms alone: seconds, no image is made), `quick` (every layer is
+            fitted to its float self on generated images) or `full` (the network is trained as a whole: minutes; the
             default).
         recipe: instead of `effort`, how exactly: a name of `dfq.config.RECIPES` or a `dfq.config.Recipe`.
         steps: student steps; the recipe's where nothing is given.

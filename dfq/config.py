@@ -242,12 +242,12 @@ class Recipe:
     range_learning_rate: float = 3e-3
 
     def __post_init__(self) -> None:
-        positive = ("warm_up", "steps", "student_steps_per_generator_step", "students", "calibration_batches", "noise", "clip",
-                    "generator_learning_rate", "student_learning_rate", "range_learning_rate")  # fmt: skip
+        positive = ("warm_up", "steps", "student_steps_per_generator_step", "students", "calibration_batches", "noise",
+                    "clip", "generator_learning_rate", "student_learning_rate", "range_learning_rate")  # fmt: skip
         for name in positive:
             check("Recipe", name, getattr(self, name), "> 0", getattr(self, name) > 0)
-        counts = ("warm_up", "steps", "student_steps_per_generator_step", "students", "calibration_batches", "batch_size",
-                  "noise", "width")  # fmt: skip
+        counts = ("warm_up", "steps", "student_steps_per_generator_step", "students", "calibration_batches",
+                  "batch_size", "noise", "width")  # fmt: skip
         for name in counts:
             check("Recipe", name, getattr(self, name), "an integer", type(getattr(self, name)) is int)
         for name in ("bn", "instance", "batch", "label", "adversary", "weight_decay"):
