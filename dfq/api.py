@@ -182,7 +182,7 @@ def distill(
         teacher: trained float classifier with batch norms.
         students: freshly initialised classifiers, of any architectures; the first is the product, all of them are what
             live generators disagree with. They are trained in place.
-        recipe: a name of `dfq.config.RECIPES` or a `dfq.config.Recipe`, with generators.
+        recipe: a name of `dfq.config.RECIPES` or a `dfq.config.Recipe`, one that trains whole networks.
         input_shape, num_classes, steps, seed, out, test_images, resume, device, precision, capture, compile,
             observer: as in `quantize`.
         specs: how teacher and students are built by name.
@@ -196,7 +196,8 @@ def distill(
     input_shape = _sizes("distill", input_shape)
     seed = integer("distill", "seed", seed, 0)
     recipe, steps = _recipe("distill", recipe, steps)
-    check("distill", "recipe", recipe.name, "one with generators", bool(recipe.generators))
+    trains = bool(recipe.generators) and "distilled" in recipe.rungs
+    check("distill", "recipe", recipe.name, "one with generators that trains whole networks", trains)
     networks = isinstance(students, list) and all(isinstance(student, nn.Module) for student in students)
     different = networks and len({id(student) for student in students}) == len(students)
     check("distill", "students", students, "a list of different networks, at least one", different and bool(students))
@@ -343,7 +344,9 @@ def _recipe(owner: str, recipe: Any, steps: int | None) -> tuple[Recipe, int]:
     check(owner, "recipe", recipe, "a name or a Recipe", isinstance(recipe, (str, Recipe)))
     recipe = recipe_named(recipe, owner) if isinstance(recipe, str) else recipe
     if "distilled" not in recipe.rungs:
-        check(owner, "steps", steps, f"left out with recipe {recipe.name}, which trains nothing", steps is None)
+        check(
+            owner, "steps", steps, f"left out with recipe {recipe.name}, which trains no whole network", steps is None
+        )
         return recipe, 0
     return recipe, recipe.steps if steps is None else integer(owner, "steps", steps, 1)
 

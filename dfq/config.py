@@ -167,7 +167,7 @@ class LayerFit:
     """How one layer is fitted to its float self: Adam, cosine.
 
     Args:
-        images: of the pool, that all layers are fitted on.
+        images: of the pool, that all layers are fitted on; fewer where their values would take over 4 GiB.
         steps, batch_size: of one layer.
         learning_rate: of weights, biases and batch norms.
         range_learning_rate: of the logarithms of step sizes.

@@ -32,7 +32,7 @@ PIXELS, LABELS = torch.zeros(4, 1, 12, 12, dtype=torch.uint8), torch.zeros(4, dt
         ({"steps": True}, "steps must be an integer"),
         ({"effort": "quick"}, "effort must be given without recipe, got 'quick'"),
         ({"effort": "slow", "recipe": None}, "effort must be one of instant, quick, full, got 'slow'"),
-        ({"recipe": "analytic"}, "steps must be left out with recipe analytic, which trains nothing, got 4"),
+        ({"recipe": "analytic"}, "steps must be left out with recipe analytic, which trains no whole network, got 4"),
         ({"recipe": 3}, "recipe must be a name or a Recipe, got 3"),
         ({"config": "W4A4", "preset": None}, "config must be a QuantConfig, got 'W4A4'"),
         ({"overrides": {"conv1": (2, 3)}}, "overrides must be LayerBits"),
@@ -80,6 +80,9 @@ def test_distill(tmp_path: Path) -> None:
             dfq.distill(small_net(), students, **common)
     with pytest.raises(ValueError, match="specs must be of teacher and students"):
         dfq.distill(small_net(), [net], specs=[ModelSpec()], **common)
+    for recipe in ("analytic", "reconstruct"):
+        with pytest.raises(ValueError, match=f"recipe must be one with generators that trains .*, got '{recipe}'"):
+            dfq.distill(small_net(), [net], **common | {"recipe": recipe, "steps": None})
     assert not (tmp_path / "run").exists()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dfq.config import RECIPES, LayerFit, quant_config
 from dfq.data.images import load_images
+from dfq.method import reconstruct
 from dfq.method.analytic import analytic_ranges
 from dfq.method.noise import Moments, image_moments, pink_noise
 from dfq.method.reconstruct import FloatWalk, Reconstruction, Walk
@@ -148,13 +149,22 @@ def test_walks_compute_what_the_networks_compute() -> None:
 def test_layers_get_nearer_to_their_float_selves() -> None:
     student, exact = student_and_self()
     images, held = torch.randn(64, 1, 12, 12), torch.randn(64, 1, 12, 12)
-    wanted = small_net().eval()(held)
+    wanted = small_net().eval()(held).detach()
     before = float((student.eval()(held).detach() - wanted).square().mean())
     fit = Reconstruction(student, exact, [images], LayerFit(64, 60, 32), seed=0)
     losses = [fit.step(index) for index in range(fit.steps)]
     assert sum(float(terms["layer/after"] < terms["layer/before"]) for terms in losses) >= len(losses) - 1
     assert float((student.eval()(held).detach() - wanted).square().mean()) < 0.7 * before
     assert torch.equal(exact.state_dict()["conv2.weight"], small_net().state_dict()["conv2.weight"])
+
+
+def test_large_images_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, exact = student_and_self()
+    monkeypatch.setattr(reconstruct, "LEAST", 1)
+    counts = [reconstruct.images_in_memory(exact, torch.zeros(1, 1, 12 * side, 12 * side)) for side in (1, 2)]
+    assert counts[0] == pytest.approx(4 * counts[1], rel=0.2)
+    monkeypatch.setattr(reconstruct, "LEAST", 10**9)
+    assert reconstruct.images_in_memory(exact, torch.zeros(1, 1, 12, 12)) == 10**9
 
 
 class Twice(nn.Module):

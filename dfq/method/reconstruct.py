@@ -26,6 +26,9 @@ from dfq.running.optimizers import adam, cosine, set_learning_rate
 from dfq.running.seeds import random_source
 
 Values = dict[fx.Node, Any]
+MEMORY = 2**32  # bytes that all images' values may take
+COPIES = 4  # of what one walk holds: two walks, and one layer's inputs and outputs of both
+LEAST = 32  # images
 
 
 class Walk:
@@ -81,6 +84,16 @@ class Walk:
         """A layer's result."""
         module = self.network.get_submodule(str(node.target))
         return module(x, x_scale, *self.quantizers[str(node.target)](module.oriented()))  # type: ignore[operator]
+
+
+def images_in_memory(network: fx.GraphModule, image: Tensor) -> int:
+    """How many images the walks may hold, from what one image `[1, ...]` takes at most."""
+    walk, most = Walk(network, [image]), 1
+    for place in range(len(walk.nodes)):
+        walk.run(place)
+        held = [item for value in walk.values[0].values() for item in (value if isinstance(value, tuple) else (value,))]
+        most = max(most, sum(item.numel() * item.element_size() for item in held if isinstance(item, Tensor)))
+    return max(MEMORY // (COPIES * most), LEAST)
 
 
 class FloatWalk(Walk):

@@ -33,7 +33,7 @@ from dfq.method.losses import (
 )  # fmt: skip
 from dfq.method.noise import image_moments
 from dfq.method.pool import ImagePool
-from dfq.method.reconstruct import Reconstruction
+from dfq.method.reconstruct import Reconstruction, images_in_memory
 from dfq.method.teacher import freeze, teacher_graph
 from dfq.network import Network, capture
 from dfq.network.classifier import check_classifier, check_learns, check_teacher, check_weights
@@ -260,7 +260,10 @@ class DataFreeTraining:
         """Fits one layer of every student; the walk up to it is made anew after a resume."""
         fit, size = self.recipe.fit, self.recipe.batch_size
         if not self.reconstructions:
-            batches = [self.pool.batch("reconstruct", batch) for batch in range(-(-fit.images // size))]
+            first = self.pool.batch("reconstruct", 0)
+            count = min(fit.images, images_in_memory(self.exact[0], first[:1]))  # type: ignore[arg-type]
+            rest = [self.pool.batch("reconstruct", batch) for batch in range(1, -(-count // size))]
+            batches = list(torch.cat([first, *rest])[:count].split(size))
             self.reconstructions = [
                 Reconstruction(student, exact, batches, fit, self.seed)  # type: ignore[arg-type]
                 for student, exact in zip(self.students, self.exact, strict=True)

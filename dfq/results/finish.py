@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -25,7 +26,7 @@ from dfq.running.checkpoint import save_weights
 from dfq.running.run_folder import RunFolder
 from dfq.student import integer_graph
 
-HELD_BATCHES = 2  # of generated images that rungs are compared on
+HELD_PIXELS, HELD_LEAST = 2**18, 16  # of generated images that rungs are compared on: fewer large ones
 SHOWN = 10  # images of each member of the pool in a run's picture
 
 
@@ -128,7 +129,9 @@ def _held_out(task: DataFreeTraining, rungs: dict[str, nn.Module]) -> tuple[dict
 
     Worse: further away than the rung before by more than two standard errors of the images' differences.
     """
-    images = torch.cat([task.pool.batch("held out", batch) for batch in range(HELD_BATCHES)]).float()
+    count = max(HELD_PIXELS // math.prod(task.input_shape[1:]), HELD_LEAST)
+    batches = -(-count // task.recipe.batch_size)
+    images = torch.cat([task.pool.batch("held out", batch) for batch in range(batches)])[:count].float()
     wanted = task.teacher(images)
     each = {name: divergences(wanted, model(images)) for name, model in rungs.items()}
     worse = []
