@@ -86,7 +86,8 @@ def test_a_loaded_state_is_recorded_anew() -> None:
     work, other = (recorded(task(LONGER, steps=6)) for _ in range(2))
     for index in range(2):
         work.step(index)
-    for index in range(WARM_UP + 1):
+    first = other.first_step("generator 1 of 2")
+    for index in range(first + WARM_UP + 1):
         other.step(index)
     assert other.execution.recorded
     other.load_state_dict(copy.deepcopy(work.state_dict()))
@@ -105,14 +106,18 @@ def test_a_step_that_takes_a_number_from_python_is_noticed(monkeypatch: pytest.M
 
     monkeypatch.setattr("dfq.method.trainer.set_learning_rate", numbers)
     eager, replayed = task(LONGER, steps=12), recorded(task(LONGER, steps=12))
+    start = eager.first_step("generator 1 of 2")
+    for work in (eager, replayed):
+        for index in range(start):
+            work.step(index)
     differ = [
         index
-        for index in range(LONGER.warm_up)
+        for index in range(start, start + LONGER.warm_up)
         for expected, found in [(eager.step(index), replayed.step(index))]
         if not all(torch.equal(value, found[key]) for key, value in expected.items())
     ]
     assert not differ  # a live generator's rate in its warm-up is one number; the second one's follows a cosine
-    for index in range(LONGER.warm_up, 2 * LONGER.warm_up):
+    for index in range(start + LONGER.warm_up, start + 2 * LONGER.warm_up):
         eager.step(index), replayed.step(index)
     one, other = (work.sources[1].generator.to_image.weight for work in (eager, replayed))
     assert not torch.equal(one, other)
@@ -123,7 +128,10 @@ def test_no_step_reads_a_value(name: str) -> None:
     work = MAKERS[name]()
     first = to_live_step(work)
     work.step(first)
-    for index in (0, first + 2):  # a generator's warm-up; a live generator and two students
+    for index in (
+        work.first_step("generator 1 of 2"),
+        first + 2,
+    ):  # a generator's warm-up; a live generator and two students
         with ForbidHostReads():
             metrics = work.step(index)
         assert metrics

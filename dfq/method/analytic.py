@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from dfq.method.noise import Moments, pink_noise
-from dfq.quant.modes import batch_statistics
+from dfq.quant.modes import batch_statistics, normalized_tails
 from dfq.quant.prepare import prepared_of
 
 BATCHES = 4
@@ -36,15 +36,15 @@ def analytic_ranges(student: fx.GraphModule, moments: Moments, *, seed: int = 0)
         seed: of the noise.
 
     Raises:
-        ValueError: no batch norm that ends or begins a layer.
+        ValueError: no batch norm.
     """
     shape = prepared_of(student, "analytic_ranges").input_shape
     images = min(max(PIXELS // math.prod(shape[1:]), LEAST), MOST)
     random = torch.Generator().manual_seed(seed)
     mean = moments.mean.view(-1, *[1] * (len(shape) - 1))
-    with batch_statistics(student) as norms:
-        if not norms:
-            raise ValueError("analytic_ranges: student must have batch norms, got none")
+    if not normalized_tails(student):
+        raise ValueError("analytic_ranges: student must have batch norms, got none")
+    with batch_statistics(student):
         for _ in range(BATCHES):
             noise = pink_noise(images, shape, random).to(mean.device)
             student(mean + moments.deviation * noise)

@@ -233,7 +233,8 @@ class DataFreeTraining:
         return measure(teacher_logits, student_logits)
 
     def _analytic(self, _: int) -> Mapping[str, Tensor]:
-        student = copy.deepcopy(self.students[0])  # type: ignore[assignment]
+        """Ranges of the product alone, which the next rungs begin without."""
+        student = copy.deepcopy(self.students[0])
         analytic_ranges(student, self.moments, seed=self.seed)  # type: ignore[arg-type]
         self.rungs["analytic"] = _state(student)
         if self.recipe.rungs[-1] == "analytic":
@@ -250,6 +251,8 @@ class DataFreeTraining:
                 for batch in range(self.recipe.calibration_batches):
                     student(self.pool.batch("calibrate", batch))
             set_adapting(student, False)
+        if self.recipe.rungs[-1] == "calibrated":
+            return {}
         self.rungs["calibrated"] = _state(self.students[0])
         for student in self.students:
             learn_ranges(student, self.quant)

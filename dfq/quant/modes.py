@@ -25,13 +25,15 @@ def bypassed(student: nn.Module) -> Iterator[None]:
             quantizer.bypassed = False
 
 
-@contextmanager
-def batch_statistics(student: nn.Module) -> Iterator[int]:
-    """Batch norms normalise by the batch's statistics, ranges follow; gives how many batch norms there are.
+def normalized_tails(student: nn.Module) -> list[Tail]:
+    """The ends of layers that have a batch norm."""
+    return [module for module in student.modules() if isinstance(module, Tail) and module.bn is not None]
 
-    Afterwards the batch norms are what they were.
-    """
-    tails = [module for module in student.modules() if isinstance(module, Tail) and module.bn is not None]
+
+@contextmanager
+def batch_statistics(student: nn.Module) -> Iterator[None]:
+    """Batch norms normalise by the batch's statistics, ranges follow. Afterwards the batch norms are what they were."""
+    tails = normalized_tails(student)
     kept = [
         (tail, tail.train_batch_norm, [(buffer, buffer.clone()) for buffer in tail.bn.buffers()])  # type: ignore[union-attr]
         for tail in tails
@@ -42,7 +44,7 @@ def batch_statistics(student: nn.Module) -> Iterator[int]:
     for tail in tails:
         tail.train_batch_norm = True
     try:
-        yield len(tails)
+        yield
     finally:
         set_adapting(student, False)
         student.train(mode)
