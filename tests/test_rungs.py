@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -45,7 +46,7 @@ class Shifted(nn.Module):
 def test_the_first_batch_norm_remembers_the_images(mean: float, deviation: float) -> None:
     found = moments_of(Shifted(load_teacher(), mean, deviation), (1, 32, 32))
     assert float(found.mean) == pytest.approx(mean, abs=0.05 * deviation)
-    assert found.deviation == pytest.approx(deviation, rel=0.1)
+    assert found.deviation == pytest.approx(deviation, rel=0.1) and not found.assumed
 
 
 def test_every_channel_has_its_mean() -> None:
@@ -62,7 +63,7 @@ def test_every_channel_has_its_mean() -> None:
 def test_without_an_affine_map_to_it_images_are_normalised_ones() -> None:
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(400, 4)).eval()
     found = moments_of(net, (1, 12, 12))
-    assert not found.mean.any() and found.deviation == 1.0
+    assert not found.mean.any() and found.deviation == 1.0 and found.assumed
 
 
 def test_noise_has_mean_0_deviation_1_and_neighbours_alike() -> None:
@@ -198,6 +199,8 @@ def test_a_shared_weight_is_fitted_to_the_first_of_its_layers() -> None:
 
 def test_instant_makes_no_image(run_small, tmp_path) -> None:
     result = run_small(effort="instant", recipe=None, steps=None)
+    facts = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert facts["images"].keys() == {"mean", "deviation", "assumed"}
     assert set(result.rungs) == {"analytic"} and result.rungs["analytic"] is result.model and not result.divergences
     assert not (tmp_path / "run" / "images.png").exists() and result.integers is not None
     assert torch.equal(result.integers(images := torch.randn(4, 1, 12, 12)), result.model(images))

@@ -16,10 +16,11 @@ TINY = 1e-12
 
 @dataclass(frozen=True)
 class Moments:
-    """Of images: mean `[C]`, and one deviation for all channels."""
+    """Of images: mean `[C]`, and one deviation for all channels; assumed: not found, but those of normalised images."""
 
     mean: Tensor
     deviation: float
+    assumed: bool = False
 
 
 def pink_noise(count: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
@@ -66,7 +67,7 @@ def image_moments(teacher: nn.Module, shape: tuple[int, ...], device: torch.devi
     _, spread = _first_norm(teacher, noise)
     _, mirrored = _first_norm(teacher, -noise)
     assert norm.running_mean is not None and norm.running_var is not None
-    standard = Moments(torch.zeros(shape[0], device=device), 1.0)
+    standard = Moments(torch.zeros(shape[0], device=device), 1.0, assumed=True)
     scale = (spread - at_zero).abs().max()
     if not bool((spread + mirrored - 2 * at_zero).abs().max() <= 1e-3 * scale):
         return standard

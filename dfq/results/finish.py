@@ -107,6 +107,11 @@ def finish(
         times = {"teacher": milliseconds(models["teacher"], shape), "integers": milliseconds(engine, shape)}
     seconds = time.monotonic() - started
     facts = {"accuracies": accuracies, "bytes": sizes, "milliseconds": times, "seconds": round(seconds, 1)}
+    if task is not None:
+        moments = task.moments
+        facts["images"] = {
+            "mean": moments.mean.tolist(), "deviation": moments.deviation, "assumed": moments.assumed
+        }  # fmt: skip
     if why_not is not None:
         facts["no_integers"] = why_not
     share, floats = None, ()
