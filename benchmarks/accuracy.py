@@ -29,6 +29,7 @@ from benchmarks.machine import UNKNOWN, machine_line
 from dfq.cli.app import keep_freed_memory
 from dfq.config import RECIPES, GeneratorConfig, Recipe, quant_config, to_json
 from dfq.data.images import Batches, load_images
+from dfq.method.objective import classifier
 from dfq.method.trainer import DataFreeTraining, Source
 from dfq.models.embedded import INPUT_SHAPE, load_teacher
 from dfq.quant import freeze_ranges, prepare
@@ -185,7 +186,7 @@ def run(row: Row) -> Mapping[str, Any]:
     ]
     kind = LabelTraining if row.images == "QAT" else DataFreeTraining
     task = kind(
-        teacher, students, row.recipe, quant=config, input_shape=INPUT_SHAPE, num_classes=10, steps=row.steps,
+        teacher, students, row.recipe, quant=config, input_shape=INPUT_SHAPE, objective=classifier(10), steps=row.steps,
         seed=row.seed, device=CPU, precision="fp32",
     )  # fmt: skip
     if row.images == "synthetic":

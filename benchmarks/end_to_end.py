@@ -33,6 +33,7 @@ from benchmarks.torch_ao import HookStatistics, TorchAo
 from dfq.cli.app import keep_freed_memory
 from dfq.config import quant_config, recipe_named
 from dfq.errors import first_line
+from dfq.method.objective import classifier
 from dfq.method.trainer import DataFreeTraining
 from dfq.models import ModelSpec, build_model
 from dfq.models.embedded import INPUT_SHAPE, load_teacher
@@ -87,7 +88,7 @@ def calibrated(work: Workload, execution: Execution | None = None, device: str =
     classes = net(torch.zeros(1, *work.image_shape)).shape[1]
     task = DataFreeTraining(
         net, [prepare(teacher(work), work.image_shape, quant)], recipe, quant=quant, input_shape=work.image_shape,
-        num_classes=classes, steps=10**6, seed=0, device=torch.device(device),
+        objective=classifier(classes), steps=10**6, seed=0, device=torch.device(device),
         precision="bf16" if work.precision == "bf16" else "fp32",
         execution=execution,
     )  # fmt: skip

@@ -4,37 +4,45 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from dfq.arguments import (
+    Metric,
+    check_metric,
+    image_shape,
+    objective_asked,
+    own_copy,
+    real_images,
+    recipe_asked,
+    recipe_of_effort,
+)
 from dfq.config import (
-    EFFORTS,
     LayerBits,
     QuantConfig,
     Recipe,
     TeachConfig,
     quant_config,
     quant_config_from_json,
-    recipe_named,
     to_json,
 )  # fmt: skip
 from dfq.data.images import Images, Normalization, check_normalization
 from dfq.deploy import check_integers
-from dfq.errors import check, first_line, integer
+from dfq.errors import check, integer
 from dfq.method.teaching import TeacherTraining
 from dfq.method.trainer import DataFreeTraining
 from dfq.models import ModelSpec, build_model
 from dfq.network import capture as capture_network
-from dfq.network.classifier import check_teacher, check_weights
+from dfq.network.outputs import check_weights
 from dfq.quant import freeze_ranges, prepare
 from dfq.results.evaluate import check_test_images
 from dfq.results.finish import Result, finish
-from dfq.running.checkpoint import CheckpointError, load_weights, weights_digest
+from dfq.running.checkpoint import CheckpointError, load_weights, tensor_digest, weights_digest
 from dfq.running.device import resolve_device, resolve_precision
 from dfq.running.execution import Execution
 from dfq.running.loop import Observer, run_loop
@@ -54,12 +62,15 @@ def quantize(
     preset: str | None = None,
     effort: str | None = None,
     recipe: str | Recipe | None = None,
+    objective: str | Sequence[str] | None = None,
+    images: Images | Tensor | None = None,
     steps: int | None = None,
     seed: int = 0,
     out: str | Path = "run",
     overrides: Mapping[str, LayerBits] | None = None,
     config: QuantConfig | None = None,
     test_images: Images | None = None,
+    metric: Metric | None = None,
     normalization: Normalization | None = None,
     integers: bool = True,
     resume: bool = False,
@@ -71,24 +82,30 @@ def quantize(
     spec: ModelSpec | None = None,
     observer: Observer | None = None,
 ) -> Result:
-    """Quantizes a trained float classifier without any data.
+    """Quantizes a trained float network without any data.
 
     Args:
         model: whatever torch.export captures, with batch norms; is copied, not changed. Calls without an integer form
             stay in floating point (see `dfq.prepare`).
         input_shape: `(C, H, W)` of its images.
-        num_classes: of its logits; found out where it is not given.
+        num_classes: that its logits must have; left out for a network that is no classifier.
         preset: bits, `W4A4` and so on (`dfq.config.quant_config`); `W4A4` if nothing is given.
         effort: `instant` (ranges from the batch norms alone: seconds, no image is made), `quick` (every layer is
             fitted to its float self on generated images) or `full` (the network is trained as a whole: minutes; the
             default).
         recipe: instead of `effort`, how exactly: a name of `dfq.config.RECIPES` or a `dfq.config.Recipe`.
+        objective: what its outputs are, `classes` or `values`, one word for each or one for all; found from their
+            shapes where it is not given (`dfq.method.objective.objective_of`).
+        images: real images, where there are a few, without labels: every batch is half of them, half generated ones.
+            With `effort="instant"` ranges come from them alone.
         steps: student steps; the recipe's where nothing is given.
         seed: of everything random; the same seed and number of threads give the same bits.
         out: a new folder for config, metrics, pictures and checkpoints.
         overrides: bits by layer name.
         config: a whole `QuantConfig` instead of `preset` and `overrides`; its `ranges` count, not the recipe's.
-        test_images: real images to judge by; never trained on.
+        test_images: real images to judge a classifier by; never trained on.
+        metric: your own judge of any network: gets a function of normalised images, returns a number. The teacher is
+            judged before the first step.
         normalization: `(mean, std)` per channel of pixels / 255 that the network was trained with, for whoever gives
             the integer network pixels; None: that of `test_images`, or unknown.
         integers: also make the integer network, and refuse a model that has none before the first step. A config that
@@ -114,19 +131,22 @@ def quantize(
         ExecutionError: a step or network that cannot be captured or compiled, and had to be.
         Interrupted: Ctrl-C or SIGTERM, after saving.
     """
-    input_shape = _sizes("quantize", input_shape)
+    input_shape = image_shape("quantize", input_shape)
     seed = integer("quantize", "seed", seed, 0)
-    recipe, steps = _recipe("quantize", _recipe_of_effort(effort, recipe), steps)
+    recipe = recipe_of_effort(effort, recipe, real=images is not None)
     check("quantize", "config", config, "a QuantConfig", config is None or isinstance(config, QuantConfig))
+    where = resolve_device(device)
+    teacher = own_copy("quantize", model)
+    meaning = objective_asked("quantize", "model", teacher, input_shape, objective, num_classes, where)
+    recipe, steps = recipe_asked("quantize", recipe, steps, meaning)
+    real = real_images("quantize", images, input_shape, recipe)
     if config is None:
         preset = preset or "W4A4"
         config = quant_config(preset, ranges=recipe.ranges, overrides=overrides, owner="quantize")
     elif preset is not None or overrides is not None:
         raise ValueError("quantize: config must be given without preset and overrides, got both")
-    where = resolve_device(device)
-    teacher = _copy("quantize", model)
-    num_classes = _classes("quantize", "model", teacher, input_shape, num_classes, where)
-    check_test_images(test_images, input_shape, num_classes, "quantize")
+    check_test_images(test_images, input_shape, meaning.num_classes, "quantize")
+    check_metric("quantize", metric, teacher)
     normalization = check_normalization("quantize", normalization, input_shape[0], test_images)
     network = capture_network(teacher, input_shape, "quantize")
     students = [copy.deepcopy(prepare(network, config=config)) for _ in range(recipe.students)]
@@ -135,12 +155,14 @@ def quantize(
         check_integers(fresh)
     task = DataFreeTraining(
         teacher, list(students), recipe, quant=config, input_shape=input_shape,
-        num_classes=num_classes, steps=steps, seed=seed, device=where, precision=resolve_precision(precision, where),
-        execution=Execution(capture, where, compiled=compile), network=network,
+        objective=meaning, images=real, steps=steps, seed=seed, device=where,
+        precision=resolve_precision(precision, where), execution=Execution(capture, where, compiled=compile),
+        network=network,
     )  # fmt: skip
     settings = {
         "command": "quantize", "weights": weights_digest(model), "model": to_json(spec),
-        "input_shape": list(input_shape), "num_classes": num_classes,
+        "input_shape": list(input_shape), "num_classes": meaning.num_classes, "objective": list(meaning.kinds),
+        "images": None if real is None else tensor_digest(real),
         "preset": preset, "quant": to_json(config), "recipe": to_json(recipe), "steps": steps, "seed": seed,
         "device": where.type, "precision": task.precision, "compile": compile, "normalization": normalization,
     }  # fmt: skip
@@ -154,7 +176,9 @@ def quantize(
         for rung, state in task.rungs.items():
             models[RUNG_NAMES[rung]] = _at_rung(fresh, state, where)
         models[RUNG_NAMES[recipe.rungs[-1]]] = student.eval()
-        return finish(folder, models, student, task, test_images, where, started, normalization, integers=integers)
+        return finish(
+            folder, models, student, task, test_images, where, started, normalization, integers=integers, metric=metric
+        )
 
 
 def distill(
@@ -164,10 +188,13 @@ def distill(
     input_shape: tuple[int, int, int],
     num_classes: int | None = None,
     recipe: str | Recipe = "distill",
+    objective: str | Sequence[str] | None = None,
+    images: Images | Tensor | None = None,
     steps: int | None = None,
     seed: int = 0,
     out: str | Path = "run",
     test_images: Images | None = None,
+    metric: Metric | None = None,
     resume: bool = False,
     device: str = "auto",
     precision: str = "auto",
@@ -179,12 +206,12 @@ def distill(
     """Trains smaller float students on a teacher's knowledge without any data: the paper's compression half.
 
     Args:
-        teacher: trained float classifier with batch norms.
-        students: freshly initialised classifiers, of any architectures; the first is the product, all of them are what
-            live generators disagree with. They are trained in place.
+        teacher: trained float network with batch norms.
+        students: freshly initialised networks with the same outputs, of any architectures; the first is the product,
+            all of them are what live generators disagree with. They are trained in place.
         recipe: a name of `dfq.config.RECIPES` or a `dfq.config.Recipe`, one that trains whole networks.
-        input_shape, num_classes, steps, seed, out, test_images, resume, device, precision, capture, compile,
-            observer: as in `quantize`.
+        input_shape, num_classes, objective, images, steps, seed, out, test_images, metric, resume, device, precision,
+            capture, compile, observer: as in `quantize`.
         specs: how teacher and students are built by name.
 
     Returns:
@@ -193,28 +220,31 @@ def distill(
     Raises:
         ValueError, NonFiniteError, ExecutionError, Interrupted: as `quantize`.
     """
-    input_shape = _sizes("distill", input_shape)
+    input_shape = image_shape("distill", input_shape)
     seed = integer("distill", "seed", seed, 0)
-    recipe, steps = _recipe("distill", recipe, steps)
-    trains = bool(recipe.generators) and "distilled" in recipe.rungs
-    check("distill", "recipe", recipe.name, "one with generators that trains whole networks", trains)
     networks = isinstance(students, list) and all(isinstance(student, nn.Module) for student in students)
     different = networks and len({id(student) for student in students}) == len(students)
     check("distill", "students", students, "a list of different networks, at least one", different and bool(students))
     check("distill", "specs", specs, "of teacher and students", not specs or len(specs) == len(students) + 1)
     where = resolve_device(device)
-    frozen = _copy("distill", teacher)
-    num_classes = _classes("distill", "teacher", frozen, input_shape, num_classes, where)
-    check_test_images(test_images, input_shape, num_classes, "distill")
+    frozen = own_copy("distill", teacher)
+    meaning = objective_asked("distill", "teacher", frozen, input_shape, objective, num_classes, where)
+    recipe, steps = recipe_asked("distill", recipe, steps, meaning)
+    check("distill", "recipe", recipe.name, "one that trains whole networks", "distilled" in recipe.rungs)
+    real = real_images("distill", images, input_shape, recipe)
+    check_test_images(test_images, input_shape, meaning.num_classes, "distill")
+    check_metric("distill", metric, frozen)
     task = DataFreeTraining(
         frozen, students, replace(recipe, students=len(students)), quant=None,
-        input_shape=input_shape, num_classes=num_classes, steps=steps, seed=seed, device=where,
+        input_shape=input_shape, objective=meaning, images=real, steps=steps, seed=seed, device=where,
         precision=resolve_precision(precision, where), execution=Execution(capture, where, compiled=compile),
     )  # fmt: skip
     settings = {
         "command": "distill", "weights": weights_digest(teacher), "model": to_json(specs[1]) if specs else None,
         "specs": to_json(specs or []),
-        "quant": None, "input_shape": list(input_shape), "num_classes": num_classes, "recipe": to_json(recipe),
+        "quant": None, "input_shape": list(input_shape), "num_classes": meaning.num_classes,
+        "objective": list(meaning.kinds), "images": None if real is None else tensor_digest(real),
+        "recipe": to_json(recipe),
         "steps": steps, "seed": seed, "device": where.type, "precision": task.precision, "compile": compile,
         "normalization": check_normalization("distill", None, input_shape[0], test_images),
     }  # fmt: skip
@@ -222,7 +252,7 @@ def distill(
     with RunFolder(Path(out), settings, resume=resume) as folder:
         run_loop(task, folder, resume=resume, observer=observer)
         models = {"teacher": task.teacher, "student": students[0].eval()}
-        return finish(folder, models, students[0], task, test_images, where, started)
+        return finish(folder, models, students[0], task, test_images, where, started, metric=metric)
 
 
 def teach(
@@ -301,7 +331,7 @@ def load_run(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Modul
         named = None if spec is None or model is not None else build_model(spec)
     except (TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"run: {folder} must hold a run's config.json, got a damaged one: {error}") from error
-    model = named if model is None else _copy("load_run", model)
+    model = named if model is None else own_copy("load_run", model)
     assert model is not None
     if quant is not None:
         shape = tuple(config["input_shape"])
@@ -314,55 +344,8 @@ def load_run(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Modul
     return model.eval(), config
 
 
-def _sizes(owner: str, input_shape: Any) -> tuple[int, int, int]:
-    three = isinstance(input_shape, (tuple, list, torch.Size)) and len(input_shape) == 3
-    check(owner, "input_shape", input_shape, "(C, H, W)", three)
-    channels, height, width = (integer(owner, "input_shape", size, 1) for size in input_shape)
-    return channels, height, width
-
-
-def _classes(
-    owner: str, name: str, model: nn.Module, input_shape: tuple[int, int, int], num_classes: Any, device: torch.device
-) -> int:
-    """The number of classes that was given, or that the model has."""
-    known = None if num_classes is None else integer(owner, "num_classes", num_classes, 2)
-    check_weights(model, owner=owner, name=name)
-    return check_teacher(model.to(device), input_shape, known, device=device, owner=owner, name=name)
-
-
-def _recipe_of_effort(effort: str | None, recipe: str | Recipe | None) -> str | Recipe:
-    check("quantize", "effort", effort, "given without recipe", effort is None or recipe is None)
-    if recipe is not None:
-        return recipe
-    effort = "full" if effort is None else effort
-    check("quantize", "effort", effort, f"one of {', '.join(EFFORTS)}", effort in EFFORTS)
-    return EFFORTS[effort]
-
-
-def _recipe(owner: str, recipe: Any, steps: int | None) -> tuple[Recipe, int]:
-    """The recipe, and its student steps or those that were asked for."""
-    check(owner, "recipe", recipe, "a name or a Recipe", isinstance(recipe, (str, Recipe)))
-    recipe = recipe_named(recipe, owner) if isinstance(recipe, str) else recipe
-    if "distilled" not in recipe.rungs:
-        check(
-            owner, "steps", steps, f"left out with recipe {recipe.name}, which trains no whole network", steps is None
-        )
-        return recipe, 0
-    return recipe, recipe.steps if steps is None else integer(owner, "steps", steps, 1)
-
-
 def _at_rung(fresh: nn.Module, state: dict[str, Any], device: torch.device) -> nn.Module:
     student = copy.deepcopy(fresh).to(device)
     student.load_state_dict(state)
     freeze_ranges(student)
     return student.eval()
-
-
-def _copy(owner: str, model: Any) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{owner}: model must be a torch.nn.Module, got {type(model).__name__}")
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:  # weights that a hook computes (old weight_norm, pruning) cannot be copied
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise ValueError(f"{owner}: model must be copyable (remove weight_norm and pruning), got {reason}") from error

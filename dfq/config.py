@@ -197,7 +197,7 @@ class Recipe:
     """How images are made and how the student learns from them: data, not branches.
 
     Args:
-        generators: the pool; each has its own seed. None, where the only rung is `analytic`.
+        generators: the pool; each has its own seed. None, where the only rung is `analytic` or images are real.
         steps: student steps, where nobody says another number.
         rungs: of `RUNGS`, those that a quantized student climbs, in this order. A float student is distilled.
         fit: of the rung `reconstructed`.
@@ -258,9 +258,8 @@ class Recipe:
         check("Recipe", "rungs", self.rungs, f"some of {', '.join(RUNGS)}, in this order", ordered)
         calibrated = self.rungs == ("analytic",) or "calibrated" in self.rungs
         check("Recipe", "rungs", self.rungs, "analytic alone, or calibrated among them", calibrated)
-        in_pool = any(item.live or item.snapshots for item in self.generators)
-        needed = in_pool or self.rungs == ("analytic",)
-        check("Recipe", "generators", self.generators, "at least one that is live or has a snapshot", needed)
+        in_pool = any(item.live or item.snapshots for item in self.generators) or not self.generators
+        check("Recipe", "generators", self.generators, "none, or at least one that is live or has a snapshot", in_pool)
 
 
 SNAPSHOTS = GeneratorConfig(snapshots=(0.25, 0.5, 1.0))
@@ -276,6 +275,8 @@ RECIPES: dict[str, Recipe] = {
     "default": DEFAULT,
     # no generator and no step: ranges from what batch norms remember
     "analytic": Recipe("analytic", (), warm_up=1, rungs=("analytic",)),
+    # ranges of real images alone
+    "calibrate": Recipe("calibrate", (), warm_up=1, rungs=("analytic", "calibrated")),
     # layer by layer on a thousand images
     "reconstruct": replace(DEFAULT, name="reconstruct", rungs=("analytic", "calibrated", "reconstructed")),
     # float students from nothing: a live adversary, the logits themselves

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from dfq.data.images import DATASETS, Normalization
-from dfq.data.readers import read_image
+from dfq.data.readers import picture_files, read_image
 from dfq.engine import Engine
 from dfq.errors import check, first_line
 from dfq.export import check_floats, export
@@ -67,34 +67,44 @@ def milliseconds(model: Callable[[Tensor], Any], input_shape: tuple[int, ...], s
 
 
 def read_images(engine: Engine, path: Path) -> Tensor:
-    """The images of a file as the network takes them, `[N, C, H, W]`.
+    """The images of a file as an integer network takes them, `[N, C, H, W]`; as `images_of`."""
+    return images_of(path, engine.graph.input_shape, engine.normalize, owner="run")
 
-    A picture (PNG, JPEG, ...) is one, scaled to the network's size; a NumPy file holds uint8 pixels or normalised
-    numbers, `[C, H, W]` or `[N, C, H, W]`.
+
+def images_of(path: Path, shape: tuple[int, ...], normalize: Callable[[Tensor], Tensor], *, owner: str) -> Tensor:
+    """Images as a network takes them, `[N, C, H, W]`.
+
+    Args:
+        path: a picture (PNG, JPEG, ...), scaled to the network's size; a folder of pictures; a NumPy file of uint8
+            pixels or normalised numbers, `[C, H, W]` or `[N, C, H, W]`.
+        shape: of one image.
+        normalize: uint8 pixels to the network's input.
+        owner: who is named in errors.
 
     Raises:
-        ValueError: a file of another kind, shape or type.
+        ValueError: a file of another kind, shape or type; a folder without pictures.
         CheckpointError: a file that cannot be read.
     """
-    shape = engine.graph.input_shape
     try:
-        if path.suffix != ".npy":
-            check("run", "network", shape, "of pictures [C, H, W]", len(shape) == 3)
+        if path.is_dir() or path.suffix != ".npy":
+            check(owner, "network", shape, "of pictures [C, H, W]", len(shape) == 3)
             channels, height, width = shape
-            return engine.normalize(read_image(path, (channels, height, width))[None])
+            files = picture_files(path) if path.is_dir() else [path]
+            check(owner, str(path), "none", "a folder of pictures", bool(files))
+            return normalize(torch.stack([read_image(file, (channels, height, width)) for file in files]))
         array = np.load(path, allow_pickle=False)
     except OSError as error:
-        raise CheckpointError(f"run: {path} cannot be read: {error.strerror or first_line(error)}") from error
+        raise CheckpointError(f"{owner}: {path} cannot be read: {error.strerror or first_line(error)}") from error
     except (EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"run: {path} must be a NumPy array, got {first_line(error)}") from error
-    check("run", str(path), type(array).__name__, "one NumPy array", isinstance(array, np.ndarray))
+        raise ValueError(f"{owner}: {path} must be a NumPy array, got {first_line(error)}") from error
+    check(owner, str(path), type(array).__name__, "one NumPy array", isinstance(array, np.ndarray))
     array = array[None] if array.ndim == len(shape) else array
-    check("run", str(path), array.shape, f"[N, {', '.join(map(str, shape))}]",
+    check(owner, str(path), array.shape, f"[N, {', '.join(map(str, shape))}]",
           array.ndim == len(shape) + 1 and array.shape[1:] == shape)  # fmt: skip
     if array.dtype == np.uint8:
-        return engine.normalize(torch.from_numpy(array))
+        return normalize(torch.from_numpy(array))
     floating = array.dtype in (np.float16, np.float32, np.float64)
-    check("run", str(path), str(array.dtype), "uint8 pixels or normalised floating-point numbers", floating)
+    check(owner, str(path), str(array.dtype), "uint8 pixels or normalised floating-point numbers", floating)
     return torch.from_numpy(array).float()
 
 

@@ -22,7 +22,7 @@ from dfq.errors import check
 from dfq.export import export
 from dfq.export.onnx import save_onnx
 from dfq.export.portable import save_portable
-from dfq.network.classifier import check_weights
+from dfq.network.outputs import check_weights
 
 
 def prepare(

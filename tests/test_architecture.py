@@ -21,7 +21,7 @@ FLOORS = [
     {"layers"},
     {"quant"},
     {"export", "method"},
-    {"deploy", "student"},
+    {"arguments", "deploy", "student"},
     {"results"},
     {"api"},
     {"cli"},

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dfq.config import quant_config
+from dfq.method.objective import classifier
 from dfq.method.trainer import DataFreeTraining
 from dfq.models import ModelSpec, build_model
 from dfq.running.execution import WARM_UP, Execution, ExecutionError
@@ -41,8 +42,8 @@ def float_students() -> DataFreeTraining:
         for parameter in student.parameters():
             nn.init.normal_(parameter, std=0.1)
     return DataFreeTraining(
-        small_net(), list(students), LONGER, quant=None, input_shape=(1, 12, 12), num_classes=4, steps=12, seed=0,
-        device=CPU, precision="fp32",
+        small_net(), list(students), LONGER, quant=None, input_shape=(1, 12, 12), objective=classifier(4), steps=12,
+        seed=0, device=CPU, precision="fp32",
     )  # fmt: skip
 
 

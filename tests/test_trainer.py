@@ -18,6 +18,7 @@ import torch
 import dfq
 from dfq.config import RECIPES, GeneratorConfig, LayerBits, quant_config
 from dfq.data.images import Images
+from dfq.method.objective import classifier
 from dfq.method.trainer import DataFreeTraining
 from dfq.models import ModelSpec
 from dfq.quant import prepare
@@ -32,8 +33,8 @@ def task(recipe=SMALL_RECIPE, quant=None, steps=4, seed=0, device="cpu") -> Data
     quant = quant or quant_config("W3A3", ranges=recipe.ranges)
     students = [prepare(small_net(), (1, 12, 12), quant) for _ in range(recipe.students)]
     return DataFreeTraining(
-        small_net(), students, recipe, quant=quant, input_shape=(1, 12, 12), num_classes=4, steps=steps, seed=seed,
-        device=torch.device(device), precision="fp32",
+        small_net(), students, recipe, quant=quant, input_shape=(1, 12, 12), objective=classifier(4), steps=steps,
+        seed=seed, device=torch.device(device), precision="fp32",
     )  # fmt: skip
 
 
@@ -77,8 +78,8 @@ def test_the_generator_step_maximises_disagreement_and_leaves_students_alone() -
 def test_float_students_are_left_alone_by_the_generator_too() -> None:
     students = [dfq.build_model(ModelSpec("wrn-10-1", 1, 4))]
     work = DataFreeTraining(
-        small_net(), students, replace(SMALL_RECIPE, students=1), quant=None, input_shape=(1, 12, 12), num_classes=4,
-        steps=2, seed=0, device=torch.device("cpu"), precision="fp32",
+        small_net(), students, replace(SMALL_RECIPE, students=1), quant=None, input_shape=(1, 12, 12),
+        objective=classifier(4), steps=2, seed=0, device=torch.device("cpu"), precision="fp32",
     )  # fmt: skip
     before = {name: value.clone() for name, value in students[0].state_dict().items()}
     work.generator_step(work.sources[0], "live", 0, work.students)
@@ -113,7 +114,7 @@ def test_a_folder_with_other_files_is_left_alone(run_small, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("snapshots", [(0.0,), (1.5,), ()])
 def test_recipes_with_an_empty_pool_are_refused(snapshots: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match="snapshots must be fractions|generators must be at least one that is live"):
+    with pytest.raises(ValueError, match="snapshots must be fractions|generators must be none, or at least one that"):
         replace(SMALL_RECIPE, generators=(GeneratorConfig(snapshots=snapshots),))
 
 
@@ -286,7 +287,10 @@ def images(count: int, channels: int = 1, classes: int = 4) -> Images:
         ({"preset": "W9A4"}, r"weights must be in \[2, 8\], got 9"),
         ({"preset": "W4A1"}, r"activations must be in \[2, 8\], got 1"),
         ({"preset": "int4"}, "preset must be one of W8A8.*got 'int4'"),
-        ({"recipe": "best"}, "recipe must be one of paper, default, analytic, reconstruct, distill, got 'best'"),
+        (
+            {"recipe": "best"},
+            "recipe must be one of paper, default, analytic, calibrate, reconstruct, distill, got 'best'",
+        ),
         ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
         ({"steps": 2.5}, "steps must be an integer of at least 1, got 2.5"),
         ({"config": quant_config("W4A4")}, "config must be given without preset and overrides, got both"),

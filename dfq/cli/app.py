@@ -8,26 +8,47 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from torch import nn
 
 from dfq import api
 from dfq.cli import commands
-from dfq.cli.options import Data, DataRoot, Device, Json, Mean, Std, normalization
-from dfq.config import PRESETS, RECIPES, LayerBits, TeachConfig
-from dfq.data.images import DATASETS, Images, load_images
-from dfq.models import MODEL_NAMES, ModelSpec, build_model, embedded
-from dfq.models.registry import ZOOS
-from dfq.network.classifier import check_teacher
+from dfq.cli.given import layer_bits_of, metric_named, named_network, named_specs, objective_words, real_images_of
+from dfq.cli.options import (
+    Capture,
+    Compile,
+    Data,
+    DataRoot,
+    Device,
+    InputShape,
+    Json,
+    Mean,
+    MetricName,
+    Model,
+    ModelKwargs,
+    NumClasses,
+    ObjectiveWords,
+    Out,
+    Precision,
+    RealImages,
+    RecipeName,
+    Resume,
+    Seed,
+    Std,
+    Stem,
+    Steps,
+    Weights,
+    normalization,
+)
+from dfq.config import PRESETS, RECIPES, TeachConfig
+from dfq.data.images import DATASETS, load_images
+from dfq.models import ModelSpec
 from dfq.results.report import accuracy_table, floats_table
-from dfq.running.checkpoint import load_weights
-from dfq.running.execution import MODES, ExecutionError
+from dfq.running.execution import ExecutionError
 from dfq.running.loop import Interrupted, NonFiniteError
 from dfq.running.progress import ProgressBar, Silent
 from dfq_kernels import BackendError, __version__
@@ -54,48 +75,6 @@ def options(
 
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        help=f"{', '.join(MODEL_NAMES)}, timm:NAME, torchvision:NAME, or package.module:factory. Default: the embedded WRN-16-1 teacher for Fashion-MNIST."
-    ),
-]
-Weights = Annotated[
-    Path | None,
-    typer.Option(
-        help="The model's weights: .safetensors, or a torch.save state dict (read with weights_only). Needed with a named --model."
-    ),
-]
-ModelKwargs = Annotated[str | None, typer.Option(help="Keyword arguments of a factory, as a JSON object.")]
-Stem = Annotated[
-    str | None,
-    typer.Option(help="First layers of named models: cifar (stride 1) or imagenet (stride 4). Default: cifar."),
-]
-InputShape = Annotated[str | None, typer.Option(help="Images of the model as C,H,W. Default: those of --data.")]
-NumClasses = Annotated[
-    int | None,
-    typer.Option(
-        help="Classes of the model. Default: as many as it has logits; needed for a named one without --data."
-    ),
-]
-Seed = Annotated[
-    int, typer.Option(help="Seed of everything random; the same seed and number of threads give the same bits.")
-]
-Out = Annotated[Path, typer.Option(help="A new folder for config, metrics, pictures and checkpoints.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
-Precision = Annotated[
-    str, typer.Option(help="Of training: auto, fp32 or bf16. Accuracy is always judged by the exact forward.")
-]
-Capture = Annotated[
-    str,
-    typer.Option(help=f"Steps as CUDA graphs: {', '.join(MODES)}. auto: on a GPU, and as they are where that fails."),
-]
-Compile = Annotated[bool, typer.Option("--compile", help="Networks through torch.compile: a minute at the start.")]
-RecipeName = Annotated[
-    str | None, typer.Option(help=f"Instead of --effort, how images are made and students learn: {', '.join(RECIPES)}.")
-]
-Steps = Annotated[int | None, typer.Option(help="Student steps. Default: the recipe's.")]
-
 
 @app.command()
 def teach(
@@ -117,7 +96,7 @@ def teach(
     """Train a float classifier on real images."""
     config = TeachConfig(epochs, batch_size, learning_rate, weight_decay)
     images = load_images(data, "train", data_root)
-    (spec,) = _specs([model], images.input_shape[0], images.num_classes, stem)
+    (spec,) = named_specs([model], images.input_shape[0], images.num_classes, stem)
     with _observer(json_output) as observer:
         result = api.teach(
             spec, images, config=config, seed=seed, out=out, test_images=load_images(data, "test", data_root),
@@ -150,9 +129,12 @@ def quantize(
         ),
     ] = None,
     recipe: RecipeName = None,
+    objective: ObjectiveWords = None,
     steps: Steps = None,
+    images: RealImages = None,
     data: Data = None,
     data_root: DataRoot = None,
+    metric: MetricName = None,
     mean: Mean = None,
     std: Std = None,
     integers: Annotated[
@@ -172,13 +154,17 @@ def quantize(
     ] = False,
     json_output: Json = False,
 ) -> None:
-    """Quantize a trained classifier without any data."""
-    network, spec, shape, test = _network(model, weights, model_kwargs, stem, input_shape, num_classes, data, data_root)
+    """Quantize a trained network without any data."""
+    said = normalization(mean, std)
+    network, spec, shape, classes, test = named_network(
+        model, weights, model_kwargs, stem, input_shape, num_classes, data, data_root
+    )
     with _observer(json_output) as observer:
         result = api.quantize(
-            network, input_shape=shape, num_classes=spec.num_classes, preset=preset, effort=effort, recipe=recipe,
-            steps=steps, seed=seed, out=out, overrides=_layer_bits(layer_bits or []), test_images=test, resume=resume,
-            normalization=normalization(mean, std), integers=integers,
+            network, input_shape=shape, num_classes=classes, objective=objective_words(objective), preset=preset,
+            effort=effort, recipe=recipe, images=real_images_of(images, shape, said, test), steps=steps, seed=seed,
+            out=out, overrides=layer_bits_of(layer_bits or []), test_images=test, metric=metric_named(metric),
+            resume=resume, normalization=said, integers=integers,
             device=device, precision=precision, capture=capture, compile=compile_networks, profile=profile, spec=spec,
             observer=observer,
         )  # fmt: skip
@@ -199,9 +185,14 @@ def distill(
     recipe: Annotated[
         str, typer.Option(help=f"How images are made and students learn: {', '.join(RECIPES)}.")
     ] = "distill",
+    objective: ObjectiveWords = None,
     steps: Steps = None,
+    images: RealImages = None,
     data: Data = None,
     data_root: DataRoot = None,
+    metric: MetricName = None,
+    mean: Mean = None,
+    std: Std = None,
     seed: Seed = 0,
     out: Out = Path("run"),
     resume: Resume = False,
@@ -212,16 +203,18 @@ def distill(
     json_output: Json = False,
 ) -> None:
     """Train a smaller float student on a teacher's knowledge without any data."""
-    network, spec, shape, test = _network(
+    said = normalization(mean, std)
+    network, spec, shape, classes, test = named_network(
         model, weights, model_kwargs, None if model is None or ":" in model else stem, input_shape, num_classes,
         data, data_root,
     )  # fmt: skip
-    specs = _specs(student, shape[0], spec.num_classes, stem)
+    specs = named_specs(student, shape[0], classes or ModelSpec.num_classes, stem)
     students = [api.seeded_model(item, seed, index) for index, item in enumerate(specs)]
     with _observer(json_output) as observer:
         result = api.distill(
-            network, students, input_shape=shape, num_classes=spec.num_classes, recipe=recipe, steps=steps, seed=seed,
-            out=out, test_images=test, resume=resume, device=device, precision=precision, capture=capture,
+            network, students, input_shape=shape, num_classes=classes, objective=objective_words(objective),
+            recipe=recipe, images=real_images_of(images, shape, said, test), steps=steps, seed=seed,
+            out=out, test_images=test, metric=metric_named(metric), resume=resume, device=device, precision=precision, capture=capture,
             compile=compile_networks, specs=[spec, *specs], observer=observer,
         )  # fmt: skip
     _show(result, json_output)
@@ -232,83 +225,6 @@ app.command()(commands.export)
 app.command()(commands.inspect)
 app.command()(commands.run)
 app.command()(commands.info)
-
-
-def _network(
-    model: str | None,
-    weights: Path | None,
-    model_kwargs: str | None,
-    stem: str | None,
-    input_shape: str | None,
-    num_classes: int | None,
-    data: str | None,
-    data_root: Path | None,
-) -> tuple[nn.Module, ModelSpec, tuple[int, int, int], Images | None]:
-    """The trained network, how it is built, its image shape, and the test images if any."""
-    if model is None:
-        options = {"weights": weights, "model_kwargs": model_kwargs, "stem": stem, "input_shape": input_shape,
-                   "num_classes": num_classes}  # fmt: skip
-        if given := [name for name, value in options.items() if value is not None]:
-            raise ValueError(f"dfq: model must be given with {given[0]}, got none")
-        images = load_images(data or embedded.DATASET, "test", data_root)
-        return embedded.load_teacher(), embedded.SPEC, embedded.INPUT_SHAPE, images
-    test = None if data is None else load_images(data, "test", data_root)
-    shape = test.input_shape if input_shape is None and test is not None else _shape(input_shape)
-    classes = num_classes if num_classes is not None else test.num_classes if test is not None else None
-    if classes is None and ":" not in model:
-        raise ValueError(f"dfq: num_classes must be given for the named model {model}, or --data, got neither")
-    if weights is None and (":" not in model or (model.partition(":")[0] in ZOOS and model_kwargs is None)):
-        raise ValueError(f"dfq: weights must be given for the named model {model}, got none")
-    (spec,) = _specs([model], shape[0], classes or ModelSpec.num_classes, stem, model_kwargs)
-    network = build_model(spec)
-    if weights is not None:
-        load_weights(network, weights)
-    if classes is None:
-        found = check_teacher(network, shape, None, device=torch.device("cpu"), owner="dfq", name=f"model {model}")
-        spec = replace(spec, num_classes=found)
-    return network.eval(), spec, shape, test
-
-
-def _specs(
-    names: list[str], channels: int, classes: int, stem: str | None, model_kwargs: str | None = None
-) -> list[ModelSpec]:
-    """The networks that were named; `stem` is for those of `dfq.models`, `model_kwargs` for factories."""
-    factories = [name for name in names if ":" in name]
-    if stem is not None and len(factories) == len(names):
-        raise ValueError(f"dfq: stem must be given with a named model, got {stem!r} with {names[0]}")
-    if model_kwargs is not None and not factories:
-        raise ValueError(f"dfq: model_kwargs must be given with package.module:factory, got them with {names[0]}")
-    kwargs = _json_object(model_kwargs or "{}")
-    return [ModelSpec(name, channels, classes, stem or "cifar", kwargs) for name in names]
-
-
-def _shape(text: str | None) -> tuple[int, int, int]:
-    parts = [part.strip() for part in (text or "").split(",")]
-    if len(parts) != 3 or not all(re.fullmatch("[1-9][0-9]*", part) for part in parts):
-        raise ValueError(f"dfq: input_shape must be C,H,W (or --data given), got {text!r}")
-    return int(parts[0]), int(parts[1]), int(parts[2])
-
-
-def _layer_bits(items: list[str]) -> dict[str, LayerBits]:
-    overrides = {}
-    for item in items:
-        match = re.fullmatch("(.+)=W([0-9]+)A([0-9]+)", item)
-        if match is None:
-            raise ValueError(f"dfq: layer_bits must be LAYER=W<bits>A<bits>, got {item!r}")
-        if match[1] in overrides:
-            raise ValueError(f"dfq: layer_bits must name a layer once, got {match[1]} again")
-        overrides[match[1]] = LayerBits(int(match[2]), int(match[3]))
-    return overrides
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"dfq: model_kwargs must be a JSON object, got {text!r}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"dfq: model_kwargs must be a JSON object, got {text!r}")
-    return value
 
 
 @contextmanager
@@ -322,15 +238,18 @@ def _show(result: api.Result, json_output: bool) -> None:
         facts = {"out": str(result.folder), "accuracies": result.accuracies, "bytes": result.sizes,
                  "milliseconds": result.milliseconds, "seconds": round(result.seconds, 1),
                  "integer_share": result.integer_share, "floating_point": result.floats,
-                 "divergences": result.divergences, "worse": result.worse}  # fmt: skip
+                 "divergences": result.divergences, "worse": result.worse, "scores": result.scores,
+                 "objective": result.objective}  # fmt: skip
         print(json.dumps(facts))
         return
+    plain = Console(soft_wrap=True, highlight=False)
+    if result.objective and not re.fullmatch(r"classes \[N, \d+\]", result.objective):
+        plain.print(f"outputs were taken for {result.objective}", markup=False)
     rows = [(name, result.accuracies.get(name), size) for name, size in result.sizes.items()]
-    title = f"{result.seconds:.0f} s, exact forward"
-    Console().print(accuracy_table(rows, title, milliseconds=result.milliseconds, divergences=result.divergences))
+    columns = {"metric": result.scores, "distance, generated": result.divergences, "ms per image": result.milliseconds}
+    Console().print(accuracy_table(rows, f"{result.seconds:.0f} s, exact forward", columns))
     if result.floats:
         Console().print(floats_table(result.floats, result.integer_share or 0.0))
-    plain = Console(soft_wrap=True, highlight=False)
     for name in result.worse:
         plain.print(f"{name} is further from the teacher on generated images than the row above it", markup=False)
     if result.no_integers is not None:

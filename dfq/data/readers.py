@@ -98,7 +98,9 @@ def tiny_imagenet(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     classes = {name: label for label, name in enumerate((inner / "wnids.txt").read_text().split())}
     if split == "train":
         rows = [
-            (path, label) for name, label in classes.items() for path in _image_files(inner / "train" / name / "images")
+            (path, label)
+            for name, label in classes.items()
+            for path in picture_files(inner / "train" / name / "images")
         ]
     else:
         lines = (inner / "val" / "val_annotations.txt").read_text().splitlines()
@@ -116,7 +118,7 @@ def image_folder(folder: Path, split: str) -> tuple[Tensor, Tensor]:
         (path, label)
         for label, name in enumerate(class_names(folder))
         if (inner / name).is_dir()
-        for path in _image_files(inner / name)
+        for path in picture_files(inner / name)
     ]
     pixels, labels = _decode(rows)
     return pixels, labels
@@ -129,7 +131,8 @@ def class_names(folder: Path) -> list[str]:
     return sorted(name for name in names if not name.startswith("."))
 
 
-def _image_files(folder: Path) -> list[Path]:
+def picture_files(folder: Path) -> list[Path]:
+    """The image files of a folder, in alphabetical order; hidden ones are somebody else's."""
     if not folder.is_dir():
         raise FileNotFoundError(2, "missing", str(folder))
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")

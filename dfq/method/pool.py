@@ -2,7 +2,8 @@
 
 Frozen members are drawn from in rounds: every member makes one batch, the images are shuffled, and the round is dealt
 out as batches in which all members are mixed. A round is a function of the seed and its index, so a resumed run makes
-it again. Live members change while they are used; each makes whole batches of its own.
+it again. Live members change while they are used; each makes whole batches of its own. Where there are real images,
+half of every batch is drawn from them.
 """
 
 from __future__ import annotations
@@ -26,15 +27,18 @@ class ImagePool:
         batch_size: images per batch.
         seed: of all noise.
         device, precision: where and how generators run.
+        real: images of the user, `[N, C, H, W]`.
     """
 
     def __init__(
-        self, execution: Execution, *, batch_size: int, seed: int, device: torch.device, precision: str
-    ) -> None:
+        self, execution: Execution, *, batch_size: int, seed: int, device: torch.device, precision: str,
+        real: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.execution = execution
         self.batch_size, self.seed, self.device, self.precision = batch_size, seed, device, precision
         self.frozen: list[Generator] = []
         self.live: list[Generator] = []
+        self.real = None if real is None else real.to(device, memory_format=torch.channels_last)
         self._rounds: dict[str, tuple[int, Tensor]] = {}  # the current one of each purpose
 
     def noise(self, generator: Generator, purpose: str, member: int, step: int) -> tuple[Tensor, Tensor | None]:
@@ -59,7 +63,20 @@ class ImagePool:
 
     @torch.no_grad()
     def batch(self, purpose: str, step: int) -> Tensor:
-        """The images of a step: frozen members mixed, live members in turn."""
+        """The images of a step: generated ones; if there are real ones, half of each, if there are only those, they."""
+        if self.real is None:
+            return self.generated(purpose, step)
+        random = random_source(self.seed, "real", purpose, step)
+        rows = torch.randint(len(self.real), (self.batch_size,), generator=random).to(self.device)
+        if not self.frozen and not self.live:
+            return self.real[rows]
+        half = self.batch_size // 2
+        mixed = torch.cat([self.real[rows[:half]], self.generated(purpose, step)[half:]])
+        return mixed.contiguous(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def generated(self, purpose: str, step: int) -> Tensor:
+        """Images of generators: frozen members mixed, live members in turn."""
         turn, position = divmod(step, len(self.frozen) + len(self.live))
         if position >= len(self.frozen):
             member = position - len(self.frozen)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dfq.config import TeachConfig
 from dfq.data.images import Batches, Images
-from dfq.network.classifier import check_classifier
+from dfq.network.outputs import check_outputs
 from dfq.running.device import autocast
 from dfq.running.optimizers import load_optimizer, one_cycle, set_learning_rate, sgd
 from dfq.running.seeds import seeded_initialisation
@@ -24,7 +24,8 @@ class TeacherTraining:
         self, model: nn.Module, images: Images, config: TeachConfig, *, seed: int, device: torch.device, precision: str
     ) -> None:
         self.model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        check_classifier(self.model, images.input_shape, images.num_classes, device=device, owner="teach", name="model")
+        shapes = [(images.num_classes,)]
+        check_outputs(self.model, images.input_shape, shapes, device=device, owner="teach", name="model")
         self.batches = Batches(images, config.batch_size, seed, augmented=True)
         self.total_steps = config.epochs * self.batches.steps_per_epoch
         self.config, self.seed, self.device, self.precision = config, seed, device, precision

@@ -21,22 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from dfq.config import GeneratorConfig, QuantConfig, Recipe
+from dfq.errors import check
 from dfq.method.analytic import analytic_ranges
 from dfq.method.bn_stats import BnStatistics
 from dfq.method.generator import Generator
-from dfq.method.losses import (
-    batch_negentropy,
-    distillation,
-    instance_entropy,
-    label_cross_entropy,
-    logit_distance,
-)  # fmt: skip
+from dfq.method.losses import label_cross_entropy
 from dfq.method.noise import image_moments
+from dfq.method.objective import Objective
 from dfq.method.pool import ImagePool
 from dfq.method.reconstruct import Reconstruction, images_in_memory
 from dfq.method.teacher import freeze, teacher_graph
 from dfq.network import Network, capture
-from dfq.network.classifier import check_classifier, check_learns, check_teacher, check_weights
+from dfq.network.outputs import check_learns, check_outputs, check_weights
 from dfq.quant import learn_ranges, range_parameters, set_adapting
 from dfq.quant.quantizers import weight_layers
 from dfq.running.device import autocast
@@ -68,18 +64,21 @@ class DataFreeTraining:
     """The task that `dfq.running.loop.run_loop` drives.
 
     Args:
-        teacher: float classifier with batch norms; is frozen.
+        teacher: float network with batch norms; is frozen.
         students: the first is the product; fake-quantized (`prepare`) with `quant`, or float without.
         recipe: how images are made and how students learn.
         quant: the students' config; None for float students.
-        input_shape, num_classes: of the teacher.
+        input_shape: of the teacher's images.
+        objective: what its outputs mean.
+        images: real ones that students see beside generated ones, `[N, C, H, W]`; None: there are none.
         steps: student steps.
         seed: of everything random.
         execution: who runs the steps, as they are or as CUDA graphs; None: as they are.
         network: the teacher, captured on its device; None: it is captured here.
 
     Raises:
-        ValueError: a teacher without batch norms, or with other outputs than `[N, num_classes]`.
+        ValueError: a teacher without batch norms; networks with other outputs than the objective's; generators that
+            are asked for labels where there are none.
     """
 
     def __init__(
@@ -90,11 +89,12 @@ class DataFreeTraining:
         *,
         quant: QuantConfig | None,
         input_shape: tuple[int, int, int],
-        num_classes: int,
+        objective: Objective,
         steps: int,
         seed: int,
         device: torch.device,
         precision: str,
+        images: Tensor | None = None,
         execution: Execution | None = None,
         network: Network | None = None,
     ) -> None:
@@ -102,7 +102,7 @@ class DataFreeTraining:
         check_weights(teacher, owner=owner, name=name)
         self.teacher = freeze(teacher.to(device))
         self.recipe, self.quant, self.steps, self.seed = recipe, quant, steps, seed
-        self.input_shape, self.num_classes, self.device, self.precision = input_shape, num_classes, device, precision
+        self.input_shape, self.objective, self.device, self.precision = input_shape, objective, device, precision
         self.execution = execution or Execution("off", device)
         self.students = [student.requires_grad_(True).to(device) for student in students]
         for student in self.students:
@@ -110,7 +110,7 @@ class DataFreeTraining:
         self._check_models(owner, name, network)
         self.sources = [self._source(index, config) for index, config in enumerate(recipe.generators)]
         self.pool = ImagePool(
-            self.execution, batch_size=recipe.batch_size, seed=seed, device=device, precision=precision
+            self.execution, batch_size=recipe.batch_size, seed=seed, device=device, precision=precision, real=images
         )
         self.pool.live = [source.generator for source in self.sources if source.config.live]
         self.snapshot_owners: list[int] = []
@@ -191,8 +191,8 @@ class DataFreeTraining:
             teacher_logits = self.execution.call(self.fused_teacher, images)
             terms = {"bn": recipe.bn * statistics.loss()}
         if labels is None:
-            terms["instance"] = recipe.instance * instance_entropy(teacher_logits)
-            terms["batch"] = recipe.batch * batch_negentropy(teacher_logits)
+            entropies = self.objective.entropies(teacher_logits)
+            terms |= {name: getattr(recipe, name) * value for name, value in entropies.items()}
         else:
             terms["label"] = recipe.label * label_cross_entropy(teacher_logits, labels)
         if students and recipe.adversary > 0:
@@ -227,10 +227,9 @@ class DataFreeTraining:
             optimizer.step()
         return {f"student{index}/distillation": loss.detach()}
 
-    def distance(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    def distance(self, wanted: Any, got: Any) -> Tensor:
         """`D`: what a student minimises and live generators maximise."""
-        measure = {"kl": distillation, "l1": logit_distance}[self.recipe.distance]
-        return measure(teacher_logits, student_logits)
+        return self.objective.distance(self.recipe.distance, wanted, got)
 
     def _analytic(self, _: int) -> Mapping[str, Tensor]:
         """Ranges of the product alone, which the next rungs begin without."""
@@ -304,11 +303,11 @@ class DataFreeTraining:
             return self.execution.call(student, images, fullgraph=self.quant is not None)
 
     def _source(self, index: int, config: GeneratorConfig) -> Source:
-        recipe = self.recipe
+        recipe, labels = self.recipe, self.objective.num_classes if config.conditional else None
         with seeded_initialisation(self.seed, "generator", index):
             generator = Generator(
                 self.input_shape, noise=recipe.noise, width=recipe.width,
-                num_classes=self.num_classes if config.conditional else 0, mean=self.moments.mean.cpu(),
+                num_classes=labels or 0, mean=self.moments.mean.cpu(),
                 deviation=self.moments.deviation,
             )  # fmt: skip
         generator = generator.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -316,8 +315,13 @@ class DataFreeTraining:
         return Source(config, generator, optimizer, index)
 
     def _check_models(self, owner: str, name: str, network: Network | None) -> None:
-        sizes = {"input_shape": self.input_shape, "num_classes": self.num_classes, "device": self.device}
-        check_teacher(self.teacher, **sizes, owner=owner, name=name)  # type: ignore[arg-type]
+        asked = any(item.conditional for item in self.recipe.generators)
+        labels = not asked or self.objective.num_classes is not None
+        check(
+            owner, "recipe", self.recipe.name, "one without conditional generators where images have no label", labels
+        )
+        shapes = self.objective.shapes
+        check_outputs(self.teacher, self.input_shape, shapes, device=self.device, owner=owner, name=name)
         network = network or capture(self.teacher, self.input_shape, owner)
         self.fused_teacher = teacher_graph(network, torch.bfloat16 if self.precision == "bf16" else None)
         self.bn_statistics = BnStatistics(self.fused_teacher)
@@ -327,9 +331,8 @@ class DataFreeTraining:
             self.fused_teacher(images)
             statistics.loss()  # its kernels are there
         for index, student in enumerate(self.students):
-            check_classifier(student, **sizes, owner=owner, name=f"students[{index}]")  # type: ignore[arg-type]
-            if not self.quant:
-                check_learns(student, **sizes, owner=owner, name=f"students[{index}]")  # type: ignore[arg-type]
+            for test in (check_outputs,) if self.quant else (check_outputs, check_learns):
+                test(student, self.input_shape, shapes, device=self.device, owner=owner, name=f"students[{index}]")
 
     def _student_optimizers(self) -> list[tuple[torch.optim.Optimizer, ...]]:
         recipe = self.recipe

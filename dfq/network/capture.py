@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 
 from dfq.errors import first_line
 from dfq.network.calls import MODULE, is_size, target_of
-from dfq.network.classifier import evaluation
 from dfq.network.normalize import made_of, normalize
+from dfq.network.outputs import evaluation
 
 BATCH = 2  # images of the example: torch.export takes a batch of 1 for a constant
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dfq.data.images import Images
 from dfq.errors import first_line
-from dfq.network.classifier import evaluation
+from dfq.network.outputs import evaluation
 
 
 @torch.no_grad()

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from dfq.arguments import Metric, score
 from dfq.config import to_json
 from dfq.data.images import Images, Normalization
 from dfq.deploy import milliseconds
 from dfq.engine import Engine, save_graph
-from dfq.method.losses import divergences
 from dfq.method.trainer import DataFreeTraining
 from dfq.quant import layer_bounds
 from dfq.quant.inspect import student_facts
@@ -38,8 +38,11 @@ class Result:
     rungs: the same network after every rung that was climbed, by name (`analytic`, `DF-Q`, `reconstructed`,
     `DF-QAT-KD`), the last one is `model`; empty for float students;
     accuracies: percent by name (`teacher`, the rungs, `student`, `integers`), empty without test images;
-    divergences: of each rung from the teacher on generated images that nothing was trained on, in nats; empty where no
-    images were made; worse: rungs that are further from the teacher than the one before, by more than chance;
+    scores: what the user's metric gave, by the same names;
+    divergences: of each rung from the teacher on generated images that nothing was trained on, as
+    `Objective.divergences` says; empty where no images were made; worse: rungs that are further from the teacher than
+    the one before, by more than chance;
+    objective: what the outputs were taken for, as `classes [N, 10]`; empty for `teach`;
     sizes: bytes by the same names; milliseconds: of one image on the CPU, by name;
     integers: the network as integers, also in the folder; None where it cannot be one, and why not in `no_integers`;
     integer_share: of the quantized network's multiplications, 0 to 1 (None for float networks); floats: its calls in
@@ -59,6 +62,8 @@ class Result:
     floats: tuple[dict[str, Any], ...] = ()
     divergences: dict[str, float] = field(default_factory=dict)
     worse: tuple[str, ...] = ()
+    scores: dict[str, float] = field(default_factory=dict)
+    objective: str = ""
 
     @property
     def calibrated(self) -> nn.Module | None:
@@ -77,6 +82,7 @@ def finish(
     normalization: Normalization | None = None,
     *,
     integers: bool = True,
+    metric: Metric | None = None,
 ) -> Result:
     """Writes weights, pictures and result.json, and judges every model by its exact forward."""
     save_weights(product, folder.model)
@@ -101,12 +107,19 @@ def finish(
         accuracies = {
             name: accuracy(item, test_images, device=where.get(name, device)) for name, item in judged.items()
         }
+    scores = {} if metric is None else {name: score("metric", metric, item) for name, item in judged.items()}
     times = {}
     if engine is not None and device.type == "cpu":
         shape = engine.graph.input_shape
         times = {"teacher": milliseconds(models["teacher"], shape), "integers": milliseconds(engine, shape)}
     seconds = time.monotonic() - started
-    facts = {"accuracies": accuracies, "bytes": sizes, "milliseconds": times, "seconds": round(seconds, 1)}
+    facts = {
+        "accuracies": accuracies,
+        "scores": scores,
+        "bytes": sizes,
+        "milliseconds": times,
+        "seconds": round(seconds, 1),
+    }
     if task is not None:
         moments = task.moments
         facts["images"] = {
@@ -124,8 +137,9 @@ def finish(
         facts |= {"integer_share": share, "floating_point": floats, "divergences": found, "worse": worse}
     folder.write_json("result.json", facts)
     return Result(
-        product, folder.path, rungs, accuracies, sizes, times, engine, why_not, seconds, share, floats, found, worse
-    )
+        product, folder.path, rungs, accuracies, sizes, times, engine, why_not, seconds, share, floats, found, worse,
+        scores, "" if task is None else task.objective.describe(),
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -136,9 +150,9 @@ def _held_out(task: DataFreeTraining, rungs: dict[str, nn.Module]) -> tuple[dict
     """
     count = max(HELD_PIXELS // math.prod(task.input_shape[1:]), HELD_LEAST)
     batches = -(-count // task.recipe.batch_size)
-    images = torch.cat([task.pool.batch("held out", batch) for batch in range(batches)])[:count].float()
+    images = torch.cat([task.pool.generated("held out", batch) for batch in range(batches)])[:count].float()
     wanted = task.teacher(images)
-    each = {name: divergences(wanted, model(images)) for name, model in rungs.items()}
+    each = {name: task.objective.divergences(wanted, model(images)) for name, model in rungs.items()}
     worse = []
     for (_, before), (name, after) in pairwise(each.items()):
         difference = after - before

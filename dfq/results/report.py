@@ -59,31 +59,24 @@ def bounds_table(bounds: Sequence[LayerBound]) -> Table:
 def accuracy_table(
     rows: Sequence[tuple[str, float | None, int]],
     title: str,
-    *,
-    milliseconds: Mapping[str, float] | None = None,
-    divergences: Mapping[str, float] | None = None,
+    columns: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Table:
     """Model, accuracy in percent, below the first row by, size in kB of what inference needs (`model_bytes`, or the
-    file); where they are known, nats from the teacher on generated images and milliseconds of one image."""
-    compared, times, nats = len(rows) > 1, milliseconds or {}, divergences or {}
+    file), and whatever else is known of some of the models: numbers by heading and model."""
+    compared, known = len(rows) > 1, {heading: values for heading, values in (columns or {}).items() if values}
+    judged = any(accuracy is not None for _, accuracy, _ in rows)
     table = Table(title=title)
     table.add_column("model")
-    optional = {"below teacher": compared, "KL, generated": bool(nats), "ms per image": bool(times)}
-    for heading in ("accuracy %", "below teacher", "KL, generated", "packed size kB", "ms per image"):
-        if not optional.get(heading, True):
-            continue
+    shown = ["accuracy %", *(["below teacher"] if compared else [])] if judged else []
+    for heading in (*shown, "packed size kB", *known):
         table.add_column(heading, justify="right")
     reference = rows[0][1]
     for index, (name, accuracy, size) in enumerate(rows):
-        known = accuracy is not None and reference is not None
-        below = f"{reference - accuracy:.2f}" if known and index else ""  # type: ignore[operator]
-        cells = ["" if accuracy is None else f"{accuracy:.2f}", *([below] if compared else [])]
-        if nats:
-            cells.append(f"{nats[name]:.4f}" if name in nats else "")
-        cells.append(f"{size / 1000:.1f}")
-        if times:
-            cells.append(f"{times[name]:.2f}" if name in times else "")
-        table.add_row(escape(name), *cells)
+        both = accuracy is not None and reference is not None
+        below = f"{reference - accuracy:.2f}" if both and index else ""  # type: ignore[operator]
+        cells = ["" if accuracy is None else f"{accuracy:.2f}", *([below] if compared else [])] if judged else []
+        others = [f"{values[name]:.4g}" if name in values else "" for values in known.values()]
+        table.add_row(escape(name), *cells, f"{size / 1000:.1f}", *others)
     return table
 
 

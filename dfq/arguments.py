@@ -1,0 +1,117 @@
+"""What people give to a run, as it must be: found out and refused before any work is done."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfq.config import EFFORTS, Recipe, recipe_named
+from dfq.data.images import Images
+from dfq.errors import check, first_line, integer
+from dfq.method.objective import Objective, objective_of
+from dfq.network.outputs import check_weights, evaluation, outputs_of
+
+Metric = Callable[[Callable[[Tensor], Any]], float]
+"""Judges a network, which takes normalised images and returns what the model returns."""
+
+
+def image_shape(owner: str, input_shape: Any) -> tuple[int, int, int]:
+    """`(C, H, W)` as ints."""
+    three = isinstance(input_shape, (tuple, list, torch.Size)) and len(input_shape) == 3
+    check(owner, "input_shape", input_shape, "(C, H, W)", three)
+    channels, height, width = (integer(owner, "input_shape", size, 1) for size in input_shape)
+    return channels, height, width
+
+
+def own_copy(owner: str, model: Any) -> nn.Module:
+    """A copy of a network, which is then not changed."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{owner}: model must be a torch.nn.Module, got {type(model).__name__}")
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # weights that a hook computes (old weight_norm, pruning) cannot be copied
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{owner}: model must be copyable (remove weight_norm and pruning), got {reason}") from error
+
+
+def objective_asked(
+    owner: str, name: str, model: nn.Module, shape: tuple[int, int, int], kinds: str | Sequence[str] | None,
+    num_classes: Any, device: torch.device,
+) -> Objective:  # fmt: skip
+    """What the outputs of a network mean; the network is run once."""
+    known = None if num_classes is None else integer(owner, "num_classes", num_classes, 2)
+    check_weights(model, owner=owner, name=name)
+    outputs = outputs_of(model.to(device), shape, device=device, owner=owner, name=name)
+    return objective_of(outputs, kinds, known, owner=owner, name=name)
+
+
+def recipe_of_effort(effort: str | None, recipe: str | Recipe | None, *, real: bool) -> str | Recipe:
+    """The recipe that was given, or that of an effort; real: whether there are real images."""
+    check("quantize", "effort", effort, "given without recipe", effort is None or recipe is None)
+    if recipe is not None:
+        return recipe
+    effort = "full" if effort is None else effort
+    check("quantize", "effort", effort, f"one of {', '.join(EFFORTS)}", effort in EFFORTS)
+    return "calibrate" if real and effort == "instant" else EFFORTS[effort]
+
+
+def recipe_asked(owner: str, recipe: Any, steps: int | None, objective: Objective) -> tuple[Recipe, int]:
+    """The recipe, and its student steps or those that were asked for.
+
+    Generators of a named recipe are asked for no labels where images have none.
+    """
+    check(owner, "recipe", recipe, "a name or a Recipe", isinstance(recipe, (str, Recipe)))
+    if isinstance(recipe, str):
+        recipe = recipe_named(recipe, owner)
+        if objective.num_classes is None:
+            recipe = replace(recipe, generators=tuple(replace(item, conditional=False) for item in recipe.generators))
+    if "distilled" not in recipe.rungs:
+        rule = f"left out with recipe {recipe.name}, which trains no whole network"
+        check(owner, "steps", steps, rule, steps is None)
+        return recipe, 0
+    return recipe, recipe.steps if steps is None else integer(owner, "steps", steps, 1)
+
+
+def real_images(owner: str, images: Any, shape: tuple[int, int, int], recipe: Recipe) -> Tensor | None:
+    """A user's own images, as the network takes them."""
+    check(owner, "recipe", recipe.name, "one with generators, or images given", bool(recipe.generators)
+          or recipe.rungs == ("analytic",) or images is not None)  # fmt: skip
+    if images is None:
+        return None
+    learns = recipe.rungs != ("analytic",)
+    check(owner, "recipe", recipe.name, "one that looks at images, where some are given", learns)
+    if isinstance(images, Images):
+        images = images.normalize(images.pixels)
+    rule = f"dfq.data.Images, or a tensor of normalised images [N, {', '.join(map(str, shape))}], at least one"
+    fits = isinstance(images, Tensor) and images.is_floating_point() and images.shape[1:] == shape and len(images) > 0
+    got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+    check(owner, "images", got, rule, fits)
+    check(owner, "images", "NaN or infinity", "finite", bool(torch.isfinite(images).all()))
+    return images.detach().float().cpu()
+
+
+def check_metric(owner: str, metric: Any, teacher: nn.Module) -> None:
+    """Judges the teacher once: a metric that fails must not fail after the run."""
+    if metric is None:
+        return
+    check(owner, "metric", type(metric).__name__, "a function of a network", callable(metric))
+    score(owner, metric, teacher)
+
+
+@torch.no_grad()
+def score(owner: str, metric: Metric, network: Callable[[Tensor], Any]) -> float:
+    """The number that a user's function gives a network."""
+    if isinstance(network, nn.Module):
+        with evaluation(network):
+            value = metric(network)
+    else:
+        value = metric(network)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{owner}: metric must return a number, got {type(value).__name__}") from error
