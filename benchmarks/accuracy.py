@@ -30,7 +30,8 @@ from dfq.cli.app import keep_freed_memory
 from dfq.config import RECIPES, GeneratorConfig, Recipe, quant_config, to_json
 from dfq.data.images import Batches, load_images
 from dfq.method.objective import classifier
-from dfq.method.trainer import DataFreeTraining, Source
+from dfq.method.source import Source
+from dfq.method.trainer import DataFreeTraining
 from dfq.models.embedded import INPUT_SHAPE, load_teacher
 from dfq.quant import freeze_ranges, prepare
 from dfq.results.evaluate import accuracy

@@ -207,6 +207,9 @@ class Recipe:
         bn, instance, batch, label: weights of the generator's terms.
         adversary: weight of the students' disagreement, which live generators maximise.
         student_steps_per_generator_step: ratio of the alternation.
+        momentum: of the moving average of a live generator's weights, per generator step, which makes half of its
+            images; 0: there is none.
+        mirrored: half of the generated images that students see are mirrored.
         students: how many students live generators disagree with; the first is the product.
         ranges: `minmax` or `lsq`.
         calibration_batches: batches that set the first ranges.
@@ -229,6 +232,8 @@ class Recipe:
     label: float = 1.0
     adversary: float = 1.0
     student_steps_per_generator_step: int = 1
+    momentum: float = 0.0
+    mirrored: bool = False
     students: int = 1
     ranges: str = "minmax"
     calibration_batches: int = 9
@@ -252,6 +257,7 @@ class Recipe:
             check("Recipe", name, getattr(self, name), "an integer", type(getattr(self, name)) is int)
         for name in ("bn", "instance", "batch", "label", "adversary", "weight_decay"):
             check("Recipe", name, getattr(self, name), ">= 0", getattr(self, name) >= 0)
+        check("Recipe", "momentum", self.momentum, "in [0, 1)", 0 <= self.momentum < 1)
         check("Recipe", "batch_size", self.batch_size, "at least 2", self.batch_size >= 2)
         check("Recipe", "distance", self.distance, f"one of {', '.join(DISTANCES)}", self.distance in DISTANCES)
         ordered = bool(self.rungs) and self.rungs == tuple(rung for rung in RUNGS if rung in self.rungs)
@@ -279,7 +285,8 @@ RECIPES: dict[str, Recipe] = {
     "calibrate": Recipe("calibrate", (), warm_up=1, rungs=("analytic", "calibrated")),
     # layer by layer on a thousand images
     "reconstruct": replace(DEFAULT, name="reconstruct", rungs=("analytic", "calibrated", "reconstructed")),
-    # float students from nothing: a live adversary, the logits themselves
+    # float students from nothing: a live adversary, the logits themselves; the average of the generator's weights keeps
+    # images of before in sight. Source: K. Do et al., Momentum Adversarial Distillation, NeurIPS 2022
     "distill": Recipe(
         "distill",
         (GeneratorConfig(live=True, snapshots=()),),
@@ -287,6 +294,8 @@ RECIPES: dict[str, Recipe] = {
         steps=10_000,
         distance="l1",
         student_steps_per_generator_step=5,
+        momentum=0.95,
+        mirrored=True,
         student_learning_rate=0.1,
         weight_decay=5e-4,
         clip=5.0,

@@ -101,7 +101,7 @@ SMALL_RECIPE = Recipe(
     "small",
     (GeneratorConfig(live=True, snapshots=(0.5,)), GeneratorConfig(conditional=True, snapshots=(1.0,))),
     warm_up=3, batch_size=8, noise=8, width=8, calibration_batches=2, students=2, student_steps_per_generator_step=2,
-    ranges="lsq", rungs=RUNGS, fit=LayerFit(images=16, steps=2, batch_size=4),
+    ranges="lsq", rungs=RUNGS, fit=LayerFit(images=16, steps=2, batch_size=4), momentum=0.5, mirrored=True,
 )  # fmt: skip
 
 

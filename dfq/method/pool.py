@@ -2,8 +2,8 @@
 
 Frozen members are drawn from in rounds: every member makes one batch, the images are shuffled, and the round is dealt
 out as batches in which all members are mixed. A round is a function of the seed and its index, so a resumed run makes
-it again. Live members change while they are used; each makes whole batches of its own. Where there are real images,
-half of every batch is drawn from them.
+it again. Live members change while they are used; each makes whole batches of its own, or half of them where the moving
+average of its weights makes the other half. Where there are real images, half of every batch is drawn from them.
 """
 
 from __future__ import annotations
@@ -28,16 +28,18 @@ class ImagePool:
         seed: of all noise.
         device, precision: where and how generators run.
         real: images of the user, `[N, C, H, W]`.
+        mirrored: half of the generated images are mirrored.
     """
 
     def __init__(
         self, execution: Execution, *, batch_size: int, seed: int, device: torch.device, precision: str,
-        real: Tensor | None = None,
+        real: Tensor | None = None, mirrored: bool = False,
     ) -> None:  # fmt: skip
         self.execution = execution
         self.batch_size, self.seed, self.device, self.precision = batch_size, seed, device, precision
         self.frozen: list[Generator] = []
-        self.live: list[Generator] = []
+        self.live: list[tuple[Generator, Generator | None]] = []  # and the average of its weights
+        self.mirrored = mirrored
         self.real = None if real is None else real.to(device, memory_format=torch.channels_last)
         self._rounds: dict[str, tuple[int, Tensor]] = {}  # the current one of each purpose
 
@@ -77,10 +79,23 @@ class ImagePool:
     @torch.no_grad()
     def generated(self, purpose: str, step: int) -> Tensor:
         """Images of generators: frozen members mixed, live members in turn."""
+        images = self._dealt(purpose, step)
+        if not self.mirrored:
+            return images
+        random = random_source(self.seed, "mirror", purpose, step, device=self.device)
+        mirrored = torch.rand(len(images), 1, 1, 1, generator=random, device=self.device) < 0.5
+        return torch.where(mirrored, images.flip(3), images).contiguous(memory_format=torch.channels_last)
+
+    def _dealt(self, purpose: str, step: int) -> Tensor:
         turn, position = divmod(step, len(self.frozen) + len(self.live))
         if position >= len(self.frozen):
             member = position - len(self.frozen)
-            return self.draw(self.live[member], f"{purpose}/live", member, step)[0]
+            generator, average = self.live[member]
+            images = self.draw(generator, f"{purpose}/live", member, step)[0]
+            if average is None:
+                return images
+            half, earlier = self.batch_size // 2, self.draw(average, f"{purpose}/average", member, step)[0]
+            return torch.cat([images[:half], earlier[half:]]).contiguous(memory_format=torch.channels_last)
         if purpose not in self._rounds or self._rounds[purpose][0] != turn:
             self._rounds[purpose] = turn, self._mixed(purpose, turn)
         return self._rounds[purpose][1][position * self.batch_size : (position + 1) * self.batch_size]
@@ -88,7 +103,8 @@ class ImagePool:
     @torch.no_grad()
     def sample(self) -> list[tuple[Tensor, Tensor | None]]:
         """A batch of each member, frozen ones first, and its labels; the same at every call."""
-        return [self.draw(item, "sample", index, 0) for index, item in enumerate(self.frozen + self.live)]
+        members = self.frozen + [generator for generator, _ in self.live]
+        return [self.draw(item, "sample", index, 0) for index, item in enumerate(members)]
 
     def _mixed(self, purpose: str, turn: int) -> Tensor:
         images = torch.cat([self.draw(item, purpose, index, turn)[0] for index, item in enumerate(self.frozen)])

@@ -20,16 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfq.config import GeneratorConfig, QuantConfig, Recipe
+from dfq.config import QuantConfig, Recipe
 from dfq.errors import check
 from dfq.method.analytic import analytic_ranges
 from dfq.method.bn_stats import BnStatistics
-from dfq.method.generator import Generator
 from dfq.method.losses import label_cross_entropy
 from dfq.method.noise import image_moments
 from dfq.method.objective import Objective
 from dfq.method.pool import ImagePool
 from dfq.method.reconstruct import Reconstruction, images_in_memory
+from dfq.method.source import Source, make_source
 from dfq.method.teacher import freeze, teacher_graph
 from dfq.network import Network, capture
 from dfq.network.outputs import check_learns, check_outputs, check_weights
@@ -48,16 +48,6 @@ class Phase:
     name: str
     steps: int
     step: Callable[[int], Mapping[str, Tensor]]
-
-
-@dataclass
-class Source:
-    """A generator that is being trained, its optimizer, and where its random numbers come from."""
-
-    config: GeneratorConfig
-    generator: Generator
-    optimizer: torch.optim.Optimizer
-    index: int
 
 
 class DataFreeTraining:
@@ -108,11 +98,16 @@ class DataFreeTraining:
         for student in self.students:
             student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._check_models(owner, name, network)
-        self.sources = [self._source(index, config) for index, config in enumerate(recipe.generators)]
+        labels = objective.num_classes
+        self.sources = [
+            make_source(index, config, recipe, input_shape, self.moments, labels=labels, seed=seed, device=device)
+            for index, config in enumerate(recipe.generators)
+        ]
         self.pool = ImagePool(
-            self.execution, batch_size=recipe.batch_size, seed=seed, device=device, precision=precision, real=images
-        )
-        self.pool.live = [source.generator for source in self.sources if source.config.live]
+            self.execution, batch_size=recipe.batch_size, seed=seed, device=device, precision=precision, real=images,
+            mirrored=recipe.mirrored,
+        )  # fmt: skip
+        self.pool.live = [(source.generator, source.average) for source in self.sources if source.config.live]
         self.snapshot_owners: list[int] = []
         self.rungs: dict[str, dict[str, Tensor]] = {}  # the product's state after each rung but the last
         self.optimizers: list[tuple[torch.optim.Optimizer, ...]] = [] if quant else self._student_optimizers()
@@ -162,6 +157,8 @@ class DataFreeTraining:
         metrics = self.generator_step(source, "warm-up", step, students=[])
         if step + 1 in self._snapshot_steps(source):
             self.add_snapshot(source)
+        if step + 1 == self.recipe.warm_up:
+            source.start_average()
         return metrics
 
     def _alternate(self, step: int) -> Mapping[str, Tensor]:
@@ -204,6 +201,8 @@ class DataFreeTraining:
         torch.stack(list(terms.values())).sum().backward(inputs=list(source.generator.parameters()))
         nn.utils.clip_grad_norm_(source.generator.parameters(), recipe.clip)
         source.optimizer.step()
+        if students:
+            source.follow(recipe.momentum)
         return {f"generator{source.index}/{name}": term.detach() for name, term in terms.items()}
 
     def student_step(self, index: int, step: int) -> Mapping[str, Tensor]:
@@ -293,7 +292,7 @@ class DataFreeTraining:
 
     def add_snapshot(self, source: Source) -> None:
         """A copy of the generator as it is now joins the pool, frozen."""
-        self.pool.frozen.append(copy.deepcopy(source.generator).requires_grad_(False))
+        self.pool.frozen.append(source.frozen_copy())
         self.snapshot_owners.append(source.index)
 
     def _forward(self, student: nn.Module, images: Tensor, *, learning: bool) -> Tensor:
@@ -301,18 +300,6 @@ class DataFreeTraining:
         student.train(learning or self.quant is not None)
         with autocast(self.device, self.precision):
             return self.execution.call(student, images, fullgraph=self.quant is not None)
-
-    def _source(self, index: int, config: GeneratorConfig) -> Source:
-        recipe, labels = self.recipe, self.objective.num_classes if config.conditional else None
-        with seeded_initialisation(self.seed, "generator", index):
-            generator = Generator(
-                self.input_shape, noise=recipe.noise, width=recipe.width,
-                num_classes=labels or 0, mean=self.moments.mean.cpu(),
-                deviation=self.moments.deviation,
-            )  # fmt: skip
-        generator = generator.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer = adam(generator.parameters(), recipe.generator_learning_rate, betas=(0.5, 0.999))
-        return Source(config, generator, optimizer, index)
 
     def _check_models(self, owner: str, name: str, network: Network | None) -> None:
         asked = any(item.conditional for item in self.recipe.generators)
@@ -351,6 +338,7 @@ class DataFreeTraining:
         return {
             "generators": [source.generator.state_dict() for source in self.sources],
             "generator_optimizers": [source.optimizer.state_dict() for source in self.sources],
+            "averages": [source.average.state_dict() for source in self.sources if source.average is not None],
             "snapshot_owners": self.snapshot_owners,
             "snapshots": [generator.state_dict() for generator in self.pool.frozen],
             "rungs": self.rungs,
@@ -365,6 +353,9 @@ class DataFreeTraining:
         ):
             source.generator.load_state_dict(weights)
             load_optimizer(source.optimizer, optimizer)
+        averages = [source.average for source in self.sources if source.average is not None]
+        for average, weights in zip(averages, state["averages"], strict=True):
+            average.load_state_dict(weights)
         self.pool.frozen, self.snapshot_owners = [], []
         for owner, weights in zip(state["snapshot_owners"], state["snapshots"], strict=True):
             self.add_snapshot(self.sources[owner])
