@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from dfq.arguments import (
     Metric,
@@ -32,14 +32,17 @@ from dfq.config import (
     to_json,
 )  # fmt: skip
 from dfq.data.images import Images, Normalization, check_normalization
-from dfq.deploy import check_integers
+from dfq.deploy import bytes_but_weights, check_integers
 from dfq.errors import check, integer
+from dfq.export import check_floats
+from dfq.method.budget import Budget, check_budget
 from dfq.method.teaching import TeacherTraining
 from dfq.method.trainer import DataFreeTraining
 from dfq.models import ModelSpec, build_model
 from dfq.network import capture as capture_network
 from dfq.network.outputs import check_weights
 from dfq.quant import freeze_ranges, prepare
+from dfq.quant.quantizers import use_bits
 from dfq.results.evaluate import check_test_images
 from dfq.results.finish import Result, finish
 from dfq.running.checkpoint import CheckpointError, load_weights, tensor_digest, weights_digest
@@ -47,7 +50,7 @@ from dfq.running.device import resolve_device, resolve_precision
 from dfq.running.execution import Execution
 from dfq.running.loop import Observer, run_loop
 from dfq.running.profiling import Profiled
-from dfq.running.run_folder import RunFolder, read_config
+from dfq.running.run_folder import BITS, RunFolder, read_config, read_json
 from dfq.running.seeds import seeded_initialisation
 
 RUNG_NAMES = {"analytic": "analytic", "calibrated": "DF-Q", "reconstructed": "reconstructed", "distilled": "DF-QAT-KD"}
@@ -69,6 +72,8 @@ def quantize(
     out: str | Path = "run",
     overrides: Mapping[str, LayerBits] | None = None,
     config: QuantConfig | None = None,
+    average_bits: float | None = None,
+    size: int | None = None,
     test_images: Images | None = None,
     metric: Metric | None = None,
     normalization: Normalization | None = None,
@@ -103,6 +108,9 @@ def quantize(
         out: a new folder for config, metrics, pictures and checkpoints.
         overrides: bits by layer name.
         config: a whole `QuantConfig` instead of `preset` and `overrides`; its `ranges` count, not the recipe's.
+        average_bits: of all weights: each layer's are chosen, from 2 to 8, by how much the network's outputs suffer on
+            generated images; edge layers too, those of `overrides` not. Activations keep the bits of `preset`.
+        size: instead, bytes of the integer network's file.
         test_images: real images to judge a classifier by; never trained on.
         metric: your own judge of any network: gets a function of normalised images, returns a number. The teacher is
             judged before the first step.
@@ -153,9 +161,10 @@ def quantize(
     fresh = copy.deepcopy(students[0])
     if integers and config.integers:
         check_integers(fresh)
+    budget = _budget(average_bits, size, fresh, config, recipe, real is not None)
     task = DataFreeTraining(
         teacher, list(students), recipe, quant=config, input_shape=input_shape,
-        objective=meaning, images=real, steps=steps, seed=seed, device=where,
+        objective=meaning, images=real, budget=budget, steps=steps, seed=seed, device=where,
         precision=resolve_precision(precision, where), execution=Execution(capture, where, compiled=compile),
         network=network,
     )  # fmt: skip
@@ -163,8 +172,10 @@ def quantize(
         "command": "quantize", "weights": weights_digest(model), "model": to_json(spec),
         "input_shape": list(input_shape), "num_classes": meaning.num_classes, "objective": list(meaning.kinds),
         "images": None if real is None else tensor_digest(real),
-        "preset": preset, "quant": to_json(config), "recipe": to_json(recipe), "steps": steps, "seed": seed,
-        "device": where.type, "precision": task.precision, "compile": compile, "normalization": normalization,
+        "preset": preset, "quant": to_json(config), "average_bits": average_bits, "size": size,
+        "recipe": to_json(recipe), "steps": steps,
+        "seed": seed, "device": where.type, "precision": task.precision, "compile": compile,
+        "normalization": normalization,
     }  # fmt: skip
     started = time.monotonic()
     with RunFolder(Path(out), settings, resume=resume) as folder:
@@ -172,6 +183,7 @@ def quantize(
         run_loop(steps_to_run, folder, resume=resume, observer=observer)
         student = students[0]
         freeze_ranges(student)
+        use_bits(fresh, task.bits)
         models: dict[str, nn.Module] = {"teacher": task.teacher}
         for rung, state in task.rungs.items():
             models[RUNG_NAMES[rung]] = _at_rung(fresh, state, where)
@@ -336,12 +348,35 @@ def load_run(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Modul
     if quant is not None:
         shape = tuple(config["input_shape"])
         model = prepare(check_weights(model, owner="load_run", name="model"), shape, quant)
+        use_bits(model, read_json(folder / BITS) if (folder / BITS).exists() else {})
     if not (folder / "model.safetensors").exists():
         raise CheckpointError(
             f"run: {folder} must hold a finished run, model.safetensors is missing; continue with --resume"
         )
     load_weights(model, folder / "model.safetensors")
     return model.eval(), config
+
+
+def _budget(
+    average_bits: float | None, size: int | None, student: fx.GraphModule, config: QuantConfig, recipe: Recipe,
+    real: bool,
+) -> Budget | None:  # fmt: skip
+    """What the weights may take, if that was said."""
+    if average_bits is None and size is None:
+        return None
+    check("quantize", "average_bits", average_bits, "given without size", average_bits is None or size is None)
+    check("quantize", "recipe", recipe.name, "one with generators, for bits by budget", bool(recipe.generators) or real)
+    kept = tuple(config.overrides)
+    if average_bits is not None:
+        number = isinstance(average_bits, (int, float)) and 2 <= average_bits <= 8
+        check("quantize", "average_bits", average_bits, "a number in [2, 8]", number)
+        budget = Budget(average_bits=float(average_bits), kept=kept)
+    else:
+        check("quantize", "config", config.why_no_integers, "one of an integer network, for a size", config.integers)
+        check_floats(student)
+        budget = Budget(weight_bytes=integer("quantize", "size", size, 1) - bytes_but_weights(student), kept=kept)
+    check_budget(student, budget, "quantize")
+    return budget
 
 
 def _at_rung(fresh: nn.Module, state: dict[str, Any], device: torch.device) -> nn.Module:

@@ -6,6 +6,7 @@ Before: whether a student can be one; images of files. After: the likeliest clas
 from __future__ import annotations
 
 import copy
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable
@@ -19,11 +20,13 @@ from torch import Tensor, fx
 
 from dfq.data.images import DATASETS, Normalization
 from dfq.data.readers import picture_files, read_image
-from dfq.engine import Engine
+from dfq.engine import Engine, save_graph
 from dfq.errors import check, first_line
 from dfq.export import check_floats, export
 from dfq.quant import freeze_ranges, prepared_of, set_adapting
+from dfq.quant.quantizers import weight_layers
 from dfq.running.checkpoint import CheckpointError
+from dfq_kernels.packing import stored_bits
 
 TOP = 3  # classes that are named
 
@@ -45,12 +48,27 @@ def check_integers(student: fx.GraphModule) -> None:
         ExportError: it has no integer network; names the part.
     """
     check_floats(student)
+    Engine(export(_calibrated_on_noise(student)), backend="reference")
+
+
+def bytes_but_weights(student: fx.GraphModule) -> int:
+    """Of an untrained student's integer network in a file: what remains whatever the bits of its weights."""
+    graph = export(_calibrated_on_noise(student))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.safetensors"
+        save_graph(graph, path)
+        size = path.stat().st_size
+    return size - sum(-(-weight.numel() * stored_bits(layer.bits) // 8) for _, layer, weight in weight_layers(student))
+
+
+def _calibrated_on_noise(student: fx.GraphModule) -> fx.GraphModule:
+    """A copy, in evaluation mode."""
     student, shape = copy.deepcopy(student).cpu().train(), prepared_of(student).input_shape
     set_adapting(student, True, batch_norms=False)
     student(torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)))
     set_adapting(student, False)
     freeze_ranges(student)
-    Engine(export(student.eval()), backend="reference")
+    return student.eval()  # type: ignore[no-any-return]
 
 
 def milliseconds(model: Callable[[Tensor], Any], input_shape: tuple[int, ...], seconds: float = 0.1) -> float:

@@ -17,8 +17,17 @@ from rich.console import Console
 
 from dfq import api
 from dfq.cli import commands
-from dfq.cli.given import layer_bits_of, metric_named, named_network, named_specs, objective_words, real_images_of
+from dfq.cli.given import (
+    bytes_of,
+    layer_bits_of,
+    metric_named,
+    named_network,
+    named_specs,
+    objective_words,
+    real_images_of,
+)
 from dfq.cli.options import (
+    AverageBits,
     Capture,
     Compile,
     Data,
@@ -38,6 +47,7 @@ from dfq.cli.options import (
     RecipeName,
     Resume,
     Seed,
+    Size,
     Std,
     Stem,
     Steps,
@@ -122,6 +132,8 @@ def quantize(
     layer_bits: Annotated[
         list[str] | None, typer.Option(help="Bits of one layer, LAYER=W<bits>A<bits>; may be given more than once.")
     ] = None,
+    average_bits: AverageBits = None,
+    size: Size = None,
     effort: Annotated[
         str | None,
         typer.Option(
@@ -163,7 +175,7 @@ def quantize(
         result = api.quantize(
             network, input_shape=shape, num_classes=classes, objective=objective_words(objective), preset=preset,
             effort=effort, recipe=recipe, images=real_images_of(images, shape, said, test), steps=steps, seed=seed,
-            out=out, overrides=layer_bits_of(layer_bits or []), test_images=test, metric=metric_named(metric),
+            out=out, overrides=layer_bits_of(layer_bits or []), average_bits=average_bits, size=bytes_of(size), test_images=test, metric=metric_named(metric),
             resume=resume, normalization=said, integers=integers,
             device=device, precision=precision, capture=capture, compile=compile_networks, profile=profile, spec=spec,
             observer=observer,
@@ -238,7 +250,7 @@ def _show(result: api.Result, json_output: bool) -> None:
         facts = {"out": str(result.folder), "accuracies": result.accuracies, "bytes": result.sizes,
                  "milliseconds": result.milliseconds, "seconds": round(result.seconds, 1),
                  "integer_share": result.integer_share, "floating_point": result.floats,
-                 "divergences": result.divergences, "worse": result.worse, "scores": result.scores,
+                 "divergences": result.divergences, "worse": result.worse, "scores": result.scores, "bits": result.bits,
                  "objective": result.objective}  # fmt: skip
         print(json.dumps(facts))
         return
@@ -250,6 +262,10 @@ def _show(result: api.Result, json_output: bool) -> None:
     Console().print(accuracy_table(rows, f"{result.seconds:.0f} s, exact forward", columns))
     if result.floats:
         Console().print(floats_table(result.floats, result.integer_share or 0.0))
+    if result.bits:
+        plain.print(
+            "bits of weights: " + ", ".join(f"{name} {bits}" for name, bits in result.bits.items()), markup=False
+        )
     for name in result.worse:
         plain.print(f"{name} is further from the teacher on generated images than the row above it", markup=False)
     if result.no_integers is not None:

@@ -138,3 +138,13 @@ def metric_named(name: str | None) -> Metric | None:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"dfq: metric must be {rule}, got {name!r} ({reason})") from error
     return found
+
+
+def bytes_of(text: str | None) -> int | None:
+    """A size: `300kB`, `1.5MB`, `4096`; kB and MB are thousands and millions."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(B|kB|MB)?", text)
+    if match is None:
+        raise ValueError(f"dfq: size must be a number of bytes, kB or MB, as in 300kB, got {text!r}")
+    return round(float(match[1]) * {"B": 1, "kB": 1000, "MB": 10**6}[match[2] or "B"])

@@ -115,3 +115,13 @@ MetricName = Annotated[
         help="package.module:function that judges a network: it gets a function of normalised images, returns a number."
     ),
 ]
+AverageBits = Annotated[
+    float | None,
+    typer.Option(
+        help="Bits of a weight, 2 to 8, over all layers: each layer's are chosen by how much the outputs suffer. "
+        "Activations keep those of --preset."
+    ),
+]
+Size = Annotated[
+    str | None, typer.Option(help="Instead of --average-bits, of the integer network's file: 300kB, 1.5MB, or bytes.")
+]

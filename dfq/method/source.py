@@ -27,6 +27,10 @@ class Source:
     index: int
     average: Generator | None
 
+    def snapshot_steps(self, warm_up: int) -> list[int]:
+        """After how many steps of its warm-up frozen copies join the pool."""
+        return sorted({max(1, round(part * warm_up)) for part in self.config.snapshots})
+
     def frozen_copy(self) -> Generator:
         """The generator as it is now."""
         return copy.deepcopy(self.generator).requires_grad_(False)

@@ -2,6 +2,7 @@
 
 the first ranges, from what batch norms remember (rung "analytic")
 for each generator:  warm-up steps on L_psi; frozen snapshots join the pool
+choose the bits of every layer's weights, where there is a budget
 calibrate the students' ranges on images of the pool (rung "calibrated")
 fit them to the teacher layer by layer, where the recipe says so (rung "reconstructed")
 for each step (rung "distilled"):
@@ -24,6 +25,7 @@ from dfq.config import QuantConfig, Recipe
 from dfq.errors import check
 from dfq.method.analytic import analytic_ranges
 from dfq.method.bn_stats import BnStatistics
+from dfq.method.budget import Budget, choose_bits
 from dfq.method.losses import label_cross_entropy
 from dfq.method.noise import image_moments
 from dfq.method.objective import Objective
@@ -34,7 +36,7 @@ from dfq.method.teacher import freeze, teacher_graph
 from dfq.network import Network, capture
 from dfq.network.outputs import check_learns, check_outputs, check_weights
 from dfq.quant import learn_ranges, range_parameters, set_adapting
-from dfq.quant.quantizers import weight_layers
+from dfq.quant.quantizers import use_bits, weight_layers
 from dfq.running.device import autocast
 from dfq.running.execution import Execution
 from dfq.running.optimizers import adam, cosine, load_optimizer, set_learning_rate, sgd
@@ -61,6 +63,7 @@ class DataFreeTraining:
         input_shape: of the teacher's images.
         objective: what its outputs mean.
         images: real ones that students see beside generated ones, `[N, C, H, W]`; None: there are none.
+        budget: of the students' weights; None: they have the bits that they came with.
         steps: student steps.
         seed: of everything random.
         execution: who runs the steps, as they are or as CUDA graphs; None: as they are.
@@ -85,6 +88,7 @@ class DataFreeTraining:
         device: torch.device,
         precision: str,
         images: Tensor | None = None,
+        budget: Budget | None = None,
         execution: Execution | None = None,
         network: Network | None = None,
     ) -> None:
@@ -109,6 +113,7 @@ class DataFreeTraining:
         )  # fmt: skip
         self.pool.live = [(source.generator, source.average) for source in self.sources if source.config.live]
         self.snapshot_owners: list[int] = []
+        self.budget, self.bits = budget, dict[str, int]()  # of the layers that it is about
         self.rungs: dict[str, dict[str, Tensor]] = {}  # the product's state after each rung but the last
         self.optimizers: list[tuple[torch.optim.Optimizer, ...]] = [] if quant else self._student_optimizers()
         self.phases = self._phases()
@@ -118,16 +123,19 @@ class DataFreeTraining:
 
     def _phases(self) -> list[Phase]:
         rungs, count = self.recipe.rungs if self.quant else ("distilled",), len(self.sources)
-        phases = [Phase("analytic", 1, self._analytic)] if "analytic" in rungs else []
+        phases = [Phase("analytic", 1, self._analytic)] if "analytic" in rungs and self.budget is None else []
         for number, source in enumerate(self.sources, 1):
             phases.append(
                 Phase(f"generator {number} of {count}", self.recipe.warm_up, partial(self.warm_up_step, source))
             )
+        if self.budget is not None:
+            phases.append(Phase("bits", 1, self._choose_bits))
         if "calibrated" in rungs:
             phases.append(Phase("calibrate", 1, self._calibrate))
+        self.exact: list[nn.Module] = []
+        self.reconstructions: list[Reconstruction] = []
         if "reconstructed" in rungs:
             self.exact = [copy.deepcopy(student) for student in self.students]
-            self.reconstructions: list[Reconstruction] = []
             phases.append(Phase("reconstruct", len(weight_layers(self.students[0])), self._reconstruct))
         return [*phases, Phase("student", self.steps, self._alternate)] if "distilled" in rungs else phases
 
@@ -155,7 +163,7 @@ class DataFreeTraining:
 
     def warm_up_step(self, source: Source, step: int) -> Mapping[str, Tensor]:
         metrics = self.generator_step(source, "warm-up", step, students=[])
-        if step + 1 in self._snapshot_steps(source):
+        if step + 1 in source.snapshot_steps(self.recipe.warm_up):
             self.add_snapshot(source)
         if step + 1 == self.recipe.warm_up:
             source.start_average()
@@ -239,6 +247,20 @@ class DataFreeTraining:
             self.students[0].load_state_dict(self.rungs["analytic"])
         return {}
 
+    def _choose_bits(self, _: int) -> Mapping[str, Tensor]:
+        """By the sensitivity of every layer; then the rung that comes before the generators otherwise."""
+        assert self.budget is not None
+        product: Any = self.students[0]
+        self._use_bits(
+            choose_bits(product, self.teacher, self.objective, partial(self.pool.batch, "bits"), self.budget)
+        )
+        return self._analytic(0) if "analytic" in self.recipe.rungs else {}
+
+    def _use_bits(self, bits: Mapping[str, int]) -> None:
+        self.bits = dict(bits)
+        for student in self.students + self.exact:
+            use_bits(student, bits)
+
     def _calibrate(self, _: int) -> Mapping[str, Tensor]:
         """Sets every range on images of the pool, keeps that rung (DF-Q), starts the learned ranges."""
         assert self.quant is not None
@@ -279,14 +301,11 @@ class DataFreeTraining:
 
     # --- parts --------------------------------------------------------------------------------------------------
 
-    def _snapshot_steps(self, source: Source) -> list[int]:
-        return sorted({max(1, round(part * self.recipe.warm_up)) for part in source.config.snapshots})
-
     def pool_names(self) -> list[str]:
         """Which generator each member of the pool is, after which step of its warm-up it was frozen."""
         names = []
         for position, owner in enumerate(self.snapshot_owners):
-            step = self._snapshot_steps(self.sources[owner])[self.snapshot_owners[:position].count(owner)]
+            step = self.sources[owner].snapshot_steps(self.recipe.warm_up)[self.snapshot_owners[:position].count(owner)]
             names.append(f"generator {owner + 1}, step {step}")
         return names + [f"generator {source.index + 1}, live" for source in self.sources if source.config.live]
 
@@ -341,6 +360,7 @@ class DataFreeTraining:
             "averages": [source.average.state_dict() for source in self.sources if source.average is not None],
             "snapshot_owners": self.snapshot_owners,
             "snapshots": [generator.state_dict() for generator in self.pool.frozen],
+            "bits": self.bits,
             "rungs": self.rungs,
             "students": [student.state_dict() for student in self.students],
             "optimizers": [[optimizer.state_dict() for optimizer in row] for row in self.optimizers],
@@ -360,6 +380,7 @@ class DataFreeTraining:
         for owner, weights in zip(state["snapshot_owners"], state["snapshots"], strict=True):
             self.add_snapshot(self.sources[owner])
             self.pool.frozen[-1].load_state_dict(weights)
+        self._use_bits(state["bits"])
         self.rungs = {
             rung: {name: value.to(self.device) for name, value in values.items()}
             for rung, values in state["rungs"].items()

@@ -1,15 +1,15 @@
-"""How a fake-quantized network runs for a while: in floating point, or with its batches' own statistics."""
+"""How a fake-quantized network runs for a while: in floating point, with its batches' own statistics, at other bits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from dfq.layers.tail import Tail
-from dfq.quant.quantizers import ActivationQuantizer, set_adapting
+from dfq.quant.quantizers import ActivationQuantizer, set_adapting, weight_layers
 
 
 @contextmanager
@@ -53,3 +53,19 @@ def batch_statistics(student: nn.Module) -> Iterator[None]:
                 tail.train_batch_norm = trains
                 for buffer, value in buffers:
                     buffer.copy_(value)
+
+
+@contextmanager
+def weights_of(student: nn.Module, bits: Mapping[str, int]) -> Iterator[None]:
+    """Layers have weights of other bits for a while, with the scales of least squared error."""
+    chosen = [(layer, weight.detach(), bits[name]) for name, layer, weight in weight_layers(student) if name in bits]
+    kept = [(layer.bits, {key: value.clone() for key, value in layer.state_dict().items()}) for layer, _, _ in chosen]
+    for layer, weight, wanted in chosen:
+        layer.use_bits(wanted)
+        layer.fit(weight)
+    try:
+        yield
+    finally:
+        for (layer, _, _), (before, state) in zip(chosen, kept, strict=True):
+            layer.use_bits(before)
+            layer.load_state_dict(state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -174,6 +174,19 @@ class WeightQuantizer(Quantizer):
         zero_point = (self.quant_min - low / self.scale).round()
         self.zero_point.copy_(zero_point.clamp(self.quant_min, self.quant_max))
 
+    def use_bits(self, bits: int) -> None:
+        """Other integers; the scale is the weights' own again."""
+        self.bits, self.quant_min, self.quant_max = bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        self.grid[:2] = torch.tensor([self.quant_min, self.quant_max])
+        self._enter(MOVING)
+
+    def fit(self, weight: Tensor) -> None:
+        """Fixes the scale of least squared error."""
+        self.measure(weight)
+        if self.scheme == "symmetric":
+            self.scale.copy_(least_squares_scale(weight, self.scale, self.quant_min, self.quant_max))
+        self._enter(FIXED)
+
     def learn(self, weight: Tensor) -> None:
         """Starts from the range; with 2 bits from the scale of least squared error (the range is too wide for it)."""
         self.measure(weight)
@@ -288,6 +301,13 @@ def freeze_ranges(model: nn.Module) -> None:
 def range_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The learned step sizes."""
     return [parameter for name, parameter in model.named_parameters() if name.endswith("log_scale")]
+
+
+def use_bits(model: nn.Module, bits: Mapping[str, int]) -> None:
+    """Other bits of weights, by layer; before their scales are learned or fixed."""
+    layers = {name: layer for name, layer, _ in weight_layers(model)} if bits else {}
+    for name, wanted in bits.items():
+        layers[name].use_bits(wanted)
 
 
 def weight_layers(model: nn.Module) -> list[tuple[str, WeightQuantizer, Tensor]]:

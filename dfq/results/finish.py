@@ -23,7 +23,7 @@ from dfq.quant.inspect import student_facts
 from dfq.results.evaluate import accuracy
 from dfq.results.report import model_bytes, save_curves, save_image_grid
 from dfq.running.checkpoint import save_weights
-from dfq.running.run_folder import RunFolder
+from dfq.running.run_folder import BITS, RunFolder
 from dfq.student import integer_graph
 
 HELD_PIXELS, HELD_LEAST = 2**18, 16  # of generated images that rungs are compared on: fewer large ones
@@ -42,6 +42,7 @@ class Result:
     divergences: of each rung from the teacher on generated images that nothing was trained on, as
     `Objective.divergences` says; empty where no images were made; worse: rungs that are further from the teacher than
     the one before, by more than chance;
+    bits: of weights by layer, where they were chosen by a budget;
     objective: what the outputs were taken for, as `classes [N, 10]`; empty for `teach`;
     sizes: bytes by the same names; milliseconds: of one image on the CPU, by name;
     integers: the network as integers, also in the folder; None where it cannot be one, and why not in `no_integers`;
@@ -63,6 +64,7 @@ class Result:
     divergences: dict[str, float] = field(default_factory=dict)
     worse: tuple[str, ...] = ()
     scores: dict[str, float] = field(default_factory=dict)
+    bits: dict[str, int] = field(default_factory=dict)
     objective: str = ""
 
     @property
@@ -85,6 +87,8 @@ def finish(
     metric: Metric | None = None,
 ) -> Result:
     """Writes weights, pictures and result.json, and judges every model by its exact forward."""
+    if task is not None and task.bits:
+        folder.write_json(BITS, task.bits)
     save_weights(product, folder.model)
     save_curves(folder.metrics(), folder.path / "curves.png")
     if task is not None and task.sources:
@@ -138,7 +142,7 @@ def finish(
     folder.write_json("result.json", facts)
     return Result(
         product, folder.path, rungs, accuracies, sizes, times, engine, why_not, seconds, share, floats, found, worse,
-        scores, "" if task is None else task.objective.describe(),
+        scores, {} if task is None else task.bits, "" if task is None else task.objective.describe(),
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from dfq_kernels.dispatch import chosen
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+BITS = "bits.json"
 COMMON_KEYS = {"command", "model", "quant", "input_shape", "num_classes", "seed"}
 """What the config of every command has."""
 
@@ -29,6 +30,7 @@ class RunFolder:
     """Layout of a run's folder.
 
     config.json          resolved config, seed and versions
+    bits.json            of weights by layer, where they were chosen
     metrics.jsonl        one line a step: step, phase, every loss term
     tensorboard/         the same for TensorBoard
     checkpoint.safetensors, model.safetensors, result.json, *.png
