@@ -14,10 +14,10 @@ import torch
 
 from dfq.api import load_run
 from dfq.config import LayerBits, quant_config
-from dfq.method.budget import CANDIDATES, Budget, chosen_bits, sensitivities, weight_counts
+from dfq.method.budget import CANDIDATES, Budget, chosen_bits, rounded, sensitivities, weight_counts
 from dfq.method.objective import classifier
 from dfq.quant import prepare
-from dfq.quant.modes import weights_of
+from dfq.quant.modes import FloatRun
 from dfq.quant.quantizers import weight_layers
 from dfq.running.loop import Interrupted
 from tests.conftest import SMALL_RECIPE, small_net, small_run
@@ -64,19 +64,28 @@ def test_chance_does_not_take_bits_away() -> None:
     assert bits["a"] == 6  # three bits are no better than four
 
 
+def test_a_student_in_floating_point_is_the_network_that_it_was_made_of(random: torch.Generator) -> None:
+    net, images = small_net(), torch.randn(16, 1, 12, 12, generator=random)
+    student = prepare(net, (1, 12, 12), quant_config("W2A2"))
+    torch.testing.assert_close(FloatRun(student)(images), net(images))
+    with torch.no_grad():
+        other = 2 * net.fc.weight
+        torch.testing.assert_close(
+            FloatRun(student, {"fc": other})(images), 2 * (net(images) - net.fc.bias) + net.fc.bias
+        )
+
+
 def test_sensitivities_are_of_one_layer_alone(random: torch.Generator) -> None:
-    net = small_net()
+    net, images = small_net(), torch.randn(64, 1, 12, 12, generator=random)
     student = prepare(net, (1, 12, 12), quant_config("W4A4"))
-    images = torch.randn(16, 1, 12, 12, generator=random)
-    before = {name: (layer.bits, layer.source) for name, layer, _ in weight_layers(student)}
-    found = sensitivities(student, net, classifier(4), [images[:8], images[8:]], kept=("conv1",))
-    assert {name: (layer.bits, layer.source) for name, layer, _ in weight_layers(student)} == before
+    found = sensitivities(student, classifier(4), [images[:32], images[32:]], kept=("conv1",))
     assert set(found) == {"conv2", "conv3", "shortcut", "fc"}
-    assert all(row[2] > row[8] >= 0 for row in found.values())
-    with weights_of(student, {"fc": 2}):
-        assert {name: layer.bits for name, layer, _ in weight_layers(student)}["fc"] == 2
-    state = student.state_dict()
-    prepare(net, (1, 12, 12), quant_config("W4A4")).load_state_dict(state)  # grids are those of before
+    assert all(row[2] > row[4] > row[8] for row in found.values())
+    changed = small_net()
+    with torch.no_grad():
+        changed.conv3.weight.copy_(rounded(net.conv3.weight, 3))
+    apart = classifier(4).divergences(net(images), changed(images)).mean()
+    assert float(apart) == pytest.approx(found["conv3"][3], rel=1e-3)
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+import dfq_kernels
 from dfq.errors import check
 from dfq.method.objective import Objective
-from dfq.quant.modes import bypassed, weights_of
-from dfq.quant.quantizers import weight_layers
+from dfq.quant.modes import FloatRun
+from dfq.quant.quantizers import least_squares_scale, weight_layers
+from dfq_kernels.observe_fake_quant.reference import SCALE_FLOOR, divided
 from dfq_kernels.packing import stored_bits
 
 CANDIDATES = (2, 3, 4, 5, 6, 7, 8)
@@ -78,50 +80,47 @@ def check_budget(student: fx.GraphModule, budget: Budget, owner: str) -> None:
 
 
 def choose_bits(
-    student: fx.GraphModule, teacher: torch.nn.Module, objective: Objective, batch: Callable[[int], Tensor],
-    budget: Budget,
-) -> dict[str, int]:  # fmt: skip
+    student: fx.GraphModule, objective: Objective, batch: Callable[[int], Tensor], budget: Budget
+) -> dict[str, int]:
     """Bits of the layers that are not kept; batch: images by number."""
     batches = [batch(0).float()]
     count = min(max(PIXELS // batches[0][0, 0].numel(), LEAST), MOST)
     batches += [batch(number).float() for number in range(1, -(-count // len(batches[0])))]
-    found = sensitivities(student, teacher, objective, batches, budget.kept)
+    found = sensitivities(student, objective, batches, budget.kept)
     present = {name: layer.bits for name, layer, _ in weight_layers(student)}
     return chosen_bits(found, weight_counts(student), present, budget)
 
 
 @torch.no_grad()
 def sensitivities(
-    student: fx.GraphModule, teacher: torch.nn.Module, objective: Objective, batches: Sequence[Tensor],
-    kept: Sequence[str] = (),
-) -> dict[str, dict[int, float]]:  # fmt: skip
-    """`s[l, b]` of every layer that is not kept; activations are floats, the other layers have 8 bits.
+    student: fx.GraphModule, objective: Objective, batches: Sequence[Tensor], kept: Sequence[str] = ()
+) -> dict[str, dict[int, float]]:
+    """`s[l, b]` of every layer that is not kept: its weights at the scale of least squared error, all else is float.
 
     Args:
-        student: of `dfq.quant.prepare`, ranges `moving`; its bits are what they were afterwards.
-        teacher: the float network.
+        student: of `dfq.quant.prepare`.
         objective: what its outputs mean.
         batches: of images.
     """
-    wanted = [teacher(images) for images in batches]
-    layers = weight_layers(student)
-
-    def harm() -> float:
-        apart = [
-            objective.divergences(want, student(images)).sum() for want, images in zip(wanted, batches, strict=True)
-        ]
-        return float(sum(apart)) / sum(len(images) for images in batches)
-
+    wanted = [FloatRun(student)(images) for images in batches]
     found: dict[str, dict[int, float]] = {}
-    with bypassed(student), weights_of(student, dict.fromkeys((name for name, _, _ in layers), 8)):
-        least = harm()
-        for name, _, _ in layers:
-            if name not in kept:
-                found[name] = {8: least}
-                for bits in CANDIDATES[:-1]:
-                    with weights_of(student, {name: bits}):
-                        found[name][bits] = harm()
+    for name, _, weight in weight_layers(student):
+        if name in kept:
+            continue
+        found[name] = {}
+        for bits in CANDIDATES:
+            run = FloatRun(student, {name: rounded(weight.detach(), bits)})
+            apart = [objective.divergences(want, run(images)) for want, images in zip(wanted, batches, strict=True)]
+            found[name][bits] = float(torch.cat(apart).mean())
     return found
+
+
+def rounded(weight: Tensor, bits: int) -> Tensor:
+    """Fake-quantized by output channel, symmetric, with the scale of least squared error."""
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    widest = divided(weight.flatten(1).abs().amax(1), high).clamp(min=SCALE_FLOOR)
+    scale = least_squares_scale(weight, widest, low, high)
+    return dfq_kernels.fake_quant(weight, scale, torch.zeros_like(scale), low, high, axis=0)
 
 
 def chosen_bits(

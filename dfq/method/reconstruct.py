@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from dfq.config import LayerFit
 from dfq.layers.weighted import QuantLayer
-from dfq.quant.modes import bypassed
+from dfq.quant.modes import bypassed, float_layer
 from dfq.quant.quantizers import WeightQuantizers, range_parameters, weight_layers
 from dfq.running.optimizers import adam, cosine, set_learning_rate
 from dfq.running.seeds import random_source
@@ -104,8 +104,7 @@ class FloatWalk(Walk):
             super().run(place)
 
     def layer(self, node: fx.Node, x: Tensor, x_scale: Tensor | None) -> Any:
-        module = self.network.get_submodule(str(node.target))
-        return module.tail(module.accumulate(x, module.oriented(), module.bias))  # type: ignore[operator, union-attr]
+        return float_layer(self.network.get_submodule(str(node.target)), x)
 
 
 class Reconstruction:

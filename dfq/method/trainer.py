@@ -251,9 +251,7 @@ class DataFreeTraining:
         """By the sensitivity of every layer; then the rung that comes before the generators otherwise."""
         assert self.budget is not None
         product: Any = self.students[0]
-        self._use_bits(
-            choose_bits(product, self.teacher, self.objective, partial(self.pool.batch, "bits"), self.budget)
-        )
+        self._use_bits(choose_bits(product, self.objective, partial(self.pool.batch, "bits"), self.budget))
         return self._analytic(0) if "analytic" in self.recipe.rungs else {}
 
     def _use_bits(self, bits: Mapping[str, int]) -> None:

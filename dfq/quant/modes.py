@@ -1,15 +1,18 @@
-"""How a fake-quantized network runs for a while: in floating point, with its batches' own statistics, at other bits."""
+"""How a fake-quantized network runs for a while: in floating point, with its batches' own statistics."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 
 from dfq.layers.tail import Tail
-from dfq.quant.quantizers import ActivationQuantizer, set_adapting, weight_layers
+from dfq.layers.weighted import QuantLayer
+from dfq.quant.quantizers import ActivationQuantizer, WeightQuantizers, set_adapting
 
 
 @contextmanager
@@ -55,17 +58,34 @@ def batch_statistics(student: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-@contextmanager
-def weights_of(student: nn.Module, bits: Mapping[str, int]) -> Iterator[None]:
-    """Layers have weights of other bits for a while, with the scales of least squared error."""
-    chosen = [(layer, weight.detach(), bits[name]) for name, layer, weight in weight_layers(student) if name in bits]
-    kept = [(layer.bits, {key: value.clone() for key, value in layer.state_dict().items()}) for layer, _, _ in chosen]
-    for layer, weight, wanted in chosen:
-        layer.use_bits(wanted)
-        layer.fit(weight)
-    try:
-        yield
-    finally:
-        for (layer, _, _), (before, state) in zip(chosen, kept, strict=True):
-            layer.use_bits(before)
-            layer.load_state_dict(state)
+def float_layer(layer: Any, x: Tensor, weight: Tensor | None = None) -> Any:
+    """A layer's result in floating point, with its own weight or another; its input comes from bypassed quantizers."""
+    return layer.tail(layer.accumulate(x, layer.oriented() if weight is None else weight, layer.bias))
+
+
+class FloatRun(fx.Interpreter):
+    """A student in floating point: as trained, nothing rounded, but for layers that are given other weights.
+
+    Args:
+        student: of `dfq.quant.prepare`.
+        weights: by the name of the layer, output channels first.
+    """
+
+    def __init__(self, student: fx.GraphModule, weights: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__(student)
+        self.student, self.weights = student, weights or {}
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Any:
+        with bypassed(self.student):
+            return self.run(images)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.fetch_attr(target)
+        if isinstance(module, QuantLayer):
+            return float_layer(module, args[0], self.weights.get(target))
+        return None if isinstance(module, WeightQuantizers) else super().call_module(target, args, kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        nothing = target is operator.getitem and args[0] is None  # of the weights, which no quantizer made
+        return None if nothing else super().call_function(target, args, kwargs)

@@ -180,13 +180,6 @@ class WeightQuantizer(Quantizer):
         self.grid[:2] = torch.tensor([self.quant_min, self.quant_max])
         self._enter(MOVING)
 
-    def fit(self, weight: Tensor) -> None:
-        """Fixes the scale of least squared error."""
-        self.measure(weight)
-        if self.scheme == "symmetric":
-            self.scale.copy_(least_squares_scale(weight, self.scale, self.quant_min, self.quant_max))
-        self._enter(FIXED)
-
     def learn(self, weight: Tensor) -> None:
         """Starts from the range; with 2 bits from the scale of least squared error (the range is too wide for it)."""
         self.measure(weight)
