@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from dfq.arguments import (
     Metric,
     check_metric,
+    check_processes,
     image_shape,
     objective_asked,
     own_copy,
@@ -153,6 +154,7 @@ def quantize(
         config = quant_config(preset, ranges=recipe.ranges, overrides=overrides, owner="quantize")
     elif preset is not None or overrides is not None:
         raise ValueError("quantize: config must be given without preset and overrides, got both")
+    check_processes("quantize", config, recipe)
     check_test_images(test_images, input_shape, meaning.num_classes, "quantize")
     check_metric("quantize", metric, teacher)
     normalization = check_normalization("quantize", normalization, input_shape[0], test_images)
@@ -244,6 +246,7 @@ def distill(
     recipe, steps = recipe_asked("distill", recipe, steps, meaning)
     check("distill", "recipe", recipe.name, "one that trains whole networks", "distilled" in recipe.rungs)
     real = real_images("distill", images, input_shape, recipe)
+    check_processes("distill", None, recipe)
     check_test_images(test_images, input_shape, meaning.num_classes, "distill")
     check_metric("distill", metric, frozen)
     task = DataFreeTraining(

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfq.config import EFFORTS, Recipe, recipe_named
+from dfq.config import EFFORTS, QuantConfig, Recipe, recipe_named
 from dfq.data.images import Images
 from dfq.errors import check, first_line, integer
 from dfq.method.objective import Objective, objective_of
 from dfq.network.outputs import check_weights, evaluation, outputs_of
+from dfq.running import ranks
 
 Metric = Callable[[Callable[[Tensor], Any]], float]
 """Judges a network, which takes normalised images and returns what the model returns."""
@@ -93,6 +94,17 @@ def real_images(owner: str, images: Any, shape: tuple[int, int, int], recipe: Re
     check(owner, "images", got, rule, fits)
     check(owner, "images", "NaN or infinity", "finite", bool(torch.isfinite(images).all()))
     return images.detach().float().cpu()
+
+
+def check_processes(owner: str, config: QuantConfig | None, recipe: Recipe) -> None:
+    """Several processes train quantized students whose batch norms stay as they are, in shares of one size."""
+    count = ranks.world()
+    if count == 1:
+        return
+    rule = "one, for networks whose batch norms learn from whole batches"
+    check(owner, "the number of processes", count, rule, config is not None and config.batch_norm == "frozen")
+    sizes = {"recipe's batch_size": recipe.batch_size, "recipe's fit.batch_size": recipe.fit.batch_size}
+    ranks.check_shares(owner, sizes)
 
 
 def check_metric(owner: str, metric: Any, teacher: nn.Module) -> None:

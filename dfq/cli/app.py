@@ -58,6 +58,7 @@ from dfq.config import PRESETS, RECIPES, TeachConfig
 from dfq.data.images import DATASETS, load_images
 from dfq.models import ModelSpec
 from dfq.results.report import accuracy_table, floats_table
+from dfq.running import ranks
 from dfq.running.execution import ExecutionError
 from dfq.running.loop import Interrupted, NonFiniteError
 from dfq.running.progress import ProgressBar, Silent
@@ -171,16 +172,17 @@ def quantize(
     network, spec, shape, classes, test = named_network(
         model, weights, model_kwargs, stem, input_shape, num_classes, data, data_root
     )
-    with _observer(json_output) as observer:
+    with ranks.joined(device) as mine, _observer(json_output) as observer:
         result = api.quantize(
             network, input_shape=shape, num_classes=classes, objective=objective_words(objective), preset=preset,
             effort=effort, recipe=recipe, images=real_images_of(images, shape, said, test), steps=steps, seed=seed,
-            out=out, overrides=layer_bits_of(layer_bits or []), average_bits=average_bits, size=bytes_of(size), test_images=test, metric=metric_named(metric),
-            resume=resume, normalization=said, integers=integers,
-            device=device, precision=precision, capture=capture, compile=compile_networks, profile=profile, spec=spec,
+            out=out, overrides=layer_bits_of(layer_bits or []), average_bits=average_bits, size=bytes_of(size),
+            test_images=test, metric=metric_named(metric), resume=resume, normalization=said, integers=integers,
+            device=mine, precision=precision, capture=capture, compile=compile_networks, profile=profile, spec=spec,
             observer=observer,
         )  # fmt: skip
-    _show(result, json_output)
+        if ranks.rank() == 0:
+            _show(result, json_output)
 
 
 @app.command()
@@ -241,7 +243,7 @@ app.command()(commands.info)
 
 @contextmanager
 def _observer(json_output: bool) -> Iterator[ProgressBar | None]:
-    with Silent() if json_output else ProgressBar(errors) as observer:
+    with Silent() if json_output or ranks.rank() > 0 else ProgressBar(errors) as observer:
         yield observer
 
 

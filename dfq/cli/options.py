@@ -87,7 +87,10 @@ Precision = Annotated[
 ]
 Capture = Annotated[
     str,
-    typer.Option(help=f"Steps as CUDA graphs: {', '.join(MODES)}. auto: on a GPU, and as they are where that fails."),
+    typer.Option(
+        help=f"Steps as CUDA graphs: {', '.join(MODES)}. auto: on a GPU, in one process, and as they are where that "
+        "fails."
+    ),
 ]
 Compile = Annotated[bool, typer.Option("--compile", help="Networks through torch.compile: a minute at the start.")]
 RecipeName = Annotated[

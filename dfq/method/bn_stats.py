@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import TracebackType
 
+import torch
 from torch import Tensor, nn
 
 import dfq_kernels
 from dfq.method.teacher import BatchNorm, BatchNormAct, measured
+from dfq.running import ranks
 
 Layer = BatchNorm | BatchNormAct
 
@@ -61,12 +63,23 @@ class BnStatistics:
 
         return forward
 
+    def _of_all_processes(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Mean and variance of the whole batch: shares are of one size, so a mean of means is the mean."""
+        means, variances = [mean for _, mean, _ in self._measured], [var for _, _, var in self._measured]
+        if ranks.world() == 1:
+            return means, variances
+        sizes, mine = [mean.numel() for mean in means], torch.cat(means)
+        mean = ranks.mean(mine)
+        variance = ranks.mean(torch.cat(variances) + (mine - mean).square())
+        return list(mean.split(sizes)), list(variance.split(sizes))
+
     def loss(self) -> Tensor:
         """Gaussian KL between the batch's statistics and the stored ones, mean over all channels, in nats."""
         norms = [norm for norm, _, _ in self._measured]
+        means, variances = self._of_all_processes()
         total = dfq_kernels.bn_stat_loss(
-            [mean for _, mean, _ in self._measured],
-            [var for _, _, var in self._measured],
+            means,
+            variances,
             [norm.running_mean for norm in norms],  # type: ignore[misc]
             [norm.running_var for norm in norms],  # type: ignore[misc]
             eps=[norm.eps for norm in norms],

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dfq.running import ranks
+
 
 def divergences(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     """`KL(softmax(teacher) || softmax(student))` of each image, `[N]`, mean over positions, in nats."""
@@ -52,8 +54,9 @@ def _variance(values: Tensor) -> Tensor:
     At least a millionth of the mean square: values that never change are no unit to measure by.
     """
     values = values.detach().float()
-    mean = values.mean((0, *range(2, values.dim())), keepdim=True)
-    return torch.maximum((values - mean).square().mean(), 1e-6 * values.square().mean()).clamp(min=1e-12)
+    mean = ranks.mean(values.mean((0, *range(2, values.dim())), keepdim=True))
+    variance, power = ranks.mean(torch.stack([(values - mean).square().mean(), values.square().mean()])).unbind()
+    return torch.maximum(variance, 1e-6 * power).clamp(min=1e-12)
 
 
 def instance_entropy(teacher_logits: Tensor) -> Tensor:
@@ -65,7 +68,7 @@ def instance_entropy(teacher_logits: Tensor) -> Tensor:
 def batch_negentropy(teacher_logits: Tensor) -> Tensor:
     """`L_batch`: minus the entropy of the batch's mean class distribution, in nats; small when all classes occur."""
     probabilities = F.softmax(teacher_logits.float(), dim=1)
-    mean = probabilities.mean((0, *range(2, probabilities.dim())))
+    mean = ranks.mean(probabilities.mean((0, *range(2, probabilities.dim()))))
     return (mean * mean.clamp(min=1e-30).log()).sum()
 
 

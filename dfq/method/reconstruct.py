@@ -22,6 +22,7 @@ from dfq.config import LayerFit
 from dfq.layers.weighted import QuantLayer
 from dfq.quant.modes import bypassed, float_layer
 from dfq.quant.quantizers import WeightQuantizers, range_parameters, weight_layers
+from dfq.running import ranks
 from dfq.running.optimizers import adam, cosine, set_learning_rate
 from dfq.running.seeds import random_source
 
@@ -173,7 +174,7 @@ class Reconstruction:
         first = loss = torch.zeros(())
         for step in range(fit.steps):
             random = random_source(self.seed, "reconstruct", place, step)
-            drawn = torch.randint(len(x), (fit.batch_size,), generator=random).to(x.device)
+            drawn = ranks.share(torch.randint(len(x), (fit.batch_size,), generator=random).to(x.device))
             made = self.coarse.layer(node, x[drawn], x_scale)
             made = made[0] if isinstance(made, tuple) else made
             loss = (made - wanted[drawn]).square().mean() / power
@@ -181,6 +182,7 @@ class Reconstruction:
                 set_learning_rate(optimizer, cosine(step, fit.steps))
                 optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            ranks.average_gradients(own + ranges)
             for optimizer in optimizers:
                 optimizer.step()
             first = loss.detach() if step == 0 else first

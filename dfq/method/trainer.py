@@ -37,6 +37,7 @@ from dfq.network import Network, capture
 from dfq.network.outputs import check_learns, check_outputs, check_weights
 from dfq.quant import learn_ranges, range_parameters, set_adapting
 from dfq.quant.quantizers import use_bits, weight_layers
+from dfq.running import ranks
 from dfq.running.device import autocast
 from dfq.running.execution import Execution
 from dfq.running.optimizers import adam, cosine, load_optimizer, set_learning_rate, sgd
@@ -159,7 +160,7 @@ class DataFreeTraining:
         """Step `index` of all phases, its randomness a function of seed and index; gives the loss terms by name."""
         phase, local = self._find(index)
         with seeded_initialisation(self.seed, "step", index):  # for a dropout in a float student
-            return phase.step(local)
+            return ranks.averaged(phase.step(local))
 
     def warm_up_step(self, source: Source, step: int) -> Mapping[str, Tensor]:
         metrics = self.generator_step(source, "warm-up", step, students=[])
@@ -191,7 +192,7 @@ class DataFreeTraining:
         self, source: Source, students: list[nn.Module], z: Tensor, labels: Tensor | None
     ) -> Mapping[str, Tensor]:
         recipe = self.recipe
-        images = self.pool.images(source.generator, z, labels)
+        images = ranks.share(self.pool.images(source.generator, z, labels))
         with self.bn_statistics as statistics, autocast(self.device, self.precision):
             teacher_logits = self.execution.call(self.fused_teacher, images)
             terms = {"bn": recipe.bn * statistics.loss()}
@@ -199,7 +200,7 @@ class DataFreeTraining:
             entropies = self.objective.entropies(teacher_logits)
             terms |= {name: getattr(recipe, name) * value for name, value in entropies.items()}
         else:
-            terms["label"] = recipe.label * label_cross_entropy(teacher_logits, labels)
+            terms["label"] = recipe.label * label_cross_entropy(teacher_logits, ranks.share(labels))
         if students and recipe.adversary > 0:
             disagreement = [
                 self.distance(teacher_logits, self._forward(student, images, learning=False)) for student in students
@@ -207,6 +208,7 @@ class DataFreeTraining:
             terms["adversary"] = -recipe.adversary * torch.stack(disagreement).sum()
         source.optimizer.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward(inputs=list(source.generator.parameters()))
+        ranks.average_gradients(source.generator.parameters())
         nn.utils.clip_grad_norm_(source.generator.parameters(), recipe.clip)
         source.optimizer.step()
         if students:
@@ -217,7 +219,7 @@ class DataFreeTraining:
         """One step on `D`, on fresh images, with no graph through the generator."""
         for optimizer in self.optimizers[index]:
             set_learning_rate(optimizer, cosine(step, self.steps))
-        images = self.pool.batch(f"student{index}", step)
+        images = ranks.share(self.pool.batch(f"student{index}", step))
         return self.execution.step(f"student {index + 1}", partial(self._update_student, index), images)
 
     def _update_student(self, index: int, images: Tensor) -> Mapping[str, Tensor]:
@@ -229,6 +231,7 @@ class DataFreeTraining:
         set_adapting(student, False)
         student.zero_grad(set_to_none=True)
         loss.backward()
+        ranks.average_gradients(student.parameters())
         nn.utils.clip_grad_norm_(student.parameters(), self.recipe.clip)
         for optimizer in self.optimizers[index]:
             optimizer.step()
@@ -241,7 +244,8 @@ class DataFreeTraining:
     def _analytic(self, _: int) -> Mapping[str, Tensor]:
         """Ranges of the product alone, which the next rungs begin without."""
         student = copy.deepcopy(self.students[0])
-        analytic_ranges(student, self.moments, seed=self.seed)  # type: ignore[arg-type]
+        with ranks.alone():  # the same noise in all processes
+            analytic_ranges(student, self.moments, seed=self.seed)  # type: ignore[arg-type]
         self.rungs["analytic"] = _state(student)
         if self.recipe.rungs[-1] == "analytic":
             self.students[0].load_state_dict(self.rungs["analytic"])
@@ -251,7 +255,9 @@ class DataFreeTraining:
         """By the sensitivity of every layer; then the rung that comes before the generators otherwise."""
         assert self.budget is not None
         product: Any = self.students[0]
-        self._use_bits(choose_bits(product, self.objective, partial(self.pool.batch, "bits"), self.budget))
+        with ranks.alone():  # the same images in all processes
+            bits = choose_bits(product, self.objective, partial(self.pool.batch, "bits"), self.budget)
+        self._use_bits(bits)
         return self._analytic(0) if "analytic" in self.recipe.rungs else {}
 
     def _use_bits(self, bits: Mapping[str, int]) -> None:
@@ -267,7 +273,7 @@ class DataFreeTraining:
             set_adapting(student, True, batch_norms=False)
             with torch.no_grad(), autocast(self.device, self.precision):
                 for batch in range(self.recipe.calibration_batches):
-                    student(self.pool.batch("calibrate", batch))
+                    student(ranks.share(self.pool.batch("calibrate", batch)))
             set_adapting(student, False)
         if self.recipe.rungs[-1] == "calibrated":
             return {}

@@ -13,15 +13,11 @@ from torch.nn import functional as F
 import dfq_kernels
 from dfq.config import QuantConfig
 from dfq.layers.tail import activate
+from dfq.running import ranks
 from dfq_kernels.observe_fake_quant.reference import SCALE_FLOOR, divided, update_parameters, update_range
 
 MOVING, LEARNED, FIXED = "moving", "learned", "fixed"
 PHASES = (MOVING, LEARNED, FIXED)
-
-
-def synchronizes() -> bool:
-    """Whether ranges are those of several processes (`torch.distributed`)."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class Quantizer(nn.Module):
@@ -103,7 +99,7 @@ class ActivationQuantizer(Quantizer):
         if self.bypassed:
             return x, self.scale
         low, high = self.quant_min, self.quant_max
-        if self.observing and synchronizes():
+        if self.observing and ranks.world() > 1:
             self._observe_all_ranks(x.detach())
         elif self.observing:
             out = dfq_kernels.observe_fake_quant(
@@ -133,7 +129,7 @@ class ActivationQuantizer(Quantizer):
         activation: str | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`(fake-quantized act(batch norm(x)), scale)` in one pass, where one process sees all images."""
-        if self.bypassed or (self.observing and synchronizes()):
+        if self.bypassed or (self.observing and ranks.world() > 1):
             out = F.batch_norm(x, mean, var, norm.weight, norm.bias, training, momentum, norm.eps)
             return self(activate(out, activation))  # type: ignore[no-any-return]
         scale = self.current_scale()

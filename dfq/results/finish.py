@@ -22,6 +22,7 @@ from dfq.quant import layer_bounds
 from dfq.quant.inspect import student_facts
 from dfq.results.evaluate import accuracy
 from dfq.results.report import model_bytes, save_curves, save_image_grid
+from dfq.running import ranks
 from dfq.running.checkpoint import save_weights
 from dfq.running.run_folder import BITS, RunFolder
 from dfq.student import integer_graph
@@ -86,7 +87,29 @@ def finish(
     integers: bool = True,
     metric: Metric | None = None,
 ) -> Result:
-    """Writes weights, pictures and result.json, and judges every model by its exact forward."""
+    """Writes weights, pictures and result.json, and judges every model by its exact forward: the first process does."""
+    rungs = {name: model for name, model in models.items() if name != "teacher"} if task and task.quant else {}
+    if not folder.writes:
+        return Result(product, folder.path, rungs, {}, {}, {}, None, None, time.monotonic() - started)
+    with ranks.alone():
+        return _finish(
+            folder, models, rungs, product, task, test_images, device, started, normalization, integers, metric
+        )
+
+
+def _finish(
+    folder: RunFolder,
+    models: dict[str, nn.Module],
+    rungs: dict[str, nn.Module],
+    product: nn.Module,
+    task: DataFreeTraining | None,
+    test_images: Images | None,
+    device: torch.device,
+    started: float,
+    normalization: Normalization | None,
+    integers: bool,
+    metric: Metric | None,
+) -> Result:
     if task is not None and task.bits:
         folder.write_json(BITS, task.bits)
     save_weights(product, folder.model)
@@ -132,7 +155,6 @@ def finish(
     if why_not is not None:
         facts["no_integers"] = why_not
     share, floats = None, ()
-    rungs = {name: model for name, model in models.items() if name != "teacher"} if quantized is not None else {}
     found, worse = _held_out(quantized, rungs) if quantized is not None and quantized.sources else ({}, ())
     if quantized is not None:
         facts["layers"] = to_json(layer_bounds(product))  # type: ignore[arg-type, assignment]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from dfq.errors import check, first_line
+from dfq.running import ranks
 
 MODES = ("auto", "on", "off")
 WARM_UP = 3
@@ -91,8 +92,8 @@ class Execution:
     """Calls steps, or records and replays them; calls networks, or what `torch.compile` makes of them.
 
     Args:
-        mode: `auto` captures on a GPU, and runs steps as they are where that fails, with one warning; `on` captures or
-            raises; `off` does not.
+        mode: `auto` captures on a GPU, in one process, and runs steps as they are where that fails, with one warning;
+            `on` captures or raises; `off` does not.
         device: where the steps run.
         compiled: whether networks are compiled, in the first step that calls them.
         recorder: who records; default: CUDA graphs.
@@ -107,9 +108,11 @@ class Execution:
         check("dfq", "capture", mode, f"one of {', '.join(MODES)}", mode in MODES)
         on_gpu = device.type == "cuda"
         check("dfq", "capture", mode, f"auto or off on {device.type}", mode != "on" or on_gpu or recorder is not None)
+        several = ranks.world() > 1  # messages between processes are not recorded
+        check("dfq", "capture", mode, "auto or off in several processes", mode != "on" or not several)
         self.mode, self.device, self.compiled, self._recorder = mode, device, compiled, recorder
         self._networks: dict[nn.Module, Callable[..., Tensor]] = {}
-        if mode == "off":
+        if mode == "off" or several:
             self._recorder = None
         elif recorder is None and on_gpu:
             self._recorder = CudaGraphs(device)

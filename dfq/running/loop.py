@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dfq.errors import first_line
+from dfq.running import ranks
 from dfq.running.checkpoint import CheckpointError, load_tree, save_tree
 from dfq.running.run_folder import RunFolder
 
@@ -72,6 +73,7 @@ def run_loop(
     if resume and folder.checkpoint.exists():
         start = _restore(task, folder.checkpoint)
     infinite = set(_not_finite(task.state_dict()))  # by intention: a mask, a range that has seen nothing
+    ranks.wait()  # nobody reads what is rewritten
     folder.rewind(start)
     saved_at = time.monotonic()
     with _signals() as received:
@@ -81,15 +83,16 @@ def run_loop(
             folder.log(index, task.phase(index), metrics)
             if observer is not None:
                 observer.on_step(task.phase(index), index, task.total_steps, metrics)
+            stop = ranks.anywhere(bool(received))
             due = time.monotonic() - saved_at >= save_seconds
-            if due or received or index + 1 == task.total_steps:
+            if folder.writes and (due or stop or index + 1 == task.total_steps):
                 state = {"next_step": index + 1, "task": task.state_dict()}
                 _refuse_non_finite_state(state["task"], infinite, index, folder)
                 save_tree(folder.checkpoint, state)
                 saved_at = time.monotonic()
-            if received and index + 1 < task.total_steps:
+            if stop and index + 1 < task.total_steps:
                 message = f"interrupted after step {index + 1} of {task.total_steps}; continue with --resume"
-                raise Interrupted(message, received[0])
+                raise Interrupted(message, received[0] if received else signal.SIGTERM)
 
 
 def _read(metrics: Mapping[str, Tensor]) -> dict[str, float]:

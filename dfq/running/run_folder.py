@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dfq.running import ranks
 from dfq.running.checkpoint import CheckpointError, write_atomic
 from dfq_kernels import __version__
 from dfq_kernels.dispatch import chosen
@@ -35,6 +36,8 @@ class RunFolder:
     tensorboard/         the same for TensorBoard
     checkpoint.safetensors, model.safetensors, result.json, *.png
 
+    Of several processes the first one writes, the others wait until it has looked at the folder.
+
     Args:
         path: the folder; created if missing.
         config: the resolved config; JSON values only.
@@ -49,8 +52,15 @@ class RunFolder:
         self.checkpoint = path / "checkpoint.safetensors"
         self.model = path / "model.safetensors"
         self.integers = path / "integers.safetensors"
-        wanted = json.loads(json.dumps(config))
-        config_path = path / "config.json"
+        self._metrics = path / "metrics.jsonl"
+        self._writer: SummaryWriter | None = None
+        self.writes = ranks.rank() == 0
+        if self.writes:
+            self._open(json.loads(json.dumps(config)), resume)
+        ranks.wait()
+
+    def _open(self, wanted: dict[str, Any], resume: bool) -> None:
+        path, config_path = self.path, self.path / "config.json"
         if config_path.exists():
             if not resume:
                 raise CheckpointError(
@@ -64,8 +74,6 @@ class RunFolder:
             )
         else:
             self.write_json("config.json", {"config": wanted, "versions": versions()})
-        self._metrics = path / "metrics.jsonl"
-        self._writer: SummaryWriter | None = None
 
     def _compare(self, found: Any, wanted: Any, name: str = "") -> None:
         """Equal, or an error that names the innermost setting that differs."""
@@ -91,6 +99,8 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Drops metrics of `step` and later: they were logged after the checkpoint that a resume starts from."""
+        if not self.writes:
+            return
         if self._metrics.exists():
             kept = [line for line in self._metrics.read_text(errors="replace").splitlines() if _step_of(line) < step]
             write_atomic(self._metrics, "".join(line + "\n" for line in kept).encode())
@@ -102,6 +112,8 @@ class RunFolder:
 
     def log(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
         """Appends one line of metrics."""
+        if not self.writes:
+            return
         row = {"step": step, "phase": phase, **metrics}
         try:
             with self._metrics.open("a") as file:

@@ -1,17 +1,18 @@
-"""Random numbers as a function of (seed, rank, purpose, step): nothing to save, a resumed run draws the same ones."""
+"""Random numbers as a function of (seed, purpose, step): nothing to save, a resumed run draws the same ones.
+
+Several processes draw the same ones, too: each takes its share of what is made of them (`dfq.running.ranks`).
+"""
 
 from __future__ import annotations
 
 import hashlib
-import os
 
 import torch
 
 
 def random_source(seed: int, *path: str | int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator for one purpose, e.g. `random_source(seed, "noise", step)`; independent of every other path."""
-    rank = int(os.environ.get("RANK", "0"))
-    digest = hashlib.sha256(repr((seed, rank, path)).encode()).digest()
+    digest = hashlib.sha256(repr((seed, 0, path)).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
