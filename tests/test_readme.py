@@ -30,7 +30,7 @@ def test_the_measured_teacher_is_the_embedded_one() -> None:
 
 def test_the_python_example_runs(tmp_path: Path, monkeypatch) -> None:
     """With fewer steps and images, so that it takes seconds."""
-    example, _, _ = examples()
+    example, *_ = examples()
     assert "steps=200" in example
     example = example.replace("steps=200", "steps=1, recipe=SMALL").replace('recipe="default",', "")
     example = example.replace("test_images=images", "test_images=images.head(50)")
@@ -42,7 +42,7 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch) -> None:
     assert (tmp_path / "run" / "result.json").exists()
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [1, 2, 3])
 def test_the_other_examples_print_what_they_say(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
