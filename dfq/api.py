@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from dfq.arguments import (
     Metric,
@@ -19,6 +19,7 @@ from dfq.arguments import (
     image_shape,
     objective_asked,
     own_copy,
+    pixel_bounds,
     real_images,
     recipe_asked,
     recipe_of_effort,
@@ -33,10 +34,9 @@ from dfq.config import (
     to_json,
 )  # fmt: skip
 from dfq.data.images import Images, Normalization, check_normalization
-from dfq.deploy import bytes_but_weights, check_integers
+from dfq.deploy import check_integers, weight_budget
 from dfq.errors import check, integer
-from dfq.export import check_floats
-from dfq.method.budget import Budget, check_budget
+from dfq.method.cost import measured_cost
 from dfq.method.teaching import TeacherTraining
 from dfq.method.trainer import DataFreeTraining
 from dfq.models import ModelSpec, build_model
@@ -98,7 +98,7 @@ def quantize(
         preset: bits, `W4A4` and so on (`dfq.config.quant_config`); `W4A4` if nothing is given.
         effort: `instant` (ranges from the batch norms alone: seconds, no image is made), `quick` (every layer is
             fitted to its float self on generated images) or `full` (the network is trained as a whole: minutes; the
-            default).
+            default, but of images larger than 128x128 on a CPU, where it is `instant`).
         recipe: instead of `effort`, how exactly: a name of `dfq.config.RECIPES` or a `dfq.config.Recipe`.
         objective: what its outputs are, `classes` or `values`, one word for each or one for all; found from their
             shapes where it is not given (`dfq.method.objective.objective_of`).
@@ -116,7 +116,8 @@ def quantize(
         metric: your own judge of any network: gets a function of normalised images, returns a number. The teacher is
             judged before the first step.
         normalization: `(mean, std)` per channel of pixels / 255 that the network was trained with, for whoever gives
-            the integer network pixels; None: that of `test_images`, or unknown.
+            the integer network pixels; generated images stay between black and white then. None: that of
+            `test_images`, or unknown.
         integers: also make the integer network, and refuse a model that has none before the first step. A config that
             no integer network has (`gdfq`) is trained without one.
         resume: continue the run in `out`.
@@ -127,7 +128,7 @@ def quantize(
         compile: networks go through `torch.compile` (a minute at the start).
         profile: writes a Chrome trace of the last ten steps and a table by operator into `out`.
         spec: how `model` is built by name, so that `dfq evaluate OUT` can build it again.
-        observer: sees every step.
+        observer: sees every step; its `on_start(plan)`, if it has one, is told what the run will take.
 
     Returns:
         A `Result`; `result.model` is the fake-quantized network in evaluation mode.
@@ -142,9 +143,9 @@ def quantize(
     """
     input_shape = image_shape("quantize", input_shape)
     seed = integer("quantize", "seed", seed, 0)
-    recipe = recipe_of_effort(effort, recipe, real=images is not None)
-    check("quantize", "config", config, "a QuantConfig", config is None or isinstance(config, QuantConfig))
     where = resolve_device(device)
+    recipe = recipe_of_effort(effort, recipe, input_shape, where, real=images is not None)
+    check("quantize", "config", config, "a QuantConfig", config is None or isinstance(config, QuantConfig))
     teacher = own_copy("quantize", model)
     meaning = objective_asked("quantize", "model", teacher, input_shape, objective, num_classes, where)
     recipe, steps = recipe_asked("quantize", recipe, steps, meaning)
@@ -163,11 +164,11 @@ def quantize(
     fresh = copy.deepcopy(students[0])
     if integers and config.integers:
         check_integers(fresh)
-    budget = _budget(average_bits, size, fresh, config, recipe, real is not None)
+    budget = weight_budget(average_bits, size, fresh, config, recipe, real is not None)
     task = DataFreeTraining(
         teacher, list(students), recipe, quant=config, input_shape=input_shape,
-        objective=meaning, images=real, budget=budget, steps=steps, seed=seed, device=where,
-        precision=resolve_precision(precision, where), execution=Execution(capture, where, compiled=compile),
+        objective=meaning, images=real, bounds=pixel_bounds(normalization), budget=budget, steps=steps,
+        seed=seed, device=where, precision=resolve_precision(precision, where), execution=Execution(capture, where, compiled=compile),
         network=network,
     )  # fmt: skip
     settings = {
@@ -181,6 +182,7 @@ def quantize(
     }  # fmt: skip
     started = time.monotonic()
     with RunFolder(Path(out), settings, resume=resume) as folder:
+        _announce(task, observer)
         steps_to_run = Profiled(task, folder.path) if profile else task
         run_loop(steps_to_run, folder, resume=resume, observer=observer)
         student = students[0]
@@ -265,6 +267,7 @@ def distill(
     }  # fmt: skip
     started = time.monotonic()
     with RunFolder(Path(out), settings, resume=resume) as folder:
+        _announce(task, observer)
         run_loop(task, folder, resume=resume, observer=observer)
         models = {"teacher": task.teacher, "student": students[0].eval()}
         return finish(folder, models, students[0], task, test_images, where, started, metric=metric)
@@ -360,26 +363,12 @@ def load_run(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Modul
     return model.eval(), config
 
 
-def _budget(
-    average_bits: float | None, size: int | None, student: fx.GraphModule, config: QuantConfig, recipe: Recipe,
-    real: bool,
-) -> Budget | None:  # fmt: skip
-    """What the weights may take, if that was said."""
-    if average_bits is None and size is None:
-        return None
-    check("quantize", "average_bits", average_bits, "given without size", average_bits is None or size is None)
-    check("quantize", "recipe", recipe.name, "one with generators, for bits by budget", bool(recipe.generators) or real)
-    kept = tuple(config.overrides)
-    if average_bits is not None:
-        number = isinstance(average_bits, (int, float)) and 2 <= average_bits <= 8
-        check("quantize", "average_bits", average_bits, "a number in [2, 8]", number)
-        budget = Budget(average_bits=float(average_bits), kept=kept)
-    else:
-        check("quantize", "config", config.why_no_integers, "one of an integer network, for a size", config.integers)
-        check_floats(student)
-        budget = Budget(weight_bytes=integer("quantize", "size", size, 1) - bytes_but_weights(student), kept=kept)
-    check_budget(student, budget, "quantize")
-    return budget
+def _announce(task: DataFreeTraining, observer: Observer | None) -> None:
+    """Tells an observer that wants to know what the run will take."""
+    say = getattr(observer, "on_start", None)
+    cost = None if say is None else measured_cost(task)
+    if say is not None and cost is not None:
+        say(str(cost))
 
 
 def _at_rung(fresh: nn.Module, state: dict[str, Any], device: torch.device) -> nn.Module:

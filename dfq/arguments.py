@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dfq.config import EFFORTS, QuantConfig, Recipe, recipe_named
-from dfq.data.images import Images
+from dfq.data.images import Images, Normalization
 from dfq.errors import check, first_line, integer
 from dfq.method.objective import Objective, objective_of
 from dfq.network.outputs import check_weights, evaluation, outputs_of
@@ -51,11 +52,25 @@ def objective_asked(
     return objective_of(outputs, kinds, known, owner=owner, name=name)
 
 
-def recipe_of_effort(effort: str | None, recipe: str | Recipe | None, *, real: bool) -> str | Recipe:
-    """The recipe that was given, or that of an effort; real: whether there are real images."""
+LARGE = 128 * 128  # pixels of an image, with which generators take hours on a CPU
+
+
+def recipe_of_effort(
+    effort: str | None, recipe: str | Recipe | None, shape: tuple[int, int, int], device: torch.device, *, real: bool
+) -> str | Recipe:
+    """The recipe that was given, or that of an effort; real: whether there are real images.
+
+    Where nothing is given it is `full`; of large images on a CPU `instant`, with a warning.
+    """
     check("quantize", "effort", effort, "given without recipe", effort is None or recipe is None)
     if recipe is not None:
         return recipe
+    if effort is None and device.type == "cpu" and shape[1] * shape[2] > LARGE:
+        effort, size = "instant", f"{shape[1]}x{shape[2]}"
+        warnings.warn(
+            f"quantize: effort is instant, because images of {size} take hours on a CPU with quick or full; say "
+            "effort= (--effort) to have one of these", stacklevel=3,
+        )  # fmt: skip
     effort = "full" if effort is None else effort
     check("quantize", "effort", effort, f"one of {', '.join(EFFORTS)}", effort in EFFORTS)
     return "calibrate" if real and effort == "instant" else EFFORTS[effort]
@@ -94,6 +109,14 @@ def real_images(owner: str, images: Any, shape: tuple[int, int, int], recipe: Re
     check(owner, "images", got, rule, fits)
     check(owner, "images", "NaN or infinity", "finite", bool(torch.isfinite(images).all()))
     return images.detach().float().cpu()
+
+
+def pixel_bounds(normalization: Normalization | None) -> tuple[Tensor, Tensor] | None:
+    """What black and white are to a network, `[C]` each, where it is known what pixels mean to it."""
+    if normalization is None:
+        return None
+    mean, std = (torch.tensor(part) for part in normalization)
+    return -mean / std, (1 - mean) / std
 
 
 def check_processes(owner: str, config: QuantConfig | None, recipe: Recipe) -> None:

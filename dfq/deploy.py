@@ -1,6 +1,7 @@
 """What comes before and after an integer network.
 
-Before: whether a student can be one; images of files. After: the likeliest classes; the time of one image.
+Before: whether a student can be one, and how large its weights may be; images of files. After: the likeliest classes;
+the time of one image.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from dfq.config import QuantConfig, Recipe
 from dfq.data.images import DATASETS, Normalization
 from dfq.data.readers import picture_files, read_image
 from dfq.engine import Engine, save_graph
-from dfq.errors import check, first_line
+from dfq.errors import check, first_line, integer
 from dfq.export import check_floats, export
+from dfq.method.budget import Budget, check_budget
 from dfq.quant import freeze_ranges, prepared_of, set_adapting
 from dfq.quant.quantizers import weight_layers
 from dfq.running.checkpoint import CheckpointError
@@ -59,6 +62,28 @@ def bytes_but_weights(student: fx.GraphModule) -> int:
         save_graph(graph, path)
         size = path.stat().st_size
     return size - sum(-(-weight.numel() * stored_bits(layer.bits) // 8) for _, layer, weight in weight_layers(student))
+
+
+def weight_budget(
+    average_bits: float | None, size: int | None, student: fx.GraphModule, config: QuantConfig, recipe: Recipe,
+    real: bool,
+) -> Budget | None:  # fmt: skip
+    """What the weights may take, if that was said."""
+    if average_bits is None and size is None:
+        return None
+    check("quantize", "average_bits", average_bits, "given without size", average_bits is None or size is None)
+    check("quantize", "recipe", recipe.name, "one with generators, for bits by budget", bool(recipe.generators) or real)
+    kept = tuple(config.overrides)
+    if average_bits is not None:
+        number = isinstance(average_bits, (int, float)) and 2 <= average_bits <= 8
+        check("quantize", "average_bits", average_bits, "a number in [2, 8]", number)
+        budget = Budget(average_bits=float(average_bits), kept=kept)
+    else:
+        check("quantize", "config", config.why_no_integers, "one of an integer network, for a size", config.integers)
+        check_floats(student)
+        budget = Budget(weight_bytes=integer("quantize", "size", size, 1) - bytes_but_weights(student), kept=kept)
+    check_budget(student, budget, "quantize")
+    return budget
 
 
 def _calibrated_on_noise(student: fx.GraphModule) -> fx.GraphModule:

@@ -138,7 +138,8 @@ def quantize(
     effort: Annotated[
         str | None,
         typer.Option(
-            help="instant (seconds: ranges from batch norms, no images), quick (layer by layer on generated images) or full (trained as a whole). Default: full."
+            help="instant (seconds: ranges from batch norms, no images), quick (layer by layer on generated images) or "
+            "full (trained as a whole). Default: full; instant for images larger than 128x128 on a CPU."
         ),
     ] = None,
     recipe: RecipeName = None,

@@ -44,14 +44,17 @@ class Generator(nn.Module):
         num_classes: 0, or the number of labels that images can be asked for.
         mean: of every channel of the images, `[C]`; None: 0.
         deviation: of all channels.
+        bounds: what black and white are to the network, `[C]` each; images stay between them. None: they are not known.
     """
 
     mean: Tensor
     deviation: Tensor
+    low: Tensor
+    high: Tensor
 
     def __init__(
         self, image_shape: tuple[int, int, int], *, noise: int, width: int, num_classes: int = 0,
-        mean: Tensor | None = None, deviation: float = 1.0,
+        mean: Tensor | None = None, deviation: float = 1.0, bounds: tuple[Tensor, Tensor] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if width < 8 or width % 8:
@@ -69,6 +72,9 @@ class Generator(nn.Module):
         mean = torch.zeros(image_shape[0]) if mean is None else mean
         self.register_buffer("mean", mean.detach().clone().view(-1, 1, 1))
         self.register_buffer("deviation", torch.tensor(deviation))
+        self.bounded = bounds is not None
+        for name, value in zip(("low", "high"), bounds or (), strict=False):
+            self.register_buffer(name, value.detach().clone().view(-1, 1, 1))
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is not None:
@@ -80,4 +86,5 @@ class Generator(nn.Module):
             x = F.relu(norm(upsample_conv2d(x, conv.get_parameter("weight"))))
         _, height, width = self.image_shape
         images = torch.tanh(self.to_image(x).float())[:, :, :height, :width]
-        return self.mean + self.deviation * self.normalize(images)
+        images = self.mean + self.deviation * self.normalize(images)
+        return images.clamp(self.low, self.high) if self.bounded else images

@@ -6,6 +6,7 @@ import copy
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from dfq.config import GeneratorConfig, Recipe
 from dfq.method.generator import Generator
@@ -52,14 +53,14 @@ class Source:
 
 def make_source(
     index: int, config: GeneratorConfig, recipe: Recipe, image_shape: tuple[int, int, int], moments: Moments, *,
-    labels: int | None, seed: int, device: torch.device,
+    bounds: tuple[Tensor, Tensor] | None, labels: int | None, seed: int, device: torch.device,
 ) -> Source:  # fmt: skip
     """Generator `index` of a recipe, freshly initialised; labels: how many a conditional one can be asked for."""
     with seeded_initialisation(seed, "generator", index):
         generator = Generator(
             image_shape, noise=recipe.noise, width=recipe.width,
             num_classes=(labels or 0) if config.conditional else 0,
-            mean=moments.mean.cpu(), deviation=moments.deviation,
+            mean=moments.mean.cpu(), deviation=moments.deviation, bounds=bounds,
         )  # fmt: skip
     generator = generator.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = adam(generator.parameters(), recipe.generator_learning_rate, betas=(0.5, 0.999))

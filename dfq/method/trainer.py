@@ -32,15 +32,16 @@ from dfq.method.objective import Objective
 from dfq.method.pool import ImagePool
 from dfq.method.reconstruct import Reconstruction, images_in_memory
 from dfq.method.source import Source, make_source
+from dfq.method.student_optimizers import Optimizers, student_optimizers
 from dfq.method.teacher import freeze, teacher_graph
 from dfq.network import Network, capture
 from dfq.network.outputs import check_learns, check_outputs, check_weights
-from dfq.quant import learn_ranges, range_parameters, set_adapting
+from dfq.quant import learn_ranges, set_adapting
 from dfq.quant.quantizers import use_bits, weight_layers
 from dfq.running import ranks
 from dfq.running.device import autocast
 from dfq.running.execution import Execution
-from dfq.running.optimizers import adam, cosine, load_optimizer, set_learning_rate, sgd
+from dfq.running.optimizers import cosine, load_optimizer, set_learning_rate
 from dfq.running.seeds import seeded_initialisation
 
 
@@ -64,6 +65,7 @@ class DataFreeTraining:
         input_shape: of the teacher's images.
         objective: what its outputs mean.
         images: real ones that students see beside generated ones, `[N, C, H, W]`; None: there are none.
+        bounds: what black and white are to the network, `[C]` each; None: not known.
         budget: of the students' weights; None: they have the bits that they came with.
         steps: student steps.
         seed: of everything random.
@@ -89,6 +91,7 @@ class DataFreeTraining:
         device: torch.device,
         precision: str,
         images: Tensor | None = None,
+        bounds: tuple[Tensor, Tensor] | None = None,
         budget: Budget | None = None,
         execution: Execution | None = None,
         network: Network | None = None,
@@ -103,9 +106,9 @@ class DataFreeTraining:
         for student in self.students:
             student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._check_models(owner, name, network)
-        labels = objective.num_classes
+        settings = {"bounds": bounds, "labels": objective.num_classes, "seed": seed, "device": device}
         self.sources = [
-            make_source(index, config, recipe, input_shape, self.moments, labels=labels, seed=seed, device=device)
+            make_source(index, config, recipe, input_shape, self.moments, **settings)  # type: ignore[arg-type]
             for index, config in enumerate(recipe.generators)
         ]
         self.pool = ImagePool(
@@ -116,7 +119,7 @@ class DataFreeTraining:
         self.snapshot_owners: list[int] = []
         self.budget, self.bits = budget, dict[str, int]()  # of the layers that it is about
         self.rungs: dict[str, dict[str, Tensor]] = {}  # the product's state after each rung but the last
-        self.optimizers: list[tuple[torch.optim.Optimizer, ...]] = [] if quant else self._student_optimizers()
+        self.optimizers: list[Optimizers] = [] if quant else student_optimizers(self.students, recipe)
         self.phases = self._phases()
         self.total_steps = sum(phase.steps for phase in self.phases)
 
@@ -280,7 +283,7 @@ class DataFreeTraining:
         self.rungs["calibrated"] = _state(self.students[0])
         for student in self.students:
             learn_ranges(student, self.quant)
-        self.optimizers = self._student_optimizers()
+        self.optimizers = student_optimizers(self.students, self.recipe)
         return {}
 
     def _reconstruct(self, layer: int) -> Mapping[str, Tensor]:
@@ -344,17 +347,6 @@ class DataFreeTraining:
             for test in (check_outputs,) if self.quant else (check_outputs, check_learns):
                 test(student, self.input_shape, shapes, device=self.device, owner=owner, name=f"students[{index}]")
 
-    def _student_optimizers(self) -> list[tuple[torch.optim.Optimizer, ...]]:
-        recipe = self.recipe
-        optimizers: list[tuple[torch.optim.Optimizer, ...]] = []
-        for student in self.students:
-            ranges = range_parameters(student)
-            learned = {id(parameter) for parameter in ranges}
-            weights = [parameter for parameter in student.parameters() if id(parameter) not in learned]
-            slow = sgd(weights, recipe.student_learning_rate, weight_decay=recipe.weight_decay)
-            optimizers.append((slow, adam(ranges, recipe.range_learning_rate)) if ranges else (slow,))
-        return optimizers
-
     # --- resume -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -394,7 +386,8 @@ class DataFreeTraining:
         for student, weights in zip(self.students, state["students"], strict=True):
             student.load_state_dict(weights)
         if self.quant and state["optimizers"]:
-            self.optimizers = self._student_optimizers()  # of the students' phase: learned ranges are parameters
+            # of the students' phase: learned ranges are parameters
+            self.optimizers = student_optimizers(self.students, self.recipe)
         for row, saved in zip(self.optimizers, state["optimizers"], strict=True):
             for optimizer, values in zip(row, saved, strict=True):
                 load_optimizer(optimizer, values)

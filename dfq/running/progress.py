@@ -29,6 +29,9 @@ class ProgressBar:
     ) -> None:
         self.progress.stop()
 
+    def on_start(self, plan: str) -> None:
+        self.progress.console.print(plan, markup=False, highlight=False)
+
     def on_step(self, phase: str, index: int, total: int, metrics: Mapping[str, float]) -> None:
         self.progress.start()  # at the first step, so that a wrong argument is answered by one line alone
         terms = "  ".join(
