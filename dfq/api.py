@@ -168,7 +168,8 @@ def quantize(
     task = DataFreeTraining(
         teacher, list(students), recipe, quant=config, input_shape=input_shape,
         objective=meaning, images=real, bounds=pixel_bounds(normalization), budget=budget, steps=steps,
-        seed=seed, device=where, precision=resolve_precision(precision, where), execution=Execution(capture, where, compiled=compile),
+        seed=seed, device=where, precision=resolve_precision(precision, where),
+        execution=Execution(capture, where, compiled=compile),
         network=network,
     )  # fmt: skip
     settings = {
