@@ -2,7 +2,7 @@
 
     noise, with the images' mean and deviation
     every batch norm normalises it by its own statistics, not by the stored ones
-    ranges are what is seen then
+    ranges are what is seen then; of an average, what is seen of its input
 
 A batch norm's result has mean `bias[c]` and deviation `|weight[c]|` over the training data. Normalised by its own
 statistics, noise has the same ones there, after every batch norm anew; what lies between two of them is computed of
@@ -15,10 +15,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from dfq.method.noise import Moments, pink_noise
-from dfq.quant.modes import batch_statistics, normalized_tails
+from dfq.quant.modes import averages_as_wide_as_their_inputs, batch_statistics, normalized_tails
 from dfq.quant.prepare import prepared_of
 
 BATCHES = 4
@@ -27,12 +27,15 @@ LEAST, MOST = 8, 64  # images of a batch
 
 
 @torch.no_grad()
-def analytic_ranges(student: fx.GraphModule, moments: Moments, *, seed: int = 0) -> None:
+def analytic_ranges(
+    student: fx.GraphModule, moments: Moments, bounds: tuple[Tensor, Tensor] | None = None, *, seed: int = 0
+) -> None:
     """Sets every range of a student that has seen nothing yet.
 
     Args:
         student: of `dfq.quant.prepare`, ranges `moving`; batch norms stay as they are.
         moments: of the images.
+        bounds: what black and white are to the network, `[C]` each; None: not known.
         seed: of the noise.
 
     Raises:
@@ -44,7 +47,10 @@ def analytic_ranges(student: fx.GraphModule, moments: Moments, *, seed: int = 0)
     mean = moments.mean.view(-1, *[1] * (len(shape) - 1))
     if not normalized_tails(student):
         raise ValueError("analytic_ranges: student must have batch norms, got none")
-    with batch_statistics(student):
+    with batch_statistics(student), averages_as_wide_as_their_inputs(student):
         for _ in range(BATCHES):
-            noise = pink_noise(images, shape, random).to(mean.device)
-            student(mean + moments.deviation * noise)
+            noise = mean + moments.deviation * pink_noise(images, shape, random).to(mean.device)
+            if bounds is not None:
+                low, high = (end.to(mean.device).view_as(mean) for end in bounds)
+                noise = noise.clamp(low, high)
+            student(noise)

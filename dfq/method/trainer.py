@@ -117,6 +117,7 @@ class DataFreeTraining:
         )  # fmt: skip
         self.pool.live = [(source.generator, source.average) for source in self.sources if source.config.live]
         self.snapshot_owners: list[int] = []
+        self.bounds = bounds
         self.budget, self.bits = budget, dict[str, int]()  # of the layers that it is about
         self.rungs: dict[str, dict[str, Tensor]] = {}  # the product's state after each rung but the last
         self.optimizers: list[Optimizers] = [] if quant else student_optimizers(self.students, recipe)
@@ -248,7 +249,7 @@ class DataFreeTraining:
         """Ranges of the product alone, which the next rungs begin without."""
         student = copy.deepcopy(self.students[0])
         with ranks.alone():  # the same noise in all processes
-            analytic_ranges(student, self.moments, seed=self.seed)  # type: ignore[arg-type]
+            analytic_ranges(student, self.moments, self.bounds, seed=self.seed)  # type: ignore[arg-type]
         self.rungs["analytic"] = _state(student)
         if self.recipe.rungs[-1] == "analytic":
             self.students[0].load_state_dict(self.rungs["analytic"])

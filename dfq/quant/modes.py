@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from dfq.layers.average_pool import QuantAveragePool, QuantReduction
 from dfq.layers.tail import Tail
 from dfq.layers.weighted import QuantLayer
 from dfq.quant.quantizers import ActivationQuantizer, WeightQuantizers, set_adapting
@@ -56,6 +57,35 @@ def batch_statistics(student: nn.Module) -> Iterator[None]:
                 tail.train_batch_norm = trains
                 for buffer, value in buffers:
                     buffer.copy_(value)
+
+
+@contextmanager
+def averages_as_wide_as_their_inputs(student: nn.Module) -> Iterator[None]:
+    """Afterwards an average has the range of what it is an average of, as seen meanwhile.
+
+    Noise has no parts that are large over a whole image: it averages out where the features of real images do not.
+    """
+    averages = [
+        module
+        for module in student.modules()
+        if isinstance(module, QuantAveragePool) or (isinstance(module, QuantReduction) and module.mean)
+    ]
+    quantized = [module for module in averages if isinstance(module.tail.quantizer, ActivationQuantizer)]
+    seen: dict[nn.Module, list[Tensor]] = {module: [] for module in quantized}
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen[module].append(torch.stack(torch.aminmax(inputs[0].detach().float())))
+
+    hooks = [module.register_forward_pre_hook(note) for module in quantized]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, ends in seen.items():
+            if ends:
+                all_ends = torch.stack(ends)
+                module.tail.quantizer.set_range(all_ends[:, 0].min(), all_ends[:, 1].max())  # type: ignore[union-attr, operator]
 
 
 def float_layer(layer: Any, x: Tensor, weight: Tensor | None = None) -> Any:

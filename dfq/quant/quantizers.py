@@ -140,6 +140,14 @@ class ActivationQuantizer(Quantizer):
         )  # fmt: skip
         return out, scale
 
+    @torch.no_grad()
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """The range, whatever was seen; batches that are observed go on from it."""
+        self.running_min.copy_(low)
+        self.running_max.copy_(high)
+        update_parameters(self.running_min, self.running_max, self.scale, self.zero_point, self.quant_min,
+                          self.quant_max, False)  # fmt: skip
+
     def learn(self) -> None:
         self._enter(LEARNED)
 
