@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dfq.config import QuantConfig, Recipe
 from dfq.errors import check
-from dfq.method.analytic import analytic_ranges
+from dfq.method.analytic import analytic_network
 from dfq.method.bn_stats import BnStatistics
 from dfq.method.budget import Budget, choose_bits
 from dfq.method.losses import label_cross_entropy
@@ -249,7 +249,7 @@ class DataFreeTraining:
         """Ranges of the product alone, which the next rungs begin without."""
         student = copy.deepcopy(self.students[0])
         with ranks.alone():  # the same noise in all processes
-            analytic_ranges(student, self.moments, self.bounds, seed=self.seed)  # type: ignore[arg-type]
+            analytic_network(student, self.moments, self.bounds, seed=self.seed)  # type: ignore[arg-type]
         self.rungs["analytic"] = _state(student)
         if self.recipe.rungs[-1] == "analytic":
             self.students[0].load_state_dict(self.rungs["analytic"])

@@ -295,6 +295,16 @@ def freeze_ranges(model: nn.Module) -> None:
         layer.fix()
 
 
+@torch.no_grad()
+def fit_weights(model: nn.Module) -> None:
+    """Fixes the scales of symmetric weights of fewer than 8 bits where their squared error is least."""
+    for _, layer, weight in weight_layers(model):
+        if layer.bits < 8 and layer.scheme == "symmetric":
+            layer.measure(weight)
+            layer.scale.copy_(least_squares_scale(weight, layer.scale, layer.quant_min, layer.quant_max))
+            layer.fix()
+
+
 def range_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The learned step sizes."""
     return [parameter for name, parameter in model.named_parameters() if name.endswith("log_scale")]
