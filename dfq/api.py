@@ -113,8 +113,8 @@ def quantize(
             generated images; edge layers too, those of `overrides` not. Activations keep the bits of `preset`.
         size: instead, bytes of the integer network's file.
         test_images: real images to judge a classifier by; never trained on.
-        metric: your own judge of any network: gets a function of normalised images, returns a number. The teacher is
-            judged before the first step.
+        metric: your own judge of any network: gets a function of normalised images (on the CPU), returns a number. The
+            teacher is judged before the first step.
         normalization: `(mean, std)` per channel of pixels / 255 that the network was trained with, for whoever gives
             the integer network pixels; generated images stay between black and white then. None: that of
             `test_images`, or unknown.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from dfq.config import EFFORTS, QuantConfig, Recipe, recipe_named
 from dfq.data.images import Images, Normalization
@@ -140,10 +141,15 @@ def check_metric(owner: str, metric: Any, teacher: nn.Module) -> None:
 
 @torch.no_grad()
 def score(owner: str, metric: Metric, network: Callable[[Tensor], Any]) -> float:
-    """The number that a user's function gives a network."""
+    """The number that a user's function gives a network, whose images and results are on the CPU wherever it is."""
     if isinstance(network, nn.Module):
+        device = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
+
+        def there(images: Tensor) -> Any:
+            return pytree.tree_map_only(Tensor, Tensor.cpu, network(images.to(device)))
+
         with evaluation(network):
-            value = metric(network)
+            value = metric(there)
     else:
         value = metric(network)
     try:

@@ -70,7 +70,9 @@ def test_replayed_steps_are_steps(name: str) -> None:
         assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
     assert {("warm-up", "generator 1"), ("warm-up", "generator 2"), ("live", "generator 1"), "student 1",
             "student 2"} <= set(replayed.execution.recorded)  # fmt: skip
-    assert sum(name[0] == "images" for name in replayed.execution.recorded) == 3  # the live generator, two snapshots
+    assert (
+        sum(name[0] == "images" for name in replayed.execution.recorded) == 4
+    )  # the live generator, its average, two snapshots
 
 
 def test_bf16_steps_are_replayed() -> None:
@@ -178,7 +180,8 @@ def test_compiled_networks_train_alike() -> None:
         expected, found = eager.step(index), compiled.step(index)
         for key, value in expected.items():
             assert torch.allclose(value, found[key], rtol=2e-2, atol=1e-5), (index, key)
-    networks = {compiled.fused_teacher, compiled.students[0], compiled.sources[0].generator, *compiled.pool.frozen}
+    source = compiled.sources[0]
+    networks = {compiled.fused_teacher, compiled.students[0], source.generator, source.average, *compiled.pool.frozen}
     assert compiled.execution._networks.keys() == networks
 
 

@@ -49,6 +49,8 @@ class AveragePool(Kind):
 class QuantAveragePool(Layer):
     """Average of windows: output of an adaptive pool, or kernel, stride and what they go with."""
 
+    averages = True
+
     def __init__(
         self, tail: Tail, flat: bool, *, output: tuple[int, int] | None = None, kernel: tuple[int, int] | None = None,
         stride: tuple[int, int] = (1, 1), padding: tuple[int, int] = (0, 0), ceil_mode: bool = False,
@@ -155,6 +157,7 @@ class QuantReduction(Layer):
     def __init__(self, dims: list[int], keepdim: bool, mean: bool, tail: Tail) -> None:
         super().__init__(tail)
         self.dims, self.keepdim, self.mean = dims, keepdim, mean
+        self.averages = mean
 
     def compute(self, *pairs: Tensor | None) -> Tensor:
         x = pairs[0]

@@ -30,7 +30,11 @@ class Layer(nn.Module):
     It takes `(value, scale)` for every value that the call reads, one after the other; a scale of None marks a value
     that is not quantized. In training it runs on fake-quantized values, fast and differentiable; in evaluation it runs
     the exact forward, as the integer network will.
+
+    averages: whether its result is a mean over positions of what it reads.
     """
+
+    averages = False
 
     def __init__(self, tail: Tail) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dfq.layers.average_pool import QuantAveragePool, QuantReduction
+from dfq.layers.kind import Layer
 from dfq.layers.tail import Tail
 from dfq.layers.weighted import QuantLayer
 from dfq.quant.quantizers import ActivationQuantizer, WeightQuantizers, set_adapting
@@ -65,11 +65,7 @@ def averages_as_wide_as_their_inputs(student: nn.Module) -> Iterator[None]:
 
     Noise has no parts that are large over a whole image: it averages out where the features of real images do not.
     """
-    averages = [
-        module
-        for module in student.modules()
-        if isinstance(module, QuantAveragePool) or (isinstance(module, QuantReduction) and module.mean)
-    ]
+    averages = [module for module in student.modules() if isinstance(module, Layer) and module.averages]
     quantized = [module for module in averages if isinstance(module.tail.quantizer, ActivationQuantizer)]
     seen: dict[nn.Module, list[Tensor]] = {module: [] for module in quantized}
 
