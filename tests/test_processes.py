@@ -11,18 +11,30 @@ from pathlib import Path
 import pytest
 import torch
 
+import dfq
 from dfq.running.checkpoint import load_tree
+from tests.conftest import SMALL_RECIPE, small_net
+from tests.test_heads import UNLABELLED, Boxes, taught
 
 ROOT = Path(__file__).parent.parent
+COMMON = {"input_shape": (1, 12, 12), "precision": "fp32", "preset": "W3A3"}
+RUNS = {
+    "whole": lambda out, **more: dfq.quantize(
+        small_net(), recipe=SMALL_RECIPE, steps=4, average_bits=5.0, out=out, **COMMON, **more
+    ),
+    "boxes": lambda out, **more: dfq.quantize(
+        taught(Boxes), recipe=UNLABELLED, steps=3, objective=["values", "classes"], out=out, **COMMON, **more
+    ),
+}
 SCRIPT = """
 import os, sys
 from pathlib import Path
 import torch
 import dfq
-from dfq.config import LayerBits
 from dfq.running import ranks
-from tests.conftest import SMALL_RECIPE, small_net
-from tests.test_heads import UNLABELLED, Boxes, taught
+from tests.conftest import small_net
+from tests.test_heads import UNLABELLED
+from tests.test_processes import RUNS
 
 folder, what = Path(sys.argv[1]), sys.argv[2]
 
@@ -33,79 +45,80 @@ class Stop:
 
 torch.set_num_threads(1)
 with ranks.joined("cpu"):
-    common = {"input_shape": (1, 12, 12), "precision": "fp32", "out": folder / "run", "preset": "W3A3"}
     if what == "boxes":
-        result = dfq.quantize(taught(Boxes), recipe=UNLABELLED, steps=3, objective=["values", "classes"], **common)
-    elif what == "distill":
-        result = dfq.distill(small_net(), [small_net()], input_shape=(1, 12, 12), recipe=UNLABELLED, out=folder / "run")
-    else:
-        result = dfq.quantize(
-            small_net(), recipe=SMALL_RECIPE, steps=4, average_bits=5.0, resume=what == "resume", observer=Stop(),
-            **common,
-        )
+        try:
+            dfq.distill(small_net(), [small_net()], input_shape=(1, 12, 12), recipe=UNLABELLED, out=folder / "float")
+        except ValueError as error:
+            (folder / f"refused{ranks.rank()}").write_text(str(error))
+    result = RUNS["boxes" if what == "boxes" else "whole"](
+        folder / "run", observer=Stop(), resume=what == "resume"
+    )
     torch.save(result.model.state_dict(), folder / f"{ranks.rank()}.pt")
-    (folder / f"accuracies{ranks.rank()}").write_text(str(sorted(result.sizes)))
+    (folder / f"sizes{ranks.rank()}").write_text(str(sorted(result.sizes)))
 os._exit(0)  # gloo's own threads have aborted a process that was ending
 """
 
 
-def start(folder: Path, what: str, processes: int) -> subprocess.CompletedProcess:
+def start(folder: Path, what: str) -> subprocess.CompletedProcess:
+    """Two processes."""
     folder.mkdir(exist_ok=True)
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    launch = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     environment |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
         [sys.executable, *launch, str(script), str(folder), what], env=environment, cwd=ROOT, capture_output=True,
         text=True, timeout=300,
     )  # fmt: skip
 
 
-def states(folder: Path, processes: int) -> list[dict[str, torch.Tensor]]:
-    return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
+def states(folder: Path) -> list[dict[str, torch.Tensor]]:
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("what", ["whole", "boxes"])
-def test_two_processes_train_what_one_trains(what: str, tmp_path: Path) -> None:
-    done = [start(tmp_path / str(count), what, count) for count in (1, 2)]
-    assert [item.returncode for item in done] == [0, 0], done[1].stderr[-3000:]
-    (alone,), together = states(tmp_path / "1", 1), states(tmp_path / "2", 2)
-    assert all(torch.equal(value, together[1][name]) for name, value in together[0].items())  # ranges, too
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Whole runs of two processes."""
+    folders = {what: tmp_path_factory.mktemp(what) for what in RUNS}
+    for what, folder in folders.items():
+        done = start(folder, what)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folders
+
+
+@pytest.mark.parametrize("what", RUNS)
+def test_two_processes_train_what_one_trains(what: str, together: dict[str, Path], tmp_path: Path) -> None:
+    folder = together[what]
+    alone = RUNS[what](tmp_path / "run").model.state_dict()
+    first, second = states(folder)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())  # ranges, too
     for name, value in alone.items():
-        torch.testing.assert_close(together[0][name], value, rtol=2e-3, atol=2e-3, msg=name)
-    metrics = [
-        [json.loads(line) for line in (tmp_path / count / "run" / "metrics.jsonl").read_text().splitlines()]
-        for count in "12"
-    ]
+        torch.testing.assert_close(first[name], value, rtol=2e-3, atol=2e-3, msg=name)
+    files = [place / "run" / "metrics.jsonl" for place in (tmp_path, folder)]
+    metrics = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
     assert len(metrics[0]) == len(metrics[1])
     for one, two in zip(*metrics, strict=True):
         assert one.keys() == two.keys()
         assert all(one[name] == pytest.approx(two[name], rel=2e-2, abs=2e-3) for name in one if "/" in name), (one, two)
-    assert (tmp_path / "2" / "accuracies1").read_text() == "[]"  # the first process judges and writes
-    assert "integers" in (tmp_path / "2" / "accuracies0").read_text()
+    assert (folder / "sizes1").read_text() == "[]"  # the first process judges and writes
+    assert "integers" in (folder / "sizes0").read_text()
 
 
-def test_a_signal_to_one_process_stops_both_and_they_resume(tmp_path: Path) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert start(whole, "whole", 2).returncode == 0
-    stopped = start(cut, "stop", 2)
+def test_float_students_are_refused_in_two_processes(together: dict[str, Path]) -> None:
+    rule = "the number of processes must be one, for networks whose batch norms learn from whole batches, got 2"
+    assert all((together["boxes"] / f"refused{rank}").read_text() == f"distill: {rule}" for rank in range(2))
+    assert not (together["boxes"] / "float").exists()
+
+
+def test_a_signal_to_one_process_stops_both_and_they_resume(together: dict[str, Path], tmp_path: Path) -> None:
+    stopped = start(tmp_path, "stop")
     assert stopped.returncode != 0 and "Interrupted: interrupted after step" in stopped.stderr, stopped.stderr[-3000:]
-    assert load_tree(cut / "run" / "checkpoint.safetensors")["next_step"] > 5
-    resumed = start(cut, "resume", 2)
+    assert load_tree(tmp_path / "run" / "checkpoint.safetensors")["next_step"] > 5
+    resumed = start(tmp_path, "resume")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    for one, other in zip(states(whole, 2), states(cut, 2), strict=True):
+    for one, other in zip(states(together["whole"]), states(tmp_path), strict=True):
         assert all(torch.equal(value, other[name]) for name, value in one.items())
-
-
-def test_float_students_are_refused_in_two_processes(tmp_path: Path) -> None:
-    done = start(tmp_path / "run", "distill", 2)
-    rule = (
-        "distill: the number of processes must be one, for networks whose batch norms learn from whole batches, got 2"
-    )
-    assert done.returncode != 0 and rule in done.stderr
 
 
 def test_the_command_line_in_two_processes(tmp_path: Path) -> None:
