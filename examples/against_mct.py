@@ -2,7 +2,8 @@
 
 It is the maintained product that quantizes without data: images from batch-norm statistics, then post-training
 quantization. `pip install model-compression-toolkit ccexam torchvision`; settings are its own defaults but for pixels:
-its generator knows ImageNet's normalisation only, so images are made in the network's own input space.
+its generator knows ImageNet's normalisation only, so images are made in the network's own input space. Its tracer refuses
+the package's check of image sizes, so it gets the same layers in a row.
 
     python examples/against_mct.py [--json FILE]
 """
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     path = parser.parse_args().json
     model, judged, _, described = svhn(None)
-    model = model.eval()
+    model = torch.nn.Sequential(model.features, torch.nn.Flatten(1), model.classifier).eval()
     with torch.no_grad():
         wanted = torch.cat([model(part) for part in judged.split(50)])
     began = time.monotonic()
