@@ -2,8 +2,8 @@
 
 It is the maintained product that quantizes without data: images from batch-norm statistics, then post-training
 quantization. `pip install model-compression-toolkit ccexam torchvision`; settings are its own defaults but for pixels:
-its generator knows ImageNet's normalisation only, so images are made in the network's own input space. Its tracer refuses
-the package's check of image sizes, so it gets the same layers in a row.
+its generator knows ImageNet's normalisation only, so images are made in the network's own input space. Its tracer
+refuses the package's check of image sizes, so it gets the same layers in a row.
 
     python examples/against_mct.py [--json FILE]
 """
