@@ -9,7 +9,6 @@ generator's warm-up depends on its seed, place and terms alone: rows that share 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import hashlib
 import json
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.machine import UNKNOWN, machine_line
-from dfq.cli.app import keep_freed_memory
+from benchmarks.rows import command
 from dfq.config import RECIPES, GeneratorConfig, Recipe, quant_config, to_json
 from dfq.data.images import Batches, load_images
 from dfq.method.objective import classifier
@@ -61,6 +60,10 @@ class Row:
     recipe: Recipe = DEFAULT
     steps: int = STEPS
     images: str = "synthetic"
+
+    @property
+    def name(self) -> str:
+        return f"{self.table} {self.method} {self.preset} seed {self.seed}"
 
     @property
     def path(self) -> Path:
@@ -241,32 +244,5 @@ def assemble() -> None:
     print(f"{len(found)} rows, {len(missing)} missing, in {RESULT}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--only", default="", help="rows whose table, method or preset contains this")
-    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: all cores")
-    parser.add_argument("--assemble", action="store_true", help="write the result file from the rows that are there")
-    arguments = parser.parse_args()
-    keep_freed_memory()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    if arguments.assemble:
-        assemble()
-        return
-    for row in rows():
-        claim = row.path.with_suffix(".claim")
-        if row.path.exists() or claim.exists() or arguments.only not in f"{row.table} {row.method} {row.preset}":
-            continue
-        PARTS.mkdir(parents=True, exist_ok=True)
-        claim.touch()
-        try:
-            result = run(row)
-            write_atomic(row.path, json.dumps(result).encode())
-            what = f"{row.table} {row.method} {row.preset} seed {row.seed}"
-            print(f"{what}: {result['accuracy']:.2f} ({result['seconds']} s)", flush=True)
-        finally:
-            claim.unlink()
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, rows(), run, assemble)

@@ -9,7 +9,6 @@ student, first weights, steps, rates and distance; only its images are the 60,00
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import re
@@ -24,8 +23,8 @@ import torch
 
 from benchmarks.accuracy import CPU, RealImages
 from benchmarks.machine import machine_line
+from benchmarks.rows import command
 from dfq.api import seeded_model
-from dfq.cli.app import keep_freed_memory
 from dfq.config import RECIPES, GeneratorConfig, Recipe, to_json
 from dfq.data.images import Batches, load_images
 from dfq.method.objective import classifier
@@ -54,6 +53,10 @@ class Row:
     recipe: Recipe = DISTILL
     steps: int = STEPS
     real: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.table} {self.method} {self.students[0]} seed {self.seed}"
 
     @property
     def path(self) -> Path:
@@ -147,31 +150,5 @@ def assemble() -> None:
     print(f"{len(found)} rows, {len(missing)} missing, in {RESULT}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--only", default="", help="rows whose table, method or student contains this")
-    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: all cores")
-    parser.add_argument("--assemble", action="store_true", help="write the result file from the rows that are there")
-    arguments = parser.parse_args()
-    keep_freed_memory()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    if arguments.assemble:
-        assemble()
-        return
-    for row in rows():
-        claim, name = row.path.with_suffix(".claim"), f"{row.table} {row.method} {row.students[0]} seed {row.seed}"
-        if row.path.exists() or claim.exists() or arguments.only not in name:
-            continue
-        PARTS.mkdir(parents=True, exist_ok=True)
-        claim.touch()
-        try:
-            result = run(row)
-            write_atomic(row.path, json.dumps(result).encode())
-            print(f"{name}: {result['accuracy']:.2f} ({result['seconds']} s)", flush=True)
-        finally:
-            claim.unlink()
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, rows(), run, assemble)
