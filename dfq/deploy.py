@@ -81,7 +81,8 @@ def weight_budget(
     else:
         check("quantize", "config", config.why_no_integers, "one of an integer network, for a size", config.integers)
         check_floats(student)
-        budget = Budget(weight_bytes=integer("quantize", "size", size, 1) - bytes_but_weights(student), kept=kept)
+        others = bytes_but_weights(student)
+        budget = Budget(weight_bytes=integer("quantize", "size", size, 1) - others, other_bytes=others, kept=kept)
     check_budget(student, budget, "quantize")
     return budget
 

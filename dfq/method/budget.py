@@ -35,11 +35,12 @@ class Budget:
     """Of all weights of a network; one of both is given.
 
     average_bits: over all weights. weight_bytes: of weights as files hold them, in 2, 4 or 8 bits.
-    kept: layers whose bits were said, and count as they are.
+    other_bytes: of the file, that are no weights. kept: layers whose bits were said, and count as they are.
     """
 
     average_bits: float | None = None
     weight_bytes: int | None = None
+    other_bytes: int = 0
     kept: tuple[str, ...] = ()
 
     def costs(self, counts: Mapping[str, int]) -> dict[str, dict[int, float]]:
@@ -75,8 +76,8 @@ def check_budget(student: fx.GraphModule, budget: Budget, owner: str) -> None:
         rule = f"at least {needed:.3g} for this network"
         check(owner, "average_bits", budget.average_bits, rule, needed <= budget.average_bits)
     else:
-        rule = f"at least {int(least)} bytes for this network's weights"
-        check(owner, "size", f"{budget.weight_bytes} bytes for them", rule, least <= budget.total(counts))
+        others, room = budget.other_bytes, budget.total(counts)
+        check(owner, "size", int(room + others), f"at least {int(least + others)} for this network", least <= room)
 
 
 def choose_bits(

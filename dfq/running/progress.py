@@ -27,7 +27,8 @@ class ProgressBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.progress.stop()
+        if self.progress.live.is_started:  # one that has not would print an empty line
+            self.progress.stop()
 
     def on_start(self, plan: str) -> None:
         self.progress.console.print(plan, markup=False, highlight=False)
