@@ -259,7 +259,7 @@ def _show(result: api.Result, json_output: bool) -> None:
         return
     plain = Console(soft_wrap=True, highlight=False)
     if result.objective and not re.fullmatch(r"classes \[N, \d+\]", result.objective):
-        plain.print(f"outputs were taken for {result.objective}", markup=False)
+        plain.print(f"outputs were taken for {result.objective}; no generator is asked for labels", markup=False)
     rows = [(name, result.accuracies.get(name), size) for name, size in result.sizes.items()]
     columns = {"metric": result.scores, "distance, generated": result.divergences, "ms per image": result.milliseconds}
     Console().print(accuracy_table(rows, f"{result.seconds:.0f} s, exact forward", columns))
