@@ -203,6 +203,8 @@ class Recipe:
         fit: of the rung `reconstructed`.
         distance: between teacher and student, which the student minimises and live generators maximise: `kl` of the
             classes, or `l1` of the logits.
+        attention: weight of the distance between where teacher and student look (`dfq.method.attention`), which
+            students minimise.
         warm_up: steps of each generator alone, on its own terms.
         bn, instance, batch, label: weights of the generator's terms.
         adversary: weight of the students' disagreement, which live generators maximise.
@@ -226,6 +228,7 @@ class Recipe:
     rungs: tuple[str, ...] = ("analytic", "calibrated", "distilled")
     fit: LayerFit = LayerFit()
     distance: str = "kl"
+    attention: float = 0.0
     bn: float = 4.0
     instance: float = 1.0
     batch: float = 1.0
@@ -255,7 +258,7 @@ class Recipe:
                   "batch_size", "noise", "width")  # fmt: skip
         for name in counts:
             check("Recipe", name, getattr(self, name), "an integer", type(getattr(self, name)) is int)
-        for name in ("bn", "instance", "batch", "label", "adversary", "weight_decay"):
+        for name in ("bn", "instance", "batch", "label", "adversary", "attention", "weight_decay"):
             check("Recipe", name, getattr(self, name), ">= 0", getattr(self, name) >= 0)
         check("Recipe", "momentum", self.momentum, "in [0, 1)", 0 <= self.momentum < 1)
         check("Recipe", "batch_size", self.batch_size, "at least 2", self.batch_size >= 2)
@@ -285,14 +288,16 @@ RECIPES: dict[str, Recipe] = {
     "calibrate": Recipe("calibrate", (), warm_up=1, rungs=("analytic", "calibrated")),
     # layer by layer on a thousand images
     "reconstruct": replace(DEFAULT, name="reconstruct", rungs=("analytic", "calibrated", "reconstructed")),
-    # float students from nothing: a live adversary, the logits themselves; the average of the generator's weights keeps
-    # images of before in sight. Source: K. Do et al., Momentum Adversarial Distillation, NeurIPS 2022
+    # float students from nothing: a live adversary, the logits themselves, where the teacher looks; the average of the
+    # generator's weights keeps images of before in sight. Source: K. Do et al., Momentum Adversarial Distillation,
+    # NeurIPS 2022
     "distill": Recipe(
         "distill",
         (GeneratorConfig(live=True, snapshots=()),),
         warm_up=150,
         steps=10_000,
         distance="l1",
+        attention=5.0,
         student_steps_per_generator_step=5,
         momentum=0.95,
         mirrored=True,

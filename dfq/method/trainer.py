@@ -7,7 +7,8 @@ calibrate the students' ranges on images of the pool (rung "calibrated")
 fit them to the teacher layer by layer, where the recipe says so (rung "reconstructed")
 for each step (rung "distilled"):
     each live generator:  minimise  alpha L_psi - adversary * sum over students of D(teacher, student)
-    each student:         minimise  D(teacher, student) on fresh images of one generator of the pool
+    each student:         minimise  D(teacher, student) + attention * L(teacher's maps, student's)
+                          on fresh images of one generator of the pool
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from dfq.config import QuantConfig, Recipe
 from dfq.errors import check
 from dfq.method.analytic import analytic_network
+from dfq.method.attention import attention_distance, compares_maps, feature_maps
 from dfq.method.bn_stats import BnStatistics
 from dfq.method.budget import Budget, choose_bits
 from dfq.method.losses import label_cross_entropy
@@ -31,17 +33,18 @@ from dfq.method.noise import image_moments
 from dfq.method.objective import Objective
 from dfq.method.pool import ImagePool
 from dfq.method.reconstruct import Reconstruction, images_in_memory
+from dfq.method.resume import restore, state_of
 from dfq.method.source import Source, make_source
 from dfq.method.student_optimizers import Optimizers, student_optimizers
 from dfq.method.teacher import freeze, teacher_graph
 from dfq.network import Network, capture
 from dfq.network.outputs import check_learns, check_outputs, check_weights
-from dfq.quant import learn_ranges, set_adapting
-from dfq.quant.quantizers import use_bits, weight_layers
+from dfq.quant import learn_ranges, quantizers, set_adapting
+from dfq.quant.quantizers import weight_layers
 from dfq.running import ranks
 from dfq.running.device import autocast
 from dfq.running.execution import Execution
-from dfq.running.optimizers import cosine, load_optimizer, set_learning_rate
+from dfq.running.optimizers import cosine, set_learning_rate
 from dfq.running.seeds import seeded_initialisation
 
 
@@ -220,26 +223,30 @@ class DataFreeTraining:
         return {f"generator{source.index}/{name}": term.detach() for name, term in terms.items()}
 
     def student_step(self, index: int, step: int) -> Mapping[str, Tensor]:
-        """One step on `D`, on fresh images, with no graph through the generator."""
+        """One step on `D + attention L`, on fresh images, with no graph through the generator."""
         for optimizer in self.optimizers[index]:
             set_learning_rate(optimizer, cosine(step, self.steps))
         images = ranks.share(self.pool.batch(f"student{index}", step))
         return self.execution.step(f"student {index + 1}", partial(self._update_student, index), images)
 
     def _update_student(self, index: int, images: Tensor) -> Mapping[str, Tensor]:
-        student = self.students[index]
-        with torch.no_grad(), autocast(self.device, self.precision):
-            teacher_logits = self.execution.call(self.fused_teacher, images)
+        student, attentive = self.students[index], self.attentive[index]
+        teacher = self.teacher if attentive else self.fused_teacher
+        with torch.no_grad(), autocast(self.device, self.precision), feature_maps(teacher, attentive) as wanted:
+            teacher_logits = self.execution.call(teacher, images)
         set_adapting(student, True)
-        loss = self.distance(teacher_logits, self._forward(student, images, learning=True))
+        with feature_maps(student, attentive) as maps:
+            terms = {"distillation": self.distance(teacher_logits, self._forward(student, images, learning=True))}
         set_adapting(student, False)
+        if attentive:
+            terms["attention"] = self.recipe.attention * attention_distance(wanted, maps)
         student.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.stack(list(terms.values())).sum().backward()
         ranks.average_gradients(student.parameters())
         nn.utils.clip_grad_norm_(student.parameters(), self.recipe.clip)
         for optimizer in self.optimizers[index]:
             optimizer.step()
-        return {f"student{index}/distillation": loss.detach()}
+        return {f"student{index}/{name}": term.detach() for name, term in terms.items()}
 
     def distance(self, wanted: Any, got: Any) -> Tensor:
         """`D`: what a student minimises and live generators maximise."""
@@ -261,13 +268,14 @@ class DataFreeTraining:
         product: Any = self.students[0]
         with ranks.alone():  # the same images in all processes
             bits = choose_bits(product, self.objective, partial(self.pool.batch, "bits"), self.budget)
-        self._use_bits(bits)
+        self.use_bits(bits)
         return self._analytic(0) if "analytic" in self.recipe.rungs else {}
 
-    def _use_bits(self, bits: Mapping[str, int]) -> None:
+    def use_bits(self, bits: Mapping[str, int]) -> None:
+        """Other bits of weights in all students; before anything is learned."""
         self.bits = dict(bits)
         for student in self.students + self.exact:
-            use_bits(student, bits)
+            quantizers.use_bits(student, bits)
 
     def _calibrate(self, _: int) -> Mapping[str, Tensor]:
         """Sets every range on images of the pool, keeps that rung (DF-Q), starts the learned ranges."""
@@ -347,51 +355,18 @@ class DataFreeTraining:
         for index, student in enumerate(self.students):
             for test in (check_outputs,) if self.quant else (check_outputs, check_learns):
                 test(student, self.input_shape, shapes, device=self.device, owner=owner, name=f"students[{index}]")
+        self.attentive = [
+            self.recipe.attention > 0 and compares_maps(self.teacher, student, images, f"{owner}: students[{index}]")
+            for index, student in enumerate(self.students)
+        ]
 
     # --- resume -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "generators": [source.generator.state_dict() for source in self.sources],
-            "generator_optimizers": [source.optimizer.state_dict() for source in self.sources],
-            "averages": [source.average.state_dict() for source in self.sources if source.average is not None],
-            "snapshot_owners": self.snapshot_owners,
-            "snapshots": [generator.state_dict() for generator in self.pool.frozen],
-            "bits": self.bits,
-            "rungs": self.rungs,
-            "students": [student.state_dict() for student in self.students],
-            "optimizers": [[optimizer.state_dict() for optimizer in row] for row in self.optimizers],
-        }
+        return state_of(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.execution.reset()
-        for source, weights, optimizer in zip(
-            self.sources, state["generators"], state["generator_optimizers"], strict=True
-        ):
-            source.generator.load_state_dict(weights)
-            load_optimizer(source.optimizer, optimizer)
-        averages = [source.average for source in self.sources if source.average is not None]
-        for average, weights in zip(averages, state["averages"], strict=True):
-            average.load_state_dict(weights)
-        self.pool.frozen, self.snapshot_owners = [], []
-        for owner, weights in zip(state["snapshot_owners"], state["snapshots"], strict=True):
-            self.add_snapshot(self.sources[owner])
-            self.pool.frozen[-1].load_state_dict(weights)
-        self._use_bits(state["bits"])
-        self.rungs = {
-            rung: {name: value.to(self.device) for name, value in values.items()}
-            for rung, values in state["rungs"].items()
-        }
-        for values in self.rungs.values():
-            self.students[0].load_state_dict(values)  # it fits, or the checkpoint is refused now
-        for student, weights in zip(self.students, state["students"], strict=True):
-            student.load_state_dict(weights)
-        if self.quant and state["optimizers"]:
-            # of the students' phase: learned ranges are parameters
-            self.optimizers = student_optimizers(self.students, self.recipe)
-        for row, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            for optimizer, values in zip(row, saved, strict=True):
-                load_optimizer(optimizer, values)
+        restore(self, state)
 
 
 def _state(student: nn.Module) -> dict[str, Tensor]:
