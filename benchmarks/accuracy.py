@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from benchmarks.machine import UNKNOWN, machine_line
 from benchmarks.rows import command
+from dfq.arguments import pixel_bounds
 from dfq.config import RECIPES, GeneratorConfig, Recipe, quant_config, to_json
 from dfq.data.images import Batches, load_images
 from dfq.method.objective import classifier
@@ -40,11 +41,12 @@ from dfq.running.seeds import random_source
 
 PARTS = Path("runs/accuracy")
 RESULT = Path("benchmarks/results/accuracy-fashion-mnist.json")
-PRESETS = ("W8A8", "W4A8", "W4A4", "W3A3", "W2A4")
+PRESETS = ("W8A8", "W4A8", "W4A4", "W3A3", "W2A4", "W2A2")
 SEEDS = (0, 1, 2)
 STEPS = 200
 GDFQ_STEPS = 400  # of 128 images: 51,200
 CPU = torch.device("cpu")
+BOUNDED = "images between black and white"  # as those of `dfq quantize`, which knows the pixels
 DEFAULT = RECIPES["default"]
 LIVE = GeneratorConfig(live=True, snapshots=())
 
@@ -67,7 +69,7 @@ class Row:
 
     @property
     def path(self) -> Path:
-        key = json.dumps([self.preset, self.seed, to_json(self.recipe), self.steps, self.images])
+        key = json.dumps([self.preset, self.seed, to_json(self.recipe), self.steps, self.images, BOUNDED])
         name = re.sub(r"[^\w-]+", "_", f"{self.table}-{self.method}")
         return PARTS / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
 
@@ -116,7 +118,8 @@ def rows() -> list[Row]:
         for bits in ("W3A3", "W4A4")
     ]
     ablation = [Row("ablation", name, "W3A3", recipe=recipe) for name, recipe in ablations().items()]
-    return main[:5] + gdfq + real + paper + main[5:] + ablation
+    first = len(PRESETS)
+    return main[:first] + gdfq + real + paper + main[first:] + ablation
 
 
 class RealImages:
@@ -152,6 +155,7 @@ def warm_up(task: DataFreeTraining, source: Source, seed: int) -> None:
     terms = ["label"] if source.config.conditional else ["instance", "batch"]
     settings = ("warm_up", "batch_size", "noise", "width", "generator_learning_rate", "clip", "bn", *terms)
     key = [
+        BOUNDED,
         seed,
         source.index,
         source.config.conditional,
@@ -191,7 +195,7 @@ def run(row: Row) -> Mapping[str, Any]:
     kind = LabelTraining if row.images == "QAT" else DataFreeTraining
     task = kind(
         teacher, students, row.recipe, quant=config, input_shape=INPUT_SHAPE, objective=classifier(10), steps=row.steps,
-        seed=row.seed, device=CPU, precision="fp32",
+        seed=row.seed, device=CPU, precision="fp32", bounds=pixel_bounds((test.mean, test.std)),
     )  # fmt: skip
     if row.images == "synthetic":
         for source in task.sources:

@@ -26,7 +26,7 @@ STAGES = {"prepare": "prepared", "train": "trained: finite gradients", "calibrat
 FLOAT_PART = "floating-point part"
 ONNX = ROOT / "benchmarks" / "results" / "onnx-cpu-amd-epyc.json"
 STEPS = ROOT / "benchmarks" / "results" / "steps-cpu-intel-xeon-processor.json"
-PRESETS = ("W8A8", "W4A8", "W4A4", "W3A3", "W2A4")
+PRESETS = ("W8A8", "W4A8", "W4A4", "W3A3", "W2A4", "W2A2")
 
 
 Ages = dict[str, ages.Age]

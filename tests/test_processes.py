@@ -43,25 +43,27 @@ class Stop:
         if what == "stop" and phase == "reconstruct" and ranks.rank() == 1:  # one of both hears it
             os.kill(os.getpid(), 15)
 
+def save(where, result):
+    torch.save(result.model.state_dict(), where / f"{ranks.rank()}.pt")
+    (where / f"sizes{ranks.rank()}").write_text(str(sorted(result.sizes)))
+
 torch.set_num_threads(1)
 with ranks.joined("cpu"):
-    if what == "boxes":
+    if what == "all":  # one start for several runs
         try:
             dfq.distill(small_net(), [small_net()], input_shape=(1, 12, 12), recipe=UNLABELLED, out=folder / "float")
         except ValueError as error:
             (folder / f"refused{ranks.rank()}").write_text(str(error))
-    result = RUNS["boxes" if what == "boxes" else "whole"](
-        folder / "run", observer=Stop(), resume=what == "resume"
-    )
-    torch.save(result.model.state_dict(), folder / f"{ranks.rank()}.pt")
-    (folder / f"sizes{ranks.rank()}").write_text(str(sorted(result.sizes)))
+        for name, run in RUNS.items():
+            save(folder / name, run(folder / name / "run"))
+    else:
+        save(folder, RUNS["whole"](folder / "run", observer=Stop(), resume=what == "resume"))
 os._exit(0)  # gloo's own threads have aborted a process that was ending
 """
 
 
 def start(folder: Path, what: str) -> subprocess.CompletedProcess:
     """Two processes."""
-    folder.mkdir(exist_ok=True)
     script = folder / "script.py"
     script.write_text(SCRIPT)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
@@ -78,18 +80,19 @@ def states(folder: Path) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Whole runs of two processes."""
-    folders = {what: tmp_path_factory.mktemp(what) for what in RUNS}
-    for what, folder in folders.items():
-        done = start(folder, what)
-        assert done.returncode == 0, done.stderr[-3000:]
-    return folders
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Whole runs of two processes, each in a folder of its name."""
+    folder = tmp_path_factory.mktemp("together")
+    for what in RUNS:
+        (folder / what).mkdir()
+    done = start(folder, "all")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
 
 
 @pytest.mark.parametrize("what", RUNS)
-def test_two_processes_train_what_one_trains(what: str, together: dict[str, Path], tmp_path: Path) -> None:
-    folder = together[what]
+def test_two_processes_train_what_one_trains(what: str, together: Path, tmp_path: Path) -> None:
+    folder = together / what
     alone = RUNS[what](tmp_path / "run").model.state_dict()
     first, second = states(folder)
     assert all(torch.equal(value, second[name]) for name, value in first.items())  # ranges, too
@@ -105,19 +108,19 @@ def test_two_processes_train_what_one_trains(what: str, together: dict[str, Path
     assert "integers" in (folder / "sizes0").read_text()
 
 
-def test_float_students_are_refused_in_two_processes(together: dict[str, Path]) -> None:
+def test_float_students_are_refused_in_two_processes(together: Path) -> None:
     rule = "the number of processes must be one, for networks whose batch norms learn from whole batches, got 2"
-    assert all((together["boxes"] / f"refused{rank}").read_text() == f"distill: {rule}" for rank in range(2))
-    assert not (together["boxes"] / "float").exists()
+    assert all((together / f"refused{rank}").read_text() == f"distill: {rule}" for rank in range(2))
+    assert not (together / "float").exists()
 
 
-def test_a_signal_to_one_process_stops_both_and_they_resume(together: dict[str, Path], tmp_path: Path) -> None:
+def test_a_signal_to_one_process_stops_both_and_they_resume(together: Path, tmp_path: Path) -> None:
     stopped = start(tmp_path, "stop")
     assert stopped.returncode != 0 and "Interrupted: interrupted after step" in stopped.stderr, stopped.stderr[-3000:]
     assert load_tree(tmp_path / "run" / "checkpoint.safetensors")["next_step"] > 5
     resumed = start(tmp_path, "resume")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    for one, other in zip(states(together["whole"]), states(tmp_path), strict=True):
+    for one, other in zip(states(together / "whole"), states(tmp_path), strict=True):
         assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
