@@ -36,7 +36,7 @@ from dfq.running.checkpoint import write_atomic
 PARTS = Path("runs/students")
 RESULT = Path("benchmarks/results/students-fashion-mnist.json")
 SEEDS = (0, 1, 2)
-STEPS, FEWER = 10_000, 6_000  # of the main table, of what is compared with each other
+STEPS, FEWER = 6_000, 3_000  # of the main table, of what is compared with each other
 DISTILL = RECIPES["distill"]
 LIVE = GeneratorConfig(live=True, snapshots=())
 STUDENTS = ("wrn-16-1", "wrn-10-1", "resnet20", "mobilenet-v2")
@@ -72,6 +72,9 @@ def changed() -> dict[str, Recipe]:
         "without the average": replace(DISTILL, momentum=0.0),
         "without mirrored images": replace(DISTILL, mirrored=False),
         "without the adversary": replace(DISTILL, adversary=0.0),
+        "without the teacher's maps": replace(DISTILL, attention=0.0),
+        "maps with weight 20 in place of 5": replace(DISTILL, attention=20.0),
+        "one generator step to ten": replace(DISTILL, student_steps_per_generator_step=10),
         "KL instead of L1": replace(DISTILL, distance="kl"),
     }
 

@@ -295,7 +295,7 @@ RECIPES: dict[str, Recipe] = {
         "distill",
         (GeneratorConfig(live=True, snapshots=()),),
         warm_up=150,
-        steps=10_000,
+        steps=6_000,
         distance="l1",
         attention=5.0,
         student_steps_per_generator_step=5,
