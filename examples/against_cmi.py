@@ -4,7 +4,8 @@ It is the public code that such numbers are mostly compared with. It runs as it 
 WRN pairs (rate 0.1, one generator step to ten student steps, adversary 1, BN 1, one-hot 1, balance 20), but for what a
 data set of grey images asks for: one channel, this teacher and student, as many student images as ours.
 
-    git clone https://github.com/zju-vipa/CMI && pip install torchvision matplotlib scikit-learn einops termcolor kornia tqdm
+    git clone https://github.com/zju-vipa/CMI
+    pip install torchvision matplotlib scikit-learn einops termcolor kornia tqdm
     python examples/against_cmi.py CMI [--steps 3000] [--seed 0] [--threads N] [--json FILE]
 """
 

@@ -62,6 +62,23 @@ def test_the_last_map_of_every_size_is_kept_and_no_hook_stays() -> None:
     assert not maps and not any(module._forward_hooks for module in net.modules())
 
 
+def test_a_block_s_map_comes_before_those_of_its_layers() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU())
+            self.norm, self.small = nn.BatchNorm2d(2), nn.Conv2d(2, 3, 3, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.small(F.relu(self.norm(self.block(x)))).mean((2, 3))
+
+    net, x = Net().eval(), torch.rand(1, 1, 8, 8)
+    with feature_maps(net) as maps:
+        net(x)
+        torch.testing.assert_close(maps[8, 8], net.block(x))
+        torch.testing.assert_close(maps[4, 4], net.small(F.relu(net.norm(net.block(x)))))
+
+
 def trained(student: nn.Module, weight: float, steps: int = 2) -> tuple[DataFreeTraining, dict[str, float]]:
     recipe = replace(RECIPES["distill"], batch_size=8, noise=8, width=8, warm_up=1, attention=weight)
     work = DataFreeTraining(

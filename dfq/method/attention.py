@@ -11,6 +11,7 @@ Attention, ICLR 2017, section 3.1.
 from __future__ import annotations
 
 import warnings
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,27 +22,31 @@ from torch.nn import functional as F
 
 from dfq.network.outputs import evaluation
 
-Maps = Mapping[tuple[int, int], Tensor]
+Size = tuple[int, int]
+Maps = Mapping[Size, Tensor]
 
 
 @contextmanager
-def feature_maps(network: nn.Module, wanted: bool = True) -> Iterator[dict[tuple[int, int], Tensor]]:
+def feature_maps(network: nn.Module, wanted: bool = True) -> Iterator[Maps]:
     """Context in which a network leaves the last feature map of every size that a module of it returns.
+
+    Where a module with parts (a block) returns one of a size, those of single layers do not count.
 
     Args:
         network: any; a map that no module returns (a sum in a `forward`) is not seen.
         wanted: whether it does; else there are none.
     """
-    maps: dict[tuple[int, int], Tensor] = {}
+    layers: dict[Size, Tensor] = {}
+    blocks: dict[Size, Tensor] = {}
 
-    def note(_: nn.Module, inputs: Any, output: Any) -> None:
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
         value = output[0] if isinstance(output, tuple) and output else output  # a quantized layer's, and its scale
         if isinstance(value, Tensor) and value.dim() == 4 and value.shape[2] * value.shape[3] > 1:
-            maps[(value.shape[2], value.shape[3])] = value
+            (blocks if any(True for _ in module.children()) else layers)[value.shape[2], value.shape[3]] = value
 
     hooks = [module.register_forward_hook(note) for module in network.modules()] if wanted else []
     try:
-        yield maps
+        yield ChainMap(blocks, layers)
     finally:
         for hook in hooks:
             hook.remove()
