@@ -23,6 +23,7 @@ from dfq.arguments import (
     real_images,
     recipe_asked,
     recipe_of_effort,
+    time_limit,
 )
 from dfq.config import (
     LayerBits,
@@ -36,7 +37,7 @@ from dfq.config import (
 from dfq.data.images import Images, Normalization, check_normalization
 from dfq.deploy import check_integers, weight_budget
 from dfq.errors import check, integer
-from dfq.method.cost import measured_cost
+from dfq.method.cost import measured_cost, recipe_within
 from dfq.method.teaching import TeacherTraining
 from dfq.method.trainer import DataFreeTraining
 from dfq.models import ModelSpec, build_model
@@ -65,6 +66,7 @@ def quantize(
     num_classes: int | None = None,
     preset: str | None = None,
     effort: str | None = None,
+    minutes: float | None = None,
     recipe: str | Recipe | None = None,
     objective: str | Sequence[str] | None = None,
     images: Images | Tensor | None = None,
@@ -99,6 +101,8 @@ def quantize(
         effort: `instant` (ranges from the batch norms alone: seconds, no image is made), `quick` (every layer is
             fitted to its float self on generated images) or `full` (the network is trained as a whole: minutes; the
             default, but of images larger than 128x128 on a CPU, where it is `instant`).
+        minutes: instead of `effort`, how long it may take: the best of `dfq.config.LADDER` that a few tried images say
+            is no longer. Judging comes on top.
         recipe: instead of `effort`, how exactly: a name of `dfq.config.RECIPES` or a `dfq.config.Recipe`.
         objective: what its outputs are, `classes` or `values`, one word for each or one for all; found from their
             shapes where it is not given (`dfq.method.objective.objective_of`).
@@ -144,10 +148,17 @@ def quantize(
     input_shape = image_shape("quantize", input_shape)
     seed = integer("quantize", "seed", seed, 0)
     where = resolve_device(device)
-    recipe = recipe_of_effort(effort, recipe, input_shape, where, real=images is not None)
+    minutes = time_limit(minutes, effort, recipe, steps)
+    if minutes is None:
+        recipe = recipe_of_effort(effort, recipe, input_shape, where, real=images is not None)
     check("quantize", "config", config, "a QuantConfig", config is None or isinstance(config, QuantConfig))
     teacher = own_copy("quantize", model)
     meaning = objective_asked("quantize", "model", teacher, input_shape, objective, num_classes, where)
+    network = capture_network(teacher, input_shape, "quantize")
+    precision = resolve_precision(precision, where)
+    if minutes is not None:
+        found = recipe_of_run(out) if resume else recipe_within(minutes, teacher, network, meaning, where, precision)
+        recipe = "calibrate" if images is not None and found == "analytic" else found
     recipe, steps = recipe_asked("quantize", recipe, steps, meaning)
     real = real_images("quantize", images, input_shape, recipe)
     if config is None:
@@ -159,7 +170,6 @@ def quantize(
     check_test_images(test_images, input_shape, meaning.num_classes, "quantize")
     check_metric("quantize", metric, teacher)
     normalization = check_normalization("quantize", normalization, input_shape[0], test_images)
-    network = capture_network(teacher, input_shape, "quantize")
     students = [copy.deepcopy(prepare(network, config=config)) for _ in range(recipe.students)]
     fresh = copy.deepcopy(students[0])
     if integers and config.integers:
@@ -168,8 +178,7 @@ def quantize(
     task = DataFreeTraining(
         teacher, list(students), recipe, quant=config, input_shape=input_shape,
         objective=meaning, images=real, bounds=pixel_bounds(normalization), budget=budget, steps=steps,
-        seed=seed, device=where, precision=resolve_precision(precision, where),
-        execution=Execution(capture, where, compiled=compile),
+        seed=seed, device=where, precision=precision, execution=Execution(capture, where, compiled=compile),
         network=network,
     )  # fmt: skip
     settings = {
@@ -364,12 +373,17 @@ def load_run(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Modul
     return model.eval(), config
 
 
+def recipe_of_run(out: str | Path) -> str:
+    """The name of the recipe of a run that is to be continued."""
+    return str(read_config(Path(out))["recipe"]["name"])
+
+
 def _announce(task: DataFreeTraining, observer: Observer | None) -> None:
     """Tells an observer that wants to know what the run will take."""
     say = getattr(observer, "on_start", None)
     cost = None if say is None else measured_cost(task)
-    if say is not None and cost is not None:
-        say(str(cost))
+    if say is not None:
+        say(f"recipe {task.recipe.name}" + (f": {cost}" if cost else ""))
 
 
 def _at_rung(fresh: nn.Module, state: dict[str, Any], device: torch.device) -> nn.Module:

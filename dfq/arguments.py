@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -75,6 +76,17 @@ def recipe_of_effort(
     effort = "full" if effort is None else effort
     check("quantize", "effort", effort, f"one of {', '.join(EFFORTS)}", effort in EFFORTS)
     return "calibrate" if real and effort == "instant" else EFFORTS[effort]
+
+
+def time_limit(minutes: Any, effort: str | None, recipe: Any, steps: int | None) -> float | None:
+    """Minutes that a run may take, as a number; what it does instead of these is not asked for, too."""
+    if minutes is None:
+        return None
+    number = isinstance(minutes, (int, float)) and not isinstance(minutes, bool) and 0 < minutes < math.inf
+    check("quantize", "minutes", minutes, "a number > 0", number)
+    alone = effort is None and recipe is None and steps is None
+    check("quantize", "minutes", minutes, "given without effort, recipe and steps", alone)
+    return float(minutes)
 
 
 def recipe_asked(owner: str, recipe: Any, steps: int | None, objective: Objective) -> tuple[Recipe, int]:

@@ -288,6 +288,16 @@ RECIPES: dict[str, Recipe] = {
     "calibrate": Recipe("calibrate", (), warm_up=1, rungs=("analytic", "calibrated")),
     # layer by layer on a thousand images
     "reconstruct": replace(DEFAULT, name="reconstruct", rungs=("analytic", "calibrated", "reconstructed")),
+    # the same of few images, for networks of large ones on a CPU
+    "few": replace(
+        DEFAULT,
+        name="few",
+        generators=(SNAPSHOTS,),
+        batch_size=16,
+        calibration_batches=16,
+        rungs=("analytic", "calibrated", "reconstructed"),
+        fit=LayerFit(images=256, batch_size=16),
+    ),
     # float students from nothing: a live adversary, the logits themselves, where the teacher looks; the average of the
     # generator's weights keeps images of before in sight. Source: K. Do et al., Momentum Adversarial Distillation,
     # NeurIPS 2022
@@ -306,6 +316,8 @@ RECIPES: dict[str, Recipe] = {
         clip=5.0,
     ),
 }
+LADDER = ("default", "reconstruct", "few", "analytic")
+"""Recipes for quantized networks, the best and dearest first: what a limit of time chooses from."""
 EFFORTS = {"instant": "analytic", "quick": "reconstruct", "full": "default"}
 """How much is done for a quantized network, from seconds to minutes, and the recipe that does it."""
 

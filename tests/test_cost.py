@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,11 @@ import torch
 import dfq
 from dfq.arguments import pixel_bounds, recipe_of_effort
 from dfq.config import RECIPES
-from dfq.method.cost import Cost, measured_cost
+from dfq.method import cost
+from dfq.method.cost import Cost, Rates, cost_of, measured_cost
 from dfq.method.generator import Generator
+from dfq.method.objective import classifier
+from dfq.network import capture as capture_network
 from tests.conftest import SMALL_RECIPE, small_net, small_run
 from tests.test_trainer import task
 
@@ -23,11 +27,14 @@ CPU = torch.device("cpu")
 def test_the_steps_are_those_of_the_run() -> None:
     work = task(steps=5)
     names = [work.phase(index) for index in range(work.total_steps)]
-    cost = measured_cost(work)
+    found = measured_cost(work)
     warm_up = sum(name.startswith("generator") for name in names)
-    assert cost.generator_steps == warm_up + 3 and cost.student_steps == 5  # one live step to two student steps
-    assert cost.generator_seconds > 0 and cost.student_seconds > 0 and cost.step_bytes > 10_000
-    assert cost.seconds == cost.generator_seconds * cost.generator_steps + cost.student_seconds * 5
+    assert found.generator_steps == warm_up + 3 and found.student_steps == 5  # one live step to two student steps
+    assert found.generator_seconds > 0 and found.student_seconds > 0 and found.step_bytes > 10_000
+    assert found.layers == names.count("reconstruct") and found.layer_seconds > 0
+    assert found.seconds == (
+        found.generator_seconds * found.generator_steps + found.student_seconds * 5 + found.layer_seconds * found.layers
+    )
 
 
 def test_trying_a_step_changes_nothing() -> None:
@@ -53,6 +60,9 @@ def test_a_plan_in_words() -> None:
         "450 generator steps of about 0.5 s, 200 student steps of about 0.25 s: about 5 minutes, 3 GB in a step"
     )
     assert str(Cost(0.1, 0.25, 450, 0, 2 * 10**8)) == "450 generator steps of about 0.1 s: about 45 s, 0.2 GB in a step"
+    assert str(Cost(0.1, 0.25, 50, 0, 2 * 10**8, 1.5, 20)) == (
+        "50 generator steps of about 0.1 s, 20 layers to fit of about 1.5 s: about 35 s, 0.2 GB in a step"
+    )
 
 
 def test_an_observer_that_asks_is_told_before_the_first_step(tmp_path: Path) -> None:
@@ -102,3 +112,56 @@ def test_a_run_that_knows_its_pixels_makes_images_of_them(tmp_path: Path, monkey
     monkeypatch.setattr(finish, "save_image_grid", lambda rows, path: seen.extend(images for _, images, _ in rows))
     small_run(tmp_path / "run", normalization=((0.5,), (1.0,)))
     assert seen and all(-0.5 <= float(images.min()) <= float(images.max()) <= 0.5 for images in seen)
+
+
+def test_a_limit_of_time_takes_the_best_that_is_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, names = small_net(), []
+    network = capture_network(teacher, (1, 12, 12))
+    for seconds in (1e-6, 0.025, 0.03, 0.5):  # of an image, in both kinds of steps
+        monkeypatch.setattr(cost, "measured_rates", lambda _, rate=seconds: Rates(rate, rate, 1.0))
+        names.append(cost.recipe_within(30.0, teacher, network, classifier(4), CPU, "fp32"))
+    assert names == ["default", "reconstruct", "few", "analytic"]
+
+
+def test_layers_take_what_their_images_take() -> None:
+    recipe, rates = RECIPES["few"], Rates(0.5, 2.0, 10.0)
+    found = cost_of(recipe, rates, trained=0, layers=7)
+    assert found.layers == 7 and found.generator_steps == recipe.warm_up and found.step_bytes == 10 * recipe.batch_size
+    fit = recipe.fit
+    assert found.layer_seconds * 7 == pytest.approx(2.0 * (fit.steps * fit.batch_size + fit.images))
+    assert found.seconds == pytest.approx(0.5 * recipe.batch_size * recipe.warm_up + found.layer_seconds * 7)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"minutes": 0}, "quantize: minutes must be a number > 0, got 0"),
+        ({"minutes": "5"}, "quantize: minutes must be a number > 0, got '5'"),
+        ({"minutes": float("nan")}, "quantize: minutes must be a number > 0, got nan"),
+        ({"minutes": 5, "effort": "quick"}, "quantize: minutes must be given without effort, recipe and steps, got 5"),
+        ({"minutes": 5, "steps": 10}, "quantize: minutes must be given without effort, recipe and steps, got 5"),
+    ],
+)
+def test_a_limit_of_time_that_is_none(given: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dfq.quantize(small_net(), input_shape=(1, 12, 12), out=tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_a_limit_says_what_it_does_and_resumes_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    class Listener:
+        def on_start(self, plan: str) -> None:
+            said.append(plan)
+
+        def on_step(self, phase: str, index: int, total: int, metrics) -> None:
+            pass
+
+    run = {"input_shape": (1, 12, 12), "preset": "W8A8", "out": tmp_path / "run", "minutes": 1e-9}
+    first = dfq.quantize(small_net(), observer=Listener(), **run)
+    assert said == ["recipe analytic"] and list(first.rungs) == ["analytic"]
+    monkeypatch.setattr(cost, "measured_rates", lambda _: Rates(0.0, 0.0, 0.0))  # now everything would be fast
+    assert list(dfq.quantize(small_net(), resume=True, **run).rungs) == ["analytic"]

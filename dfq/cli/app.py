@@ -37,6 +37,7 @@ from dfq.cli.options import (
     Json,
     Mean,
     MetricName,
+    Minutes,
     Model,
     ModelKwargs,
     NumClasses,
@@ -142,6 +143,7 @@ def quantize(
             "full (trained as a whole). Default: full; instant for images larger than 128x128 on a CPU."
         ),
     ] = None,
+    minutes: Minutes = None,
     recipe: RecipeName = None,
     objective: ObjectiveWords = None,
     steps: Steps = None,
@@ -176,7 +178,7 @@ def quantize(
     with ranks.joined(device) as mine, _observer(json_output) as observer:
         result = api.quantize(
             network, input_shape=shape, num_classes=classes, objective=objective_words(objective), preset=preset,
-            effort=effort, recipe=recipe, images=real_images_of(images, shape, said, test), steps=steps, seed=seed,
+            effort=effort, minutes=minutes, recipe=recipe, images=real_images_of(images, shape, said, test), steps=steps, seed=seed,
             out=out, overrides=layer_bits_of(layer_bits or []), average_bits=average_bits, size=bytes_of(size),
             test_images=test, metric=metric_named(metric), resume=resume, normalization=said, integers=integers,
             device=mine, precision=precision, capture=capture, compile=compile_networks, profile=profile, spec=spec,

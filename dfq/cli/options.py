@@ -96,6 +96,12 @@ Compile = Annotated[bool, typer.Option("--compile", help="Networks through torch
 RecipeName = Annotated[
     str | None, typer.Option(help=f"Instead of --effort, how images are made and students learn: {', '.join(RECIPES)}.")
 ]
+Minutes = Annotated[
+    float | None,
+    typer.Option(
+        help="Instead of --effort, how long it may take: does the best that a few tried images say is no longer."
+    ),
+]
 Steps = Annotated[int | None, typer.Option(help="Student steps. Default: the recipe's.")]
 ObjectiveWords = Annotated[
     str | None,
