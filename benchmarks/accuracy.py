@@ -99,6 +99,7 @@ def ablations() -> dict[str, Recipe]:
         "without snapshots": without_snapshots(),
         "without the conditional generator": without_conditional(),
         "min/max ranges": replace(DEFAULT, ranges="minmax"),
+        "ranges of generated images in place of analytic ones": replace(DEFAULT, rungs=("calibrated", "distilled")),
         "adversary 0.1, 1 generator step to 4": with_live(0.1, 4),
         "adversary 1, 1 generator step to 4": with_live(1.0, 4),
         "adversary 1, 1 generator step to 1": with_live(1.0, 1),
@@ -108,7 +109,12 @@ def ablations() -> dict[str, Recipe]:
 
 def rows() -> list[Row]:
     main = [Row("main", "DF-QAT-KD default", preset, seed) for seed in SEEDS for preset in reversed(PRESETS)]
-    real = [Row("main", method, preset, images=method) for preset in reversed(PRESETS) for method in ("QAT-KD", "QAT")]
+    plain = replace(DEFAULT, rungs=("calibrated", "distilled"))  # Q: ranges of images alone
+    real = [
+        Row("main", method, preset, recipe=plain, images=method)
+        for preset in reversed(PRESETS)
+        for method in ("QAT-KD", "QAT")
+    ]
     paper = [Row("main", "DF-QAT-KD paper", preset, recipe=RECIPES["paper"]) for preset in reversed(PRESETS)]
     minmax = replace(DEFAULT, ranges="minmax")
     conventions = {"DF-QAT-KD default": DEFAULT, "DF-QAT-KD default, min/max ranges": minmax}

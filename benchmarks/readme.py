@@ -59,9 +59,10 @@ def main_table(data: dict[str, Any], known: Ages) -> str:
 
     default_method, paper = "DF-QAT-KD default", "DF-QAT-KD paper"
     lines = [
-        ("DF-Q (ranges calibrated on synthetic images)", default_method,
-         [cell(default_method, p, "calibrated") for p in PRESETS]),
+        ("DF-Q, recipe `paper` (ranges calibrated on synthetic images)", paper,
+         [cell(paper, p, "calibrated") for p in PRESETS]),
         ("DF-QAT-KD, recipe `paper`", paper, [cell(paper, p) for p in PRESETS]),
+        ("analytic (no image, no step)", default_method, [cell(default_method, p, "analytic") for p in PRESETS]),
         ("**DF-QAT-KD, recipe `default`**", default_method, [default_cell(p) for p in PRESETS]),
         ("Q, real images", "QAT-KD", [cell("QAT-KD", p, "calibrated") for p in PRESETS]),
         ("QAT, real images", "QAT", [cell("QAT", p) for p in PRESETS]),

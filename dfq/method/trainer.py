@@ -1,10 +1,10 @@
 """Data-free training: generators warm up, then generators and students alternate. Source: arXiv 2005.04136.
 
-the first ranges, from what batch norms remember (rung "analytic")
+ranges, scales and corrections from what batch norms remember (rung "analytic")
 for each generator:  warm-up steps on L_psi; frozen snapshots join the pool
 choose the bits of every layer's weights, where there is a budget
-calibrate the students' ranges on images of the pool (rung "calibrated")
-fit them to the teacher layer by layer, where the recipe says so (rung "reconstructed")
+set the students' ranges on images of the pool (rung "calibrated")
+fit them to the teacher layer by layer (rung "reconstructed")
 for each step (rung "distilled"):
     each live generator:  minimise  alpha L_psi - adversary * sum over students of D(teacher, student)
     each student:         minimise  D(teacher, student) + attention * L(teacher's maps, student's)
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfq.config import QuantConfig, Recipe
+from dfq.config import BEGINNINGS, QuantConfig, Recipe
 from dfq.errors import check
 from dfq.method.analytic import analytic_network
 from dfq.method.attention import attention_distance, compares_maps, feature_maps
@@ -40,7 +40,7 @@ from dfq.method.teacher import freeze, teacher_graph
 from dfq.network import Network, capture
 from dfq.network.outputs import check_learns, check_outputs, check_weights
 from dfq.quant import learn_ranges, quantizers, set_adapting
-from dfq.quant.quantizers import weight_layers
+from dfq.quant.quantizers import forget_ranges, weight_layers
 from dfq.running import ranks
 from dfq.running.device import autocast
 from dfq.running.execution import Execution
@@ -253,13 +253,22 @@ class DataFreeTraining:
         return self.objective.distance(self.recipe.distance, wanted, got)
 
     def _analytic(self, _: int) -> Mapping[str, Tensor]:
-        """Ranges of the product alone, which the next rungs begin without."""
-        student = copy.deepcopy(self.students[0])
+        """The network that needs no image."""
         with ranks.alone():  # the same noise in all processes
-            analytic_network(student, self.moments, self.bounds, seed=self.seed)  # type: ignore[arg-type]
-        self.rungs["analytic"] = _state(student)
-        if self.recipe.rungs[-1] == "analytic":
-            self.students[0].load_state_dict(self.rungs["analytic"])
+            for student in self.students:
+                analytic_network(student, self.moments, self.bounds, seed=self.seed)  # type: ignore[arg-type]
+        return self._climbed("analytic")
+
+    def _climbed(self, rung: str) -> Mapping[str, Tensor]:
+        """Keeps what a rung made, if another follows; before one that learns, step sizes become parameters."""
+        later = self.recipe.rungs[self.recipe.rungs.index(rung) + 1 :]
+        if later:
+            self.rungs[rung] = _state(self.students[0])
+        if rung in BEGINNINGS and later and later[0] not in BEGINNINGS:
+            assert self.quant is not None
+            for student in self.students:
+                learn_ranges(student, self.quant)
+            self.optimizers = student_optimizers(self.students, self.recipe)
         return {}
 
     def _choose_bits(self, _: int) -> Mapping[str, Tensor]:
@@ -278,22 +287,16 @@ class DataFreeTraining:
             quantizers.use_bits(student, bits)
 
     def _calibrate(self, _: int) -> Mapping[str, Tensor]:
-        """Sets every range on images of the pool, keeps that rung (DF-Q), starts the learned ranges."""
-        assert self.quant is not None
+        """Sets every range on images of the pool, whatever it was (DF-Q)."""
         for student in self.students:
+            forget_ranges(student)
             student.train()
             set_adapting(student, True, batch_norms=False)
             with torch.no_grad(), autocast(self.device, self.precision):
                 for batch in range(self.recipe.calibration_batches):
                     student(ranks.share(self.pool.batch("calibrate", batch)))
             set_adapting(student, False)
-        if self.recipe.rungs[-1] == "calibrated":
-            return {}
-        self.rungs["calibrated"] = _state(self.students[0])
-        for student in self.students:
-            learn_ranges(student, self.quant)
-        self.optimizers = student_optimizers(self.students, self.recipe)
-        return {}
+        return self._climbed("calibrated")
 
     def _reconstruct(self, layer: int) -> Mapping[str, Tensor]:
         """Fits one layer of every student; the walk up to it is made anew after a resume."""
@@ -311,8 +314,7 @@ class DataFreeTraining:
             fitted = [reconstruction.step(layer) for reconstruction in self.reconstructions]
         if layer + 1 == self.reconstructions[0].steps:
             self.reconstructions = []  # the images' values need memory
-            if self.recipe.rungs[-1] != "reconstructed":
-                self.rungs["reconstructed"] = _state(self.students[0])
+            self._climbed("reconstructed")
         return {f"student{i}/{name}": value for i, terms in enumerate(fitted) for name, value in terms.items()}
 
     # --- parts --------------------------------------------------------------------------------------------------

@@ -182,14 +182,22 @@ class WeightQuantizer(Quantizer):
         """Other integers; the scale is the weights' own again."""
         self.bits, self.quant_min, self.quant_max = bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         self.grid[:2] = torch.tensor([self.quant_min, self.quant_max])
-        self._enter(MOVING)
+        self.follow()
 
     def learn(self, weight: Tensor) -> None:
-        """Starts from the range; with 2 bits from the scale of least squared error (the range is too wide for it)."""
-        self.measure(weight)
-        if self.bits == 2 and self.scheme == "symmetric":
-            self.scale.copy_(least_squares_scale(weight, self.scale, self.quant_min, self.quant_max))
+        """Starts from the range; with 2 bits from the scale of least squared error (the range is too wide for it).
+
+        A scale that is fixed (`fit_weights`) is where it starts.
+        """
+        if self.source != FIXED:
+            self.measure(weight)
+            if self.bits == 2 and self.scheme == "symmetric":
+                self.scale.copy_(least_squares_scale(weight, self.scale, self.quant_min, self.quant_max))
         self._enter(LEARNED)
+
+    def follow(self) -> None:
+        """The scale is the weights' own range."""
+        self._enter(MOVING)
 
 
 def multiplied_type(device: str) -> torch.dtype | None:
@@ -267,9 +275,22 @@ def _check_seen(owner: str, model: nn.Module) -> None:
         raise ValueError(f"{owner}: model must {rule}, got no range of {unset[0]} ({len(unset)} without)")
 
 
+def forget_ranges(model: nn.Module) -> None:
+    """The next batches set every moving range as if they were the first."""
+    for quantizer in _quantizers(model):
+        quantizer.running_min.fill_(float("inf"))
+        quantizer.running_max.fill_(float("-inf"))
+
+
 def learn_ranges(model: nn.Module, config: QuantConfig) -> None:
-    """Makes the step sizes of quantizers with fewer than 8 bits parameters, if `config.ranges` is `lsq`."""
+    """Makes the step sizes of quantizers with fewer than 8 bits parameters, if `config.ranges` is `lsq`.
+
+    They start where they are; those of weights from their range, or where `fit_weights` put them. If ranges are
+    `minmax`, the scales of fitted weights follow the weights' range again.
+    """
     if config.ranges != "lsq":
+        for _, layer, _ in weight_layers(model):
+            layer.follow()
         return
     _check_seen("learn_ranges", model)
     for quantizer in _quantizers(model):
