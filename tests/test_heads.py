@@ -163,7 +163,7 @@ def test_networks_with_other_heads_are_quantized(kind, objective, described: str
         out=tmp_path / "run", precision="fp32",
     )  # fmt: skip
     assert result.objective == described and result.accuracies == {}
-    assert list(result.scores) == ["teacher", "analytic", "DF-Q", "DF-QAT-KD", "integers"]
+    assert list(result.scores) == ["teacher", "analytic", "DF-QAT-KD", "integers"]
     assert result.scores["teacher"] < 1e-9 and 0 < result.scores["integers"] < 0.05
     terms = {
         name for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)

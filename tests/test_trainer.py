@@ -142,7 +142,10 @@ def test_a_step_trains_each_student_on_images_of_its_own() -> None:
 
 
 def test_training_helps() -> None:
-    recipe = replace(SMALL_RECIPE, warm_up=20, students=1, batch_size=32, generators=(GeneratorConfig(),))
+    recipe = replace(
+        SMALL_RECIPE, warm_up=20, students=1, batch_size=32, generators=(GeneratorConfig(),),
+        rungs=("calibrated", "distilled"),
+    )  # fmt: skip
     work = task(recipe, quant_config("W2A2", ranges="lsq"), steps=60)
     losses = [float(work.step(index).get("student0/distillation", torch.nan)) for index in range(work.total_steps)]
     losses = losses[-60:]
@@ -290,7 +293,7 @@ def images(count: int, channels: int = 1, classes: int = 4) -> Images:
         ({"preset": "int4"}, "preset must be one of W8A8.*got 'int4'"),
         (
             {"recipe": "best"},
-            "recipe must be one of paper, default, analytic, calibrate, reconstruct, distill, got 'best'",
+            "recipe must be one of paper, default, analytic, calibrate, reconstruct, few, distill, got 'best'",
         ),
         ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
         ({"steps": 2.5}, "steps must be an integer of at least 1, got 2.5"),
