@@ -116,7 +116,7 @@ def rows() -> list[Row]:
         for method in ("QAT-KD", "QAT")
     ]
     paper = [Row("main", "DF-QAT-KD paper", preset, recipe=RECIPES["paper"]) for preset in reversed(PRESETS)]
-    minmax = replace(DEFAULT, ranges="minmax")
+    minmax = replace(DEFAULT, ranges="minmax", student_learning_rate=5e-3)
     conventions = {"DF-QAT-KD default": DEFAULT, "DF-QAT-KD default, min/max ranges": minmax}
     gdfq = [
         Row("gdfq", name, f"gdfq-{bits}", recipe=recipe, steps=GDFQ_STEPS)

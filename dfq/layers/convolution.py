@@ -77,6 +77,20 @@ class QuantConv(QuantLayer):
         )  # fmt: skip
         return self._as(out)
 
+    def patches(self, x: Tensor, places: int, random: torch.Generator) -> Tensor | None:
+        kernel, (groups, rest) = tuple(wide(self.weight).shape[2:]), (self.geometry["groups"], dict(self.geometry))
+        del rest["groups"]
+        drawn = []
+        for images in self._map(x).split(PATCH_IMAGES):
+            columns = F.unfold(images, kernel, **rest)  # [N, C K, places]
+            count = columns.shape[2]
+            if count > places:
+                chosen = torch.randint(count, (len(images), 1, places), generator=random).to(x.device)
+                columns = columns.gather(2, chosen.expand(-1, columns.shape[1], -1))
+            drawn.append(columns)
+        samples = torch.cat(drawn).transpose(0, 1).flatten(1)
+        return samples.view(groups, len(samples) // groups, -1)
+
     def _map(self, x: Tensor) -> Tensor:
         x = x.unsqueeze(-2) if self.weight.dim() == 3 else x
         return F.pad(x, (0, self.after[1], 0, self.after[0])) if any(self.after) else x
@@ -97,6 +111,7 @@ class QuantConv(QuantLayer):
         return x.unsqueeze(-2) if self.weight.dim() == 3 else x
 
 
+PATCH_IMAGES = 4  # at once: a patch takes as many times an image's memory as the kernel has taps
 _GEOMETRY = ("stride", "padding", "dilation", "groups")
 
 

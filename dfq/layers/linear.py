@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,6 +37,13 @@ class QuantLinear(QuantLayer):
 
     def accumulate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
+
+    def patches(self, x: Tensor, places: int, random: torch.Generator) -> Tensor | None:
+        rows = x.reshape(-1, x.shape[-1])
+        most = places * len(x)
+        if len(rows) > most:
+            rows = rows[torch.randperm(len(rows), generator=random)[:most].to(x.device)]
+        return rows.t()[None]
 
     def export(self, to: Integers) -> None:
         out, inner = self.weight.shape

@@ -70,6 +70,19 @@ class QuantLayer(Layer):
         """The linear map of the layer."""
         raise TypeError(f"{type(self).__name__} must define accumulate")
 
+    def patches(self, x: Tensor, places: int, random: torch.Generator) -> Tensor | None:
+        """What the weights multiply, `[groups, K, samples]`: that of each output channel, flat, lies along `K`.
+
+        Args:
+            x: the layer's input.
+            places: of each image that are drawn; all, if it has no more.
+            random: who draws.
+
+        Returns:
+            None: the layer does not say it.
+        """
+        return None
+
     def forward(self, *pairs: Tensor | None) -> Activated:
         x, x_scale, weight, weight_scale = pairs
         assert x is not None and weight is not None and weight_scale is not None

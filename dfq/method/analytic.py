@@ -3,7 +3,8 @@
     noise, with the images' mean and deviation
     every batch norm normalises it by its own statistics, not by the stored ones
     ranges are what is seen then; of an average, what is seen of its input
-    weights of fewer than 8 bits have the scale of least squared error
+    weights of fewer than 8 bits have the scale of least squared error; what rounding one adds to the layer's result,
+        the others that are still to be rounded take back
     what rounding does to the mean and the variance of a channel is done to what its batch norm stores
 
 A batch norm's result has mean `bias[c]` and deviation `|weight[c]|` over the training data. Normalised by its own
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, fx
 
 from dfq.layers.tail import Tail
+from dfq.method.compensate import compensate
 from dfq.method.noise import Moments, pink_noise
 from dfq.quant.modes import FloatRun, averages_as_wide_as_their_inputs, batch_statistics, normalized_tails
 from dfq.quant.prepare import prepared_of
@@ -42,8 +44,8 @@ def analytic_network(
     """Ranges, scales of weights and statistics of batch norms: all that needs no image.
 
     Args:
-        student: of `dfq.quant.prepare`, that has seen nothing yet. Its batch norms are changed, so they must not be the
-            model's; one that several layers share stays as it is.
+        student: of `dfq.quant.prepare`, that has seen nothing yet. Its weights and batch norms are changed, so they must
+            not be the model's; a weight or batch norm that several layers share stays as it is.
         moments, bounds, seed: as in `analytic_ranges`.
 
     Raises:
@@ -53,7 +55,9 @@ def analytic_network(
     analytic_ranges(student, moments, bounds, seed=seed)
     noise = list(_noise(student, moments, bounds, seed))
     users = Counter(_stored(tail) for tail in normalized_tails(student))
-    exact, rounded = (_statistics(student, noise, run) for run in (FloatRun(student), student))
+    exact = _statistics(student, noise, FloatRun(student))
+    compensate(student, noise[0], seed)
+    rounded = _statistics(student, noise, student)
     with torch.no_grad():
         for tail, (mean, variance) in exact.items():
             if users[_stored(tail)] > 1:

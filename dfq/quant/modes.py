@@ -35,8 +35,8 @@ def normalized_tails(student: nn.Module) -> list[Tail]:
 
 
 @contextmanager
-def batch_statistics(student: nn.Module) -> Iterator[None]:
-    """Batch norms normalise by the batch's statistics, ranges follow. Afterwards the batch norms are what they were."""
+def batch_statistics(student: nn.Module, *, ranges: bool = True) -> Iterator[None]:
+    """Batch norms normalise by the batch's statistics, ranges follow or stay. Afterwards batch norms are as before."""
     tails = normalized_tails(student)
     kept = [
         (tail, tail.train_batch_norm, [(buffer, buffer.clone()) for buffer in tail.bn.buffers()])  # type: ignore[union-attr]
@@ -45,6 +45,9 @@ def batch_statistics(student: nn.Module) -> Iterator[None]:
     mode = student.training
     student.train()
     set_adapting(student, True)
+    for module in student.modules() if not ranges else ():
+        if isinstance(module, ActivationQuantizer):
+            module.adapting = False
     for tail in tails:
         tail.train_batch_norm = True
     try:
