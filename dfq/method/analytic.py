@@ -44,8 +44,8 @@ def analytic_network(
     """Ranges, scales of weights and statistics of batch norms: all that needs no image.
 
     Args:
-        student: of `dfq.quant.prepare`, that has seen nothing yet. Its weights and batch norms are changed, so they must
-            not be the model's; a weight or batch norm that several layers share stays as it is.
+        student: of `dfq.quant.prepare`, that has seen nothing yet. Its weights and batch norms are changed, so they are
+            not the model's; a weight or batch norm that several layers share stays as it is.
         moments, bounds, seed: as in `analytic_ranges`.
 
     Raises:
