@@ -15,6 +15,7 @@ from benchmarks import ages
 
 ROOT = Path(__file__).parent.parent
 ACCURACY = ROOT / "benchmarks" / "results" / "accuracy-fashion-mnist.json"
+STUDENTS = ROOT / "benchmarks" / "results" / "students-fashion-mnist.json"
 KERNELS = ROOT / "benchmarks" / "results" / "kernels-cpu-intel-xeon-processor.json"
 INTEGER = [
     ROOT / "benchmarks" / "results" / f"integer-cpu-{name}.json" for name in ("intel-xeon-processor", "amd-epyc")
@@ -71,6 +72,19 @@ def main_table(data: dict[str, Any], known: Ages) -> str:
     head = [f"| float teacher: {data['teacher']:.2f} | {' | '.join(PRESETS)} |", f"| --- {'| ---: ' * len(PRESETS)}|"]
     body = [f"| {marked(name, method)} | {' | '.join(cells)} |" for name, method, cells in lines]
     return "\n".join([*head, *body, "", rows_sentence(data, rows, known)])
+
+
+def students_table(data: dict[str, Any], known: Ages) -> str:
+    """Float students: without data and on real images, mean and deviation over the seeds there are."""
+    mark = ages.mark(known, commits_of(data["rows"]))
+    lines = [f"| float student of a teacher of {data['teacher']:.2f} | steps | seeds | accuracy % |",
+             "| --- | ---: | ---: | ---: |"]  # fmt: skip
+    for item in data["summary"]:
+        if item["table"] == "main":
+            spread = f" ± {item['deviation']:.2f}" if item["deviation"] is not None else ""
+            name = f"{item['student']}, {item['method']} {mark}".rstrip()
+            lines.append(f"| {name} | {data['recipe']['steps']:,} | {item['seeds']} | {item['mean']:.2f}{spread} |")
+    return "\n".join([*lines, "", rows_sentence(data, data["rows"], known)])
 
 
 def other_table(data: dict[str, Any], table: str, title: str, known: Ages) -> str:
@@ -204,7 +218,8 @@ def measured_commits() -> dict[str, set[str]]:
     single = {"kernels": [KERNELS], "integer": INTEGER, "steps": [STEPS], "onnx": [ONNX], "zoo": [ZOO],
               "networks": [NETWORKS]}  # fmt: skip
     found = {table: {read(path)["machine"]["commit"] for path in paths} for table, paths in single.items()}
-    return {"accuracy": commits_of(read(ACCURACY)["rows"]), **found}
+    rows = {"accuracy": ACCURACY, "students": STUDENTS}
+    return {**{table: commits_of(read(path)["rows"]) for table, path in rows.items()}, **found}
 
 
 def build(text: str, known: dict[str, Ages] | None = None) -> str:
@@ -219,6 +234,7 @@ def build(text: str, known: dict[str, Ages] | None = None) -> str:
         "steps": step_table(read(STEPS), of["steps"]),
         "onnx": onnx_table(read(ONNX), of["onnx"]),
         "accuracy": main_table(data, of["accuracy"]),
+        "students": students_table(read(STUDENTS), of["students"]),
         "gdfq": other_table(data, "gdfq", "convention of later work", of["accuracy"]),
         "ablation": other_table(data, "ablation", "W3A3, one change each", of["accuracy"]),
     }
