@@ -303,8 +303,7 @@ RECIPES: dict[str, Recipe] = {
         name="few",
         generators=(SNAPSHOTS,),
         batch_size=16,
-        calibration_batches=16,
-        rungs=("analytic", "calibrated", "reconstructed"),
+        rungs=("analytic", "reconstructed"),
         fit=LayerFit(images=256, batch_size=16),
     ),
     # float students from nothing: a live adversary, the logits themselves, where the teacher looks; the average of the

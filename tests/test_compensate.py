@@ -136,3 +136,37 @@ def test_a_weight_of_two_layers_stays() -> None:
     before = [weight.detach().clone() for _, _, weight in weight_layers(student)]
     compensate(student, torch.randn(8, 1, 12, 12), seed=0)
     assert all(torch.equal(weight, old) for (_, _, weight), old in zip(weight_layers(student), before, strict=True))
+
+
+def test_a_bias_takes_the_mean_back_where_there_is_no_batch_norm() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4))
+    student = copy.deepcopy(prepare(net.eval(), (1, 12, 12), quant_config("W2A8")))
+    fit_weights(student)
+    analytic_ranges(student, STANDARD)
+    layers = [student.get_submodule(name) for name, _, _ in weight_layers(student)]
+    before, biases = copy.deepcopy(layers[1]), [layer.bias.detach().clone() for layer in layers]
+    seen: list[Tensor] = []
+    hook = layers[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))  # after all others
+    noise = torch.randn(64, 1, 12, 12) + 0.5
+    compensate(student, noise, seed=0)
+    hook.remove()
+    quantizer = weight_layers(student)[1][1]
+    with torch.no_grad():
+        wanted = before.accumulate(seen[0], before.weight, before.bias).mean((0, 2, 3))
+        found = layers[1].accumulate(seen[0], quantizer(layers[1].weight)[0], layers[1].bias).mean((0, 2, 3))
+        plain = before.accumulate(seen[0], quantizer(before.weight)[0], before.bias).mean((0, 2, 3))
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.01)
+    assert float((plain - wanted).abs().max()) > 0.05
+    assert not torch.equal(layers[1].bias, biases[1]) and torch.equal(layers[0].bias, biases[0])
+
+
+def test_layers_with_very_many_inputs_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGEST", 10)
+    student = copy.deepcopy(prepare(small_net(), (1, 12, 12), quant_config("W3A8")))
+    fit_weights(student)
+    analytic_ranges(student, STANDARD)
+    before = [weight.detach().clone() for _, _, weight in weight_layers(student)]
+    compensate(student, torch.randn(8, 1, 12, 12), seed=0)
+    same = [torch.equal(weight, old) for (_, _, weight), old in zip(weight_layers(student), before, strict=True)]
+    assert sum(same) >= 3  # those of 3x3 taps of 8 channels, and the edges, which have 8 bits

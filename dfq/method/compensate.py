@@ -6,9 +6,9 @@
         q_k = round(w_k / scale) scale
         w_j -= (w_k - q_k) U_kj / U_kk   for all j that are not rounded yet
 
-It is the solution of least squares for the weights that are left, one rounding at a time. The mean of a channel moves;
-batch norms are corrected for that afterwards. Here the inputs are those of noise. Sources: E. Frantar et al., GPTQ,
-ICLR 2023, algorithm 1; B. Hassibi and D. Stork, Optimal Brain Surgeon, NeurIPS 1992.
+It is the solution of least squares for the weights that are left, one rounding at a time. The mean of a channel moves:
+a bias takes that back, or the batch norms, which are corrected afterwards. Here the inputs are those of noise. Sources:
+E. Frantar et al., GPTQ, ICLR 2023, algorithm 1; B. Hassibi and D. Stork, Optimal Brain Surgeon, NeurIPS 1992.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dfq.quant.quantizers import WeightQuantizer, weight_layers
 DAMPING = 0.1
 PLACES = 512  # of an image: outputs whose inputs are looked at
 BLOCK = 128  # inputs whose corrections reach the rest in one product
+LARGEST = 5000  # inputs of an output: factors of larger matrices take minutes and gigabytes
 TINY = 1e-12
 
 
@@ -33,8 +34,9 @@ def compensate(student: fx.GraphModule, images: Tensor, seed: int) -> None:
     """Moves the weights of fewer than 8 bits so that they are rounded to the compensated ones.
 
     Args:
-        student: of `dfq.quant.prepare`, with ranges set and scales of weights fixed (`fit_weights`). Layers that do not
-            say what their weights multiply, and those whose weight another one has, stay as they are.
+        student: of `dfq.quant.prepare`, with ranges set and scales of weights fixed (`fit_weights`). Layers stay as
+            they are that do not say what their weights multiply, whose weight another one has, or with more than
+            `LARGEST` inputs of an output.
         images: `[N, ...]`; batch norms normalise them by their own statistics.
         seed: of the places that are drawn.
     """
@@ -46,11 +48,15 @@ def compensate(student: fx.GraphModule, images: Tensor, seed: int) -> None:
     def before(layer: Any, inputs: tuple[Tensor, ...], quantizer: WeightQuantizer) -> tuple[Tensor, ...]:
         x, x_scale, _, scale = inputs
         samples = layer.patches(x.float(), PLACES, random)
-        if samples is None:
+        if samples is None or samples.shape[1] > LARGEST or not bool(samples.isfinite().all()):
             return inputs
-        moved = compensated(layer.oriented(), covariance(samples), scale, quantizer.quant_min, quantizer.quant_max)
+        as_it_was = layer.oriented().clone()
+        moved = compensated(as_it_was, covariance(samples), scale, quantizer.quant_min, quantizer.quant_max)
         layer.weight.copy_(moved)
-        return x, x_scale, quantizer(layer.oriented())[0], scale
+        rounded = quantizer(moved)[0]
+        if layer.bias is not None and layer.tail.bn is None:
+            layer.bias.sub_(mean_shift(rounded - as_it_was, samples))
+        return x, x_scale, rounded, scale
 
     hooks = []
     for name, layer in layers.items():
@@ -66,6 +72,12 @@ def compensate(student: fx.GraphModule, images: Tensor, seed: int) -> None:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def mean_shift(change: Tensor, samples: Tensor) -> Tensor:
+    """What a change of the weights, output channels first, adds to the mean of every output channel."""
+    mean = samples.mean(2)
+    return (change.reshape(len(mean), -1, mean.shape[1]) @ mean[:, :, None]).flatten()
 
 
 def covariance(samples: Tensor) -> Tensor:
