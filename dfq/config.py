@@ -118,9 +118,8 @@ def quant_config(
     bits = LayerBits(int(match[2]), int(match[3]))
     if match[1]:
         return QuantConfig(
-            bits, bits, bits, dict(overrides or {}), ranges, weight_scheme="affine", activations="after_relu",
-            averaging_constant=1e-3,  # min/max ranges that follow the widest generated images lose a percent
-        )  # fmt: skip
+            bits, bits, bits, dict(overrides or {}), ranges, weight_scheme="affine", activations="after_relu"
+        )
     return QuantConfig(bits, overrides=dict(overrides or {}), ranges=ranges)
 
 

@@ -244,3 +244,20 @@ def test_recipes_that_are_none(keywords: dict, text: str) -> None:
 def test_fits_that_are_none(keywords: dict, text: str) -> None:
     with pytest.raises(ValueError, match=f"LayerFit: {text}"):
         LayerFit(**keywords)
+
+
+@pytest.mark.parametrize(
+    ("rungs", "follows"), [(("analytic", "distilled"), False), (("calibrated", "distilled"), True)]
+)
+def test_ranges_of_batch_norms_hardly_follow_generated_images(rungs: tuple[str, ...], follows: bool) -> None:
+    from tests.test_trainer import task
+
+    work = task(replace(SMALL_RECIPE, rungs=rungs, generators=SMALL_RECIPE.generators[:1]), quant_config("W8A8"))
+    first = work.first_step("student")
+    for index in range(first):
+        work.step(index)
+    before = work.students[0].get_buffer("quantizers.x_8.running_max").clone()
+    work.pool.batch = lambda purpose, step: torch.full((8, 1, 12, 12), 50.0)  # type: ignore[method-assign]
+    work.student_step(0, 0)
+    moved = float((work.students[0].get_buffer("quantizers.x_8.running_max") - before) / (50 - before))
+    assert moved == pytest.approx(0.1 if follows else 0.001, rel=1e-2)

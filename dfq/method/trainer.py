@@ -47,6 +47,8 @@ from dfq.running.execution import Execution
 from dfq.running.optimizers import cosine, set_learning_rate
 from dfq.running.seeds import seeded_initialisation
 
+PACE = 1e-3  # of ranges that batch norms have set: generated images have other extremes than real ones
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -124,6 +126,8 @@ class DataFreeTraining:
         self.budget, self.bits = budget, dict[str, int]()  # of the layers that it is about
         self.rungs: dict[str, dict[str, Tensor]] = {}  # the product's state after each rung but the last
         self.optimizers: list[Optimizers] = [] if quant else student_optimizers(self.students, recipe)
+        begun = [rung for rung in recipe.rungs if rung in BEGINNINGS]
+        self.pace = PACE if begun[-1] == "analytic" else None
         self.phases = self._phases()
         self.total_steps = sum(phase.steps for phase in self.phases)
 
@@ -234,7 +238,7 @@ class DataFreeTraining:
         teacher = self.teacher if attentive else self.fused_teacher
         with torch.no_grad(), autocast(self.device, self.precision), feature_maps(teacher, attentive) as wanted:
             teacher_logits = self.execution.call(teacher, images)
-        set_adapting(student, True)
+        set_adapting(student, True, pace=self.pace)
         with feature_maps(student, attentive) as maps:
             terms = {"distillation": self.distance(teacher_logits, self._forward(student, images, learning=True))}
         set_adapting(student, False)

@@ -254,12 +254,19 @@ def _quantizers(model: nn.Module) -> Iterator[ActivationQuantizer]:
     return (module for module in model.modules() if isinstance(module, ActivationQuantizer))
 
 
-def set_adapting(model: nn.Module, adapting: bool, *, batch_norms: bool = True) -> None:
-    """Whether training forwards move ranges and, where these train and `batch_norms`, batch norms."""
+def set_adapting(
+    model: nn.Module, adapting: bool, *, batch_norms: bool = True, pace: float | None = None
+) -> None:  # fmt: skip
+    """Whether training forwards move ranges and, where these train and `batch_norms`, batch norms.
+
+    pace: the weight of a batch in moving ranges from now on; None: as it is.
+    """
     for module in model.modules():
         if hasattr(module, "adapting"):
             is_range = isinstance(module, ActivationQuantizer)
             module.adapting = adapting and (is_range or batch_norms)  # type: ignore[assignment]
+            if isinstance(module, ActivationQuantizer) and pace is not None:
+                module.averaging_constant = pace
 
 
 def unset_ranges(model: nn.Module) -> list[str]:
