@@ -88,7 +88,7 @@ def test_the_readme_marks_old_rows_and_only_these(old: bool) -> None:
     commits = readme.measured_commits()
     known = {table: dict.fromkeys(names, STALE if old else FRESH) for table, names in commits.items()}
     blocks = re.findall(r"<!-- \w+ -->\n(.*?)<!-- end -->", readme.build(README, known), re.DOTALL)
-    assert len(blocks) == 9 and all(("†" in block) == old and "‡" not in block for block in blocks)
+    assert len(blocks) == 10 and all(("†" in block) == old and "‡" not in block for block in blocks)
     assert all(re.search(r"commit \w{7}(-dirty)? \(\d{4}-\d\d-\d\d\)", block) for block in blocks)
 
 

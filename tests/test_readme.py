@@ -21,7 +21,7 @@ def examples() -> list[str]:
 
 def test_tables_are_not_stale() -> None:
     assert readme.build(TEXT) == TEXT, "run `make readme`"
-    assert TEXT.count("<!-- end -->") == 9
+    assert TEXT.count("<!-- end -->") == 10
 
 
 def test_the_measured_teacher_is_the_embedded_one() -> None:
