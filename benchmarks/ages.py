@@ -107,7 +107,7 @@ def mark(ages: dict[str, Age], commits: set[str]) -> str:
 def legend(ages: dict[str, Age], commits: set[str]) -> str:
     """What the marks mean; nothing where there are none."""
     lines = []
-    stale = [ages[commit] for commit in commits if commit in ages and ages[commit].paths]
+    stale = [ages[commit] for commit in sorted(commits) if commit in ages and ages[commit].paths]
     if stale:
         paths = list(dict.fromkeys(f"`{path}`" for item in stale for path in item.paths))
         more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
