@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dfq.config import quant_config
 from dfq.method import compensate as module
 from dfq.method.analytic import analytic_ranges
-from dfq.method.compensate import compensate, compensated, covariance
+from dfq.method.compensate import compensate, compensated, covariance, descended, fitted_scale, rounded_in_order
 from dfq.method.noise import Moments
 from dfq.quant import prepare
 from dfq.quant.quantizers import fit_weights, weight_layers
@@ -35,20 +35,53 @@ def correlated(inputs: int, random: torch.Generator) -> Tensor:
     return covariance(mixed[None])
 
 
+def in_groups(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return weight.double()[None], scale.double()[None]
+
+
 def test_inputs_that_have_nothing_in_common_are_plain_rounding(random: torch.Generator) -> None:
-    weight, scale = torch.randn(5, 7, generator=random), torch.full((5,), 0.5)
-    found = compensated(weight, torch.eye(7).double()[None], scale, -4, 3)
-    assert torch.equal(found, weight)
+    wanted, step = in_groups(torch.randn(5, 7, generator=random), torch.full((5,), 0.5))
+    alone, plain = torch.eye(7).double()[None], (wanted / 0.5).round().clamp(-4, 3)
+    found = rounded_in_order(wanted, alone, step, -4, 3)
+    assert torch.equal(found, plain)
+    assert torch.equal(descended(torch.zeros_like(plain), wanted, alone, step, -4, 3), plain)
 
 
-def test_it_is_nearer_than_plain_rounding_and_never_nearer_than_the_best(random: torch.Generator) -> None:
-    weight, scale, spread = torch.randn(40, 4, generator=random), torch.full((40,), 0.8), correlated(4, random)
-    off = rounded(compensated(weight, spread, scale, -2, 1), scale, -2, 1) - weight
-    choices = 0.8 * torch.tensor(list(itertools.product(range(-2, 2), repeat=4)))
+def test_each_part_is_nearer_and_none_nearer_than_the_best(random: torch.Generator) -> None:
+    weight, spread = torch.randn(40, 4, generator=random).double(), correlated(4, random)
+    scale = torch.full((40,), 0.8).double()
+    wanted, step = in_groups(weight, scale)
+    first = rounded_in_order(wanted, spread, step, -2, 1)
+    second = descended(first, wanted, spread, step, -2, 1)
+    fitted = fitted_scale(second, wanted, spread, step)
+    choices = 0.8 * torch.tensor(list(itertools.product(range(-2, 2), repeat=4))).double()
     best = torch.stack([error(choices - row, spread[0]).min() for row in weight])
-    mine, plain = error(off, spread[0]), error(rounded(weight, scale, -2, 1) - weight, spread[0])
-    assert bool((mine >= best - 1e-9).all())
-    assert float((mine - best).mean()) < 0.6 * float((plain - best).mean())
+    plain = error(rounded(weight, scale, -2, 1) - weight, spread[0])
+    in_order, descent = (error(0.8 * found[0] - weight, spread[0]) for found in (first, second))
+    whole = error(compensated(weight, spread, scale, -2, 1)[0] - weight, spread[0])
+    assert bool((descent >= best - 1e-9).all())
+    assert bool((descent <= in_order + 1e-9).all())
+    assert float((in_order - best).mean()) < 0.6 * float((plain - best).mean())
+    assert float((descent - best).mean()) < 0.7 * float((in_order - best).mean())
+    better = error(second[0] * fitted[0, :, None] - weight, spread[0])
+    assert bool((better <= descent + 1e-9).all())
+    assert bool((whole <= better + 1e-6).all())
+    for factor in (0.99, 1.01):
+        assert bool((better <= error(second[0] * factor * fitted[0, :, None] - weight, spread[0]) + 1e-9).all())
+
+
+def test_integers_that_are_all_zero_keep_their_scale() -> None:
+    nothing, step = in_groups(torch.zeros(2, 3), torch.tensor([0.5, 0.25]))
+    alone = torch.eye(3).double()[None]
+    assert torch.equal(fitted_scale(nothing, nothing, alone, step), step)
+    weight, scale = compensated(nothing[0].float(), alone, step[0].float(), -8, 7)
+    assert not bool(weight.any()) and bool((scale > 0).all())
+
+
+def test_weights_are_integers_times_their_scale(random: torch.Generator) -> None:
+    found, scale = compensated(torch.randn(6, 9, generator=random), correlated(9, random), torch.rand(6) + 0.1, -4, 3)
+    integers = found / scale[:, None]
+    torch.testing.assert_close(integers, integers.round().clamp(-4, 3), rtol=0, atol=1e-5)
 
 
 def test_blocks_change_nothing(random: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +98,7 @@ def test_groups_are_apart(random: torch.Generator) -> None:
     for group in range(3):
         rows = slice(2 * group, 2 * group + 2)
         alone = compensated(weight[rows], spreads[group : group + 1], scale[rows], -4, 3)
-        torch.testing.assert_close(together[rows], alone)
+        torch.testing.assert_close((together[0][rows], together[1][rows]), alone)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
     noise, with the images' mean and deviation
     every batch norm normalises it by its own statistics, not by the stored ones
-    ranges are what is seen then; of an average, what is seen of its input
+    ranges are what is seen then, narrower with fewer than 8 bits; of an average, what is seen of its input
     weights of fewer than 8 bits have the scale of least squared error; what rounding one adds to the layer's result,
         the others that are still to be rounded take back
     what rounding does to the mean and the variance of a channel is done to what its batch norm stores
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, fx
 
 from dfq.layers.tail import Tail
+from dfq.method.clipping import clip_ranges
 from dfq.method.compensate import compensate
 from dfq.method.noise import Moments, pink_noise
 from dfq.quant.modes import FloatRun, averages_as_wide_as_their_inputs, batch_statistics, normalized_tails
@@ -90,9 +91,11 @@ def analytic_ranges(
     prepared_of(student, "analytic_ranges")
     if not normalized_tails(student):
         raise ValueError("analytic_ranges: student must have batch norms, got none")
+    batches = list(_noise(student, moments, bounds, seed))
     with batch_statistics(student), averages_as_wide_as_their_inputs(student):
-        for noise in _noise(student, moments, bounds, seed):
+        for noise in batches:
             student(noise)
+    clip_ranges(student, batches[0])
 
 
 def _noise(

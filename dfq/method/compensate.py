@@ -1,14 +1,19 @@
-"""Weights that are rounded one after the other, each taking back what the ones before it have added.
+"""Weights rounded so that they take back what rounding the others has added, and scales that suit the integers.
 
     H = x x^T + damping mean(diag(x x^T)) I,  x the centred inputs of the layer, that the rounded layers before it make
-    U = upper Cholesky factor of H^-1
-    for each input k, those with most variance first:
-        q_k = round(w_k / scale) scale
-        w_j -= (w_k - q_k) U_kj / U_kk   for all j that are not rounded yet
+    error = (w - scale q)^T H (w - scale q), of each output channel; from several first scales, the best counts:
+        U = upper Cholesky factor of H^-1
+        for each input k, those with most variance first:
+            q_k = round(w_k / scale)
+            w_j -= (w_k - scale q_k) U_kj / U_kk   for all j that are not rounded yet
+        several times, for each input k:
+            q_k = round(q_k + (H (w - scale q))_k / (scale H_kk)),   w as it was
+        scale = q^T H w / q^T H q
 
-It is the solution of least squares for the weights that are left, one rounding at a time. The mean of a channel moves:
-a bias takes that back, or the batch norms, which are corrected afterwards. Here the inputs are those of noise. Sources:
-E. Frantar et al., GPTQ, ICLR 2023, algorithm 1; B. Hassibi and D. Stork, Optimal Brain Surgeon, NeurIPS 1992.
+First come least squares for the weights that are left, one rounding at a time, then the best of each integer beside all
+others. The mean of a channel moves: a bias takes that back, or the batch norms, which are corrected afterwards. Here
+the inputs are those of noise. Sources: E. Frantar et al., GPTQ, ICLR 2023, algorithm 1; B. Hassibi and D. Stork,
+Optimal Brain Surgeon, NeurIPS 1992; K. Behdin et al., QuantEase, arXiv 2309.01885 (coordinate descent).
 """
 
 from __future__ import annotations
@@ -25,6 +30,8 @@ from dfq.quant.quantizers import WeightQuantizer, weight_layers
 DAMPING = 0.1
 PLACES = 512  # of an image: outputs whose inputs are looked at
 BLOCK = 128  # inputs whose corrections reach the rest in one product
+STARTS = 0.85, 1.0, 1.15  # first scales, in units of that of least squared error
+SWEEPS = 2  # of the descent, over all inputs
 LARGEST = 5000  # inputs of an output: factors of larger matrices take minutes and gigabytes
 TINY = 1e-12
 
@@ -51,12 +58,14 @@ def compensate(student: fx.GraphModule, images: Tensor, seed: int) -> None:
         if samples is None or samples.shape[1] > LARGEST or not bool(samples.isfinite().all()):
             return inputs
         as_it_was = layer.oriented().clone()
-        moved = compensated(as_it_was, covariance(samples), scale, quantizer.quant_min, quantizer.quant_max)
+        spread = covariance(samples)
+        moved, fitted = compensated(as_it_was, spread, scale, quantizer.quant_min, quantizer.quant_max)
         layer.weight.copy_(moved)
-        rounded = quantizer(moved)[0]
+        quantizer.scale.copy_(fitted)
+        rounded, fitted = quantizer(moved)
         if layer.bias is not None and layer.tail.bn is None:
             layer.bias.sub_(mean_shift(rounded - as_it_was, samples))
-        return x, x_scale, rounded, scale
+        return x, x_scale, rounded, fitted
 
     hooks = []
     for name, layer in layers.items():
@@ -88,29 +97,75 @@ def covariance(samples: Tensor) -> Tensor:
     return found + level[:, None, None] * torch.eye(found.shape[1], dtype=found.dtype, device=found.device)
 
 
-def compensated(weight: Tensor, covariance: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """Weights that `round(weight / scale)` rounds to the compensated integers.
+def compensated(weight: Tensor, covariance: Tensor, scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Compensated weights, integers times their scale, and this scale.
 
     Args:
         weight: output channels first.
         covariance: `[groups, K, K]` of what they multiply, positive definite.
-        scale: of every output channel.
+        scale: of every output channel, where the search starts.
         low, high: the integers there are.
     """
     groups, inputs, _ = covariance.shape
-    left, step = weight.double().reshape(groups, -1, inputs), scale.double().reshape(groups, -1)
+    wanted, first = weight.double().reshape(groups, -1, inputs), scale.double().reshape(groups, -1)
+    best = least = torch.empty(0)
+    for start in STARTS:
+        step = first * start
+        integers = rounded_in_order(wanted, covariance, step, low, high)
+        integers = descended(integers, wanted, covariance, step, low, high)
+        step = fitted_scale(integers, wanted, covariance, step)
+        trial = torch.cat([integers * step[..., None], step[..., None]], 2)
+        off = wanted - trial[..., :-1]
+        error = (off @ covariance * off).sum(2)
+        if start == STARTS[0]:
+            best, least = trial, error
+        best = torch.where((error < least)[..., None], trial, best)
+        least = torch.minimum(error, least)
+    return best[..., :-1].reshape(weight.shape).to(weight.dtype), best[..., -1].reshape(scale.shape).to(scale.dtype)
+
+
+def rounded_in_order(wanted: Tensor, covariance: Tensor, step: Tensor, low: int, high: int) -> Tensor:
+    """Integers `[groups, channels, K]`, one input after the other."""
+    inputs = wanted.shape[2]
     order = covariance.diagonal(dim1=1, dim2=2).argsort(1, descending=True)
-    left = left.gather(2, order[:, None].expand_as(left))
+    left = wanted.gather(2, order[:, None].expand_as(wanted))
     sorted_rows = covariance.gather(1, order[:, :, None].expand_as(covariance))
     ordered = sorted_rows.gather(2, order[:, None].expand_as(covariance))
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(ordered)), upper=True)
+    integers = torch.empty_like(left)
     for first in range(0, inputs, BLOCK):
         last = min(first + BLOCK, inputs)
         errors = torch.zeros_like(left[:, :, first:last])
         for k in range(first, last):
             now = left[:, :, k]
-            rounded = (now / step).round().clamp(low, high) * step
-            errors[:, :, k - first] = (now - rounded) / factor[:, k, k, None]
+            integers[:, :, k] = (now / step).round().clamp(low, high)
+            errors[:, :, k - first] = (now - integers[:, :, k] * step) / factor[:, k, k, None]
             left[:, :, k + 1 : last] -= errors[:, :, k - first, None] * factor[:, None, k, k + 1 : last]
         left[:, :, last:] -= errors @ factor[:, first:last, last:]
-    return left.gather(2, order.argsort(1)[:, None].expand_as(left)).reshape(weight.shape).to(weight.dtype)
+    return integers.gather(2, order.argsort(1)[:, None].expand_as(left))
+
+
+def descended(integers: Tensor, wanted: Tensor, covariance: Tensor, step: Tensor, low: int, high: int) -> Tensor:
+    """Each integer in turn becomes the best beside all others; the error only falls."""
+    found, inputs = integers.clone(), wanted.shape[2]
+    curvature = covariance.diagonal(dim1=1, dim2=2)[:, None] * step[..., None]
+    slope = (wanted - integers * step[..., None]) @ covariance
+    for first in [*range(0, inputs, BLOCK)] * SWEEPS:
+        last = min(first + BLOCK, inputs)
+        near, moved = slope[:, :, first:last], torch.zeros_like(slope[:, :, first:last])
+        for k in range(first, last):
+            better = (found[:, :, k] + slope[:, :, k] / curvature[:, :, k]).round().clamp(low, high)
+            moved[:, :, k - first] = (better - found[:, :, k]) * step
+            found[:, :, k] = better
+            near -= moved[:, :, k - first, None] * covariance[:, None, k, first:last]
+        beyond = moved @ covariance[:, first:last]
+        slope[:, :, :first] -= beyond[:, :, :first]
+        slope[:, :, last:] -= beyond[:, :, last:]
+    return found
+
+
+def fitted_scale(integers: Tensor, wanted: Tensor, covariance: Tensor, step: Tensor) -> Tensor:
+    """The scale `[groups, channels]` with which these integers have the least error; that of before where all are 0."""
+    seen = integers @ covariance
+    power, shared = (seen * integers).sum(2), (seen * wanted).sum(2)
+    return torch.where((power > 0) & (shared > 0), shared / power.clamp(min=TINY), step)
