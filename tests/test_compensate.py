@@ -167,7 +167,8 @@ def test_a_weight_of_two_layers_stays() -> None:
     fit_weights(student)
     analytic_ranges(student, STANDARD)
     before = [weight.detach().clone() for _, _, weight in weight_layers(student)]
-    compensate(student, torch.randn(8, 1, 12, 12), seed=0)
+    with pytest.warns(UserWarning, match="without compensation in conv, conv_1$"):
+        compensate(student, torch.randn(8, 1, 12, 12), seed=0)
     assert all(torch.equal(weight, old) for (_, _, weight), old in zip(weight_layers(student), before, strict=True))
 
 
@@ -200,6 +201,16 @@ def test_layers_with_very_many_inputs_stay(monkeypatch: pytest.MonkeyPatch) -> N
     fit_weights(student)
     analytic_ranges(student, STANDARD)
     before = [weight.detach().clone() for _, _, weight in weight_layers(student)]
-    compensate(student, torch.randn(8, 1, 12, 12), seed=0)
+    with pytest.warns(UserWarning, match="without compensation in .*conv"):
+        compensate(student, torch.randn(8, 1, 12, 12), seed=0)
     same = [torch.equal(weight, old) for (_, _, weight), old in zip(weight_layers(student), before, strict=True)]
     assert sum(same) >= 3  # those of 3x3 taps of 8 channels, and the edges, which have 8 bits
+
+
+def test_a_transposed_convolution_is_named() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ConvTranspose2d(4, 4, 2, 2), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3))
+    student = copy.deepcopy(prepare(net.eval(), (1, 12, 12), quant_config("W3A8")))
+    fit_weights(student)
+    analytic_ranges(student, STANDARD)
+    with pytest.warns(UserWarning, match="without compensation in 1$"):
+        compensate(student, torch.randn(8, 1, 12, 12), seed=0)

@@ -18,12 +18,12 @@ Optimal Brain Surgeon, NeurIPS 1992; K. Behdin et al., QuantEase, arXiv 2309.018
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from dfq.layers.weighted import QuantLayer
 from dfq.quant.modes import batch_statistics
 from dfq.quant.quantizers import WeightQuantizer, weight_layers
 
@@ -38,49 +38,61 @@ TINY = 1e-12
 
 @torch.no_grad()
 def compensate(student: fx.GraphModule, images: Tensor, seed: int) -> None:
-    """Moves the weights of fewer than 8 bits so that they are rounded to the compensated ones.
+    """Moves the symmetric weights of fewer than 8 bits so that they are rounded to the compensated ones.
+
+    A warning names the layers whose weights stay as they are: those that do not say what their weights multiply
+    (transposed convolutions), whose weight another one has, with more than `LARGEST` inputs of an output, or whose
+    input is not finite.
 
     Args:
-        student: of `dfq.quant.prepare`, with ranges set and scales of weights fixed (`fit_weights`). Layers stay as
-            they are that do not say what their weights multiply, whose weight another one has, or with more than
-            `LARGEST` inputs of an output.
+        student: of `dfq.quant.prepare`, with ranges set and scales of weights fixed (`fit_weights`).
         images: `[N, ...]`; batch norms normalise them by their own statistics.
         seed: of the places that are drawn.
     """
-    quantizers = {name: quantizer for name, quantizer, _ in weight_layers(student)}
-    layers = {name: student.get_submodule(name) for name in quantizers}
+    few = {
+        name: quantizer
+        for name, quantizer, _ in weight_layers(student)
+        if quantizer.bits < 8 and quantizer.scheme == "symmetric"
+    }
+    owners = [id(student.get_submodule(name).weight) for name, _, _ in weight_layers(student)]
     random = torch.Generator().manual_seed(seed)
-    owners = [id(layer.weight) for layer in layers.values()]
+    left: list[str] = []
 
-    def before(layer: Any, inputs: tuple[Tensor, ...], quantizer: WeightQuantizer) -> tuple[Tensor, ...]:
+    def before(name: str, layer: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, x_scale, _, scale = inputs
         samples = layer.patches(x.float(), PLACES, random)
-        if samples is None or samples.shape[1] > LARGEST or not bool(samples.isfinite().all()):
+        alone = owners.count(id(layer.weight)) == 1
+        if not alone or samples is None or samples.shape[1] > LARGEST or not bool(samples.isfinite().all()):
+            left.append(name)
             return inputs
-        as_it_was = layer.oriented().clone()
-        spread = covariance(samples)
-        moved, fitted = compensated(as_it_was, spread, scale, quantizer.quant_min, quantizer.quant_max)
-        layer.weight.copy_(moved)
-        quantizer.scale.copy_(fitted)
-        rounded, fitted = quantizer(moved)
-        if layer.bias is not None and layer.tail.bn is None:
-            layer.bias.sub_(mean_shift(rounded - as_it_was, samples))
+        rounded, fitted = _compensate(layer, few[name], samples, scale)
         return x, x_scale, rounded, fitted
 
-    hooks = []
-    for name, layer in layers.items():
-        quantizer = quantizers[name]
-        alone = isinstance(layer, QuantLayer) and owners.count(id(layer.weight)) == 1
-        if alone and quantizer.bits < 8 and quantizer.scheme == "symmetric":
-            hooks.append(
-                layer.register_forward_pre_hook(lambda layer, inputs, q=quantizer: before(layer, inputs, q))  # type: ignore[misc]
-            )
+    layers = {name: student.get_submodule(name) for name in few}
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, inputs, name=name: before(name, layer, inputs))
+        for name, layer in layers.items()
+    ]
     try:
         with batch_statistics(student, ranges=False):
             student(images)
     finally:
         for hook in hooks:
             hook.remove()
+    if left:
+        warnings.warn(f"analytic: weights are rounded without compensation in {', '.join(left)}", stacklevel=3)
+
+
+def _compensate(layer: Any, quantizer: WeightQuantizer, samples: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """One layer's weights, scales and, without a batch norm, biases; gives its rounded weights and scales."""
+    as_it_was = layer.oriented().clone()
+    moved, fitted = compensated(as_it_was, covariance(samples), scale, quantizer.quant_min, quantizer.quant_max)
+    layer.weight.copy_(moved)
+    quantizer.scale.copy_(fitted)
+    rounded, fitted = quantizer(moved)
+    if layer.bias is not None and layer.tail.bn is None:
+        layer.bias.sub_(mean_shift(rounded - as_it_was, samples))
+    return rounded, fitted
 
 
 def mean_shift(change: Tensor, samples: Tensor) -> Tensor:
