@@ -18,6 +18,7 @@ Optimal Brain Surgeon, NeurIPS 1992; K. Behdin et al., QuantEase, arXiv 2309.018
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -33,6 +34,7 @@ BLOCK = 128  # inputs whose corrections reach the rest in one product
 STARTS = 0.85, 1.0, 1.15  # first scales, in units of that of least squared error
 SWEEPS = 2  # of the descent, over all inputs
 LARGEST = 5000  # inputs of an output: factors of larger matrices take minutes and gigabytes
+INSIDE = 0.45  # of a scale, from an integer: what is rounded to it for certain
 TINY = 1e-12
 
 
@@ -86,13 +88,22 @@ def compensate(student: fx.GraphModule, images: Tensor, seed: int) -> None:
 def _compensate(layer: Any, quantizer: WeightQuantizer, samples: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """One layer's weights, scales and, without a batch norm, biases; gives its rounded weights and scales."""
     as_it_was = layer.oriented().clone()
-    moved, fitted = compensated(as_it_was, covariance(samples), scale, quantizer.quant_min, quantizer.quant_max)
-    layer.weight.copy_(moved)
+    rounded, fitted = compensated(as_it_was, covariance(samples), scale, quantizer.quant_min, quantizer.quant_max)
     quantizer.scale.copy_(fitted)
-    rounded, fitted = quantizer(moved)
+    layer.weight.copy_(nearest_that_rounds(as_it_was, rounded, fitted, quantizer.quant_min, quantizer.quant_max))
+    rounded, fitted = quantizer(layer.oriented())
     if layer.bias is not None and layer.tail.bn is None:
         layer.bias.sub_(mean_shift(rounded - as_it_was, samples))
     return rounded, fitted
+
+
+def nearest_that_rounds(weight: Tensor, rounded: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """What is rounded to `rounded` and next to `weight`: training changes integers sooner than from their middles."""
+    step = scale.view(-1, *[1] * (weight.dim() - 1))
+    least, most = rounded - INSIDE * step, rounded + INSIDE * step
+    least = torch.where(rounded <= (low + 0.5) * step, -math.inf, least)
+    most = torch.where(rounded >= (high - 0.5) * step, math.inf, most)
+    return torch.minimum(torch.maximum(weight, least), most)
 
 
 def mean_shift(change: Tensor, samples: Tensor) -> Tensor:
