@@ -23,7 +23,7 @@ demo: .venv/native             ## quantize the embedded network to W4A4 without 
 	$(BIN)/dfq quantize --preset W4A4 --recipe default --steps 200 --seed 0 --out runs/demo
 
 # what takes long comes first, so that no process waits for another's last file; amx and cuda share a module that one builds
-SLOW := conformance engine_operators triton cuda native setup engine_exported amx gpu_check execution trainer cli onnx \
+SLOW := conformance engine_operators triton cuda native setup engine_exported amx gpu_check processes execution trainer cli onnx \
   layer_chains layers benchmarks end_to_end quant
 FIRST := $(SLOW:%=tests/test_%.py)
 TESTS := $(FIRST) $(filter-out $(FIRST),$(sort $(wildcard tests/test_*.py)))
@@ -31,9 +31,9 @@ TESTS := $(FIRST) $(filter-out $(FIRST),$(sort $(wildcard tests/test_*.py)))
 test: .venv/native             ## lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy & types=$$!; \
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
-	  --durations=50 $(TESTS)
+	  --durations=50 $(TESTS); tests=$$?; wait $$types && exit $$tests
 
 FAST := architecture arguments checkpoint dispatch gpu_settings integers losses makefile pool quantizers reference \
   run_folder steps tensor_cores tiles

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.machine import UNKNOWN, machine_line
-from benchmarks.rows import command
+from benchmarks.machine import machine_line
+from benchmarks.rows import command, found_rows, with_commits
 from dfq.arguments import pixel_bounds
 from dfq.config import RECIPES, GeneratorConfig, Recipe, quant_config, to_json
 from dfq.data.images import Batches, load_images
@@ -226,24 +226,11 @@ def run(row: Row) -> Mapping[str, Any]:
     return {**described, **values, "seconds": round(time.monotonic() - started, 1), "machine": machine_line()}
 
 
-def found_rows(wanted: list[Row], before: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was measured of each row that is wanted: lately, or else what the result file has of an earlier recipe.
-
-    Every one names its commit, and the README marks those that are older than what they measure.
-    """
-    named = ("table", "method", "preset", "seed")
-    kept = {tuple(row[name] for name in named): row for row in before}
-    lately = {row: json.loads(row.path.read_text()) for row in wanted if row.path.exists()}
-    earlier = {row: kept.get(tuple(getattr(row, name) for name in named)) for row in wanted}
-    rows = [lately.get(row) or earlier[row] for row in wanted]
-    return [row for row in rows if row is not None]
-
-
 def assemble() -> None:
     """All rows as one file, with the teacher's accuracy and mean and deviation over seeds."""
     wanted = rows()
     before = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
-    found = found_rows(wanted, before)
+    found = found_rows(wanted, before, ("table", "method", "preset", "seed"))
     machine = machine_line()
     teacher = accuracy(load_teacher(), load_images("fashion-mnist", "test"), device=CPU)
     summary = []
@@ -259,9 +246,7 @@ def assemble() -> None:
                 {"preset": preset, "mean": statistics.mean(values), "deviation": deviation, "seeds": len(values)}
             )
     missing = [f"{row.table}: {row.method} {row.preset} seed {row.seed}" for row in wanted if not row.path.exists()]
-    for row in found:
-        if where := row.pop("machine", None):  # rows of before have their commit
-            row |= {"commit": where["commit"], "date": where.get("date", UNKNOWN)}
+    with_commits(found)
     data = {"teacher": teacher, "test_images": 10_000, "steps": STEPS, "batch": DEFAULT.batch_size, "machine": machine,
             "recipes": to_json(RECIPES), "default": summary, "missing": missing, "rows": found}  # fmt: skip
     write_atomic(RESULT, (json.dumps(data, indent=1) + "\n").encode())

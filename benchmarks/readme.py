@@ -76,13 +76,17 @@ def main_table(data: dict[str, Any], known: Ages) -> str:
 
 def students_table(data: dict[str, Any], known: Ages) -> str:
     """Float students: without data and on real images, mean and deviation over the seeds there are."""
-    mark = ages.mark(known, commits_of(data["rows"]))
+
+    def same(row: dict[str, Any], item: dict[str, Any]) -> bool:
+        return (row["table"], row["method"], row["students"][0]) == (item["table"], item["method"], item["student"])
+
     lines = [f"| float student of a teacher of {data['teacher']:.2f} | steps | seeds | accuracy % |",
              "| --- | ---: | ---: | ---: |"]  # fmt: skip
     for item in data["summary"]:
         if item["table"] == "main":
             spread = f" ± {item['deviation']:.2f}" if item["deviation"] is not None else ""
-            name = f"{item['student']}, {item['method']} {mark}".rstrip()
+            mine = [row for row in data["rows"] if same(row, item)]
+            name = f"{item['student']}, {item['method']} {ages.mark(known, commits_of(mine))}".rstrip()
             lines.append(f"| {name} | {data['recipe']['steps']:,} | {item['seeds']} | {item['mean']:.2f}{spread} |")
     return "\n".join([*lines, "", rows_sentence(data, data["rows"], known)])
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from benchmarks.machine import UNKNOWN
 from dfq.cli.app import keep_freed_memory
 from dfq.running.checkpoint import write_atomic
 
@@ -54,3 +55,29 @@ def command(
             print(f"{row.name}: {result['accuracy']:.2f} ({result['seconds']} s)", flush=True)
         finally:
             claim.unlink()
+
+
+def found_rows(wanted: Sequence[R], before: Sequence[dict[str, Any]], named: Sequence[str]) -> list[dict[str, Any]]:
+    """What was measured of each row that is wanted: lately, or else what the result file has of an earlier recipe.
+
+    Every one names its commit, and the README marks those that are older than what they measure.
+
+    Args:
+        before: rows of the result file.
+        named: what tells one row from another, there and here.
+    """
+    kept = {json.dumps([row[name] for name in named]): row for row in before}
+    found = []
+    for row in wanted:
+        if row.path.exists():
+            found.append(json.loads(row.path.read_text()))
+        elif earlier := kept.get(json.dumps([getattr(row, name) for name in named])):
+            found.append(earlier)
+    return found
+
+
+def with_commits(rows: Sequence[dict[str, Any]]) -> None:
+    """A row that was measured lately names its commit and date, as those of before do, in place of its machine."""
+    for row in rows:
+        if where := row.pop("machine", None):
+            row |= {"commit": where["commit"], "date": where.get("date", UNKNOWN)}

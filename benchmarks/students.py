@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.accuracy import CPU, RealImages
 from benchmarks.machine import machine_line
-from benchmarks.rows import command
+from benchmarks.rows import command, found_rows, with_commits
 from dfq.api import seeded_model
 from dfq.config import RECIPES, GeneratorConfig, Recipe, to_json
 from dfq.data.images import Batches, load_images
@@ -128,7 +128,8 @@ def run(row: Row) -> Mapping[str, Any]:
 def assemble() -> None:
     """All rows as one file, with mean and deviation over seeds."""
     wanted = rows()
-    found = [json.loads(row.path.read_text()) for row in wanted if row.path.exists()]
+    before = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
+    found = found_rows(wanted, before, ("table", "method", "students", "seed", "steps"))
     groups: dict[tuple[str, ...], list[float]] = {}
     for row in found:
         groups.setdefault((row["table"], row["method"], row["students"][0]), []).append(row["accuracy"])
@@ -140,12 +141,13 @@ def assemble() -> None:
         for (table, method, student), values in groups.items()
     ]  # fmt: skip
     teacher = accuracy(load_teacher(), load_images("fashion-mnist", "test"), device=CPU)
-    machine = found[-1]["machine"]
-    for row in found:
-        where = row.pop("machine")
-        row |= {"commit": where["commit"], "date": where["date"]}
+    machine = machine_line()
+    with_commits(found)
+    there = {(row["table"], row["method"], row["students"][0], row["seed"]) for row in found}
     missing = [
-        f"{row.table}: {row.method} {row.students[0]} seed {row.seed}" for row in wanted if not row.path.exists()
+        f"{row.table}: {row.method} {row.students[0]} seed {row.seed}"
+        for row in wanted
+        if (row.table, row.method, row.students[0], row.seed) not in there
     ]
     data = {"teacher": teacher, "test_images": 10_000, "batch": DISTILL.batch_size, "machine": machine,
             "recipe": to_json(DISTILL), "summary": summary, "missing": missing, "rows": found}  # fmt: skip
