@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def main_table(data: dict[str, Any], known: Ages) -> str:
 
     def cell(method: str, preset: str, key: str = "accuracy") -> str:
         values = [row[key] for row in rows if row["method"] == method and row["preset"] == preset and key in row]
-        return f"{values[0]:.2f}" if values else "—"
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.2f}{spread}" if values else "—"
 
     def marked(name: str, method: str) -> str:
         mine = [row for row in rows if row["method"] == method]
