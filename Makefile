@@ -33,7 +33,8 @@ test: .venv/native             ## lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy & types=$$!; \
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
-	  --durations=50 $(TESTS); tests=$$?; wait $$types && exit $$tests
+	  --durations=50 $(TESTS); tests=$$?; \
+	wait $$types || { echo 'types: failed, see mypy above'; exit 1; }; exit $$tests
 
 FAST := architecture arguments checkpoint dispatch gpu_settings integers losses makefile pool quantizers reference \
   run_folder steps tensor_cores tiles

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from benchmarks.baselines import rows
 from benchmarks.machine import UNKNOWN, commit_of, write_results
 from benchmarks.outcome import finish
 from benchmarks.predicted import Counting
+from benchmarks.rows import found_rows, with_commits
 from benchmarks.timing import Seconds, per_graph
 from benchmarks.torch_ao import HookStatistics, TorchAo
 from dfq.quant.quantizers import ActivationQuantizer
@@ -188,3 +189,19 @@ def test_results_of_the_benchmark_before_make_no_commit_dirty(tmp_path: Path) ->
     assert commit_of(code.parent) == name
     code.write_text("2")
     assert commit_of(code.parent) == f"{name}-dirty"
+
+
+@dataclass(frozen=True)
+class Training:
+    path: Path
+    students: tuple[str, ...]
+    name: str = ""
+
+
+def test_rows_of_before_stay_until_they_are_measured_again(tmp_path: Path) -> None:
+    lately, earlier, nowhere = (Training(tmp_path / f"{name}.json", (name,)) for name in ("a", "b", "c"))
+    lately.path.write_text('{"students": ["a"], "accuracy": 2, "machine": {"commit": "new", "date": "today"}}')
+    before = [{"students": [name], "accuracy": 1, "commit": "old", "date": "then"} for name in ("a", "b", "other")]
+    found = found_rows([nowhere, lately, earlier], before, ("students",))
+    with_commits(found)
+    assert found == [{"students": ["a"], "accuracy": 2, "commit": "new", "date": "today"}, before[1]]

@@ -63,9 +63,9 @@ def compensate(student: fx.GraphModule, images: Tensor, seed: int) -> None:
     def before(name: str, layer: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, x_scale, _, scale = inputs
         samples = layer.patches(x.float(), PLACES, random)
-        alone = owners.count(id(layer.weight)) == 1
-        if not alone or samples is None or samples.shape[1] > LARGEST or not bool(samples.isfinite().all()):
-            left.append(name)
+        why = _why_not(samples, alone=owners.count(id(layer.weight)) == 1)
+        if samples is None or why is not None:
+            left.append(f"{name} ({why})")
             return inputs
         rounded, fitted = _compensate(layer, few[name], samples, scale)
         return x, x_scale, rounded, fitted
@@ -83,6 +83,17 @@ def compensate(student: fx.GraphModule, images: Tensor, seed: int) -> None:
             hook.remove()
     if left:
         warnings.warn(f"analytic: weights are rounded without compensation in {', '.join(left)}", stacklevel=3)
+
+
+def _why_not(samples: Tensor | None, *, alone: bool) -> str | None:
+    """Why a layer's rounding is not compensated; None: it is."""
+    if not alone:
+        return "another layer has its weight"
+    if samples is None:
+        return "what its weights multiply is not known"
+    if samples.shape[1] > LARGEST:
+        return f"over {LARGEST:,} inputs"
+    return None if bool(samples.isfinite().all()) else "its input is not finite"
 
 
 def _compensate(layer: Any, quantizer: WeightQuantizer, samples: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,30 +142,35 @@ def compensated(weight: Tensor, covariance: Tensor, scale: Tensor, low: int, hig
     """
     groups, inputs, _ = covariance.shape
     wanted, first = weight.double().reshape(groups, -1, inputs), scale.double().reshape(groups, -1)
-    best = least = torch.empty(0)
+    order, factor = elimination(covariance)
+    found, steps, errors = [], [], []
     for start in STARTS:
-        step = first * start
-        integers = rounded_in_order(wanted, covariance, step, low, high)
-        integers = descended(integers, wanted, covariance, step, low, high)
-        step = fitted_scale(integers, wanted, covariance, step)
-        trial = torch.cat([integers * step[..., None], step[..., None]], 2)
-        off = wanted - trial[..., :-1]
-        error = (off @ covariance * off).sum(2)
-        if start == STARTS[0]:
-            best, least = trial, error
-        best = torch.where((error < least)[..., None], trial, best)
-        least = torch.minimum(error, least)
-    return best[..., :-1].reshape(weight.shape).to(weight.dtype), best[..., -1].reshape(scale.shape).to(scale.dtype)
+        integers = rounded_in_order(wanted, order, factor, first * start, low, high)
+        integers = descended(integers, wanted, covariance, first * start, low, high)
+        step = fitted_scale(integers, wanted, covariance, first * start)
+        off = wanted - integers * step[..., None]
+        found.append(integers)
+        steps.append(step)
+        errors.append((off @ covariance * off).sum(2))
+    best = torch.stack(errors).argmin(0, keepdim=True)
+    step = torch.stack(steps).gather(0, best)[0]
+    integers = torch.stack(found).gather(0, best[..., None].expand(-1, -1, -1, inputs))[0]
+    rounded = (integers * step[..., None]).reshape(weight.shape).to(weight.dtype)
+    return rounded, step.reshape(scale.shape).to(scale.dtype)
 
 
-def rounded_in_order(wanted: Tensor, covariance: Tensor, step: Tensor, low: int, high: int) -> Tensor:
-    """Integers `[groups, channels, K]`, one input after the other."""
-    inputs = wanted.shape[2]
+def elimination(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs in the order in which they are rounded, `[groups, K]`, and `U` of the covariance in this order."""
     order = covariance.diagonal(dim1=1, dim2=2).argsort(1, descending=True)
-    left = wanted.gather(2, order[:, None].expand_as(wanted))
     sorted_rows = covariance.gather(1, order[:, :, None].expand_as(covariance))
     ordered = sorted_rows.gather(2, order[:, None].expand_as(covariance))
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(ordered)), upper=True)
+    return order, torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(ordered)), upper=True)
+
+
+def rounded_in_order(wanted: Tensor, order: Tensor, factor: Tensor, step: Tensor, low: int, high: int) -> Tensor:
+    """Integers `[groups, channels, K]`, one input after the other; order, factor: of `elimination`."""
+    inputs = wanted.shape[2]
+    left = wanted.gather(2, order[:, None].expand_as(wanted))
     integers = torch.empty_like(left)
     for first in range(0, inputs, BLOCK):
         last = min(first + BLOCK, inputs)
