@@ -77,7 +77,7 @@ def _stored(tail: Tail) -> int:
 def analytic_ranges(
     student: fx.GraphModule, moments: Moments, bounds: tuple[Tensor, Tensor] | None = None, *, seed: int = 0
 ) -> None:
-    """Sets every range of a student that has seen nothing yet.
+    """Sets every range of a student that has seen nothing yet; those of fewer than 8 bits are clipped.
 
     Args:
         student: of `dfq.quant.prepare`, ranges `moving`; batch norms stay as they are.
