@@ -119,13 +119,25 @@ def rows() -> list[Row]:
     minmax = replace(DEFAULT, ranges="minmax", student_learning_rate=5e-3)
     conventions = {"DF-QAT-KD default": DEFAULT, "DF-QAT-KD default, min/max ranges": minmax}
     gdfq = [
-        Row("gdfq", name, f"gdfq-{bits}", recipe=recipe, steps=GDFQ_STEPS)
+        Row("gdfq", name, f"gdfq-{bits}", seed, recipe, GDFQ_STEPS)
+        for seed in SEEDS
         for name, recipe in conventions.items()
         for bits in ("W3A3", "W4A4")
     ]
-    ablation = [Row("ablation", name, "W3A3", recipe=recipe) for name, recipe in ablations().items()]
+    ablation = [Row("ablation", name, "W3A3", seed, recipe) for seed in SEEDS for name, recipe in ablations().items()]
+    adversary = [row for seed in SEEDS for row in adversaries(seed, minmax)]
     first = len(PRESETS)
-    return main[:first] + gdfq + real + paper + main[first:] + ablation
+    return main[:first] + gdfq + real + paper + main[first:] + ablation + adversary
+
+
+def adversaries(seed: int, minmax: Recipe) -> list[Row]:
+    """A live generator where it could matter: ranges that follow images, weights of three levels."""
+    live = with_live(1.0, 4)
+    ranges = replace(minmax, generators=live.generators, student_steps_per_generator_step=4)
+    return [
+        Row("adversary", "adversary 1, 1 generator step to 4", "W2A4", seed, live),
+        Row("adversary", "min/max ranges, adversary 1, 1 generator step to 4", "gdfq-W3A3", seed, ranges, GDFQ_STEPS),
+    ]
 
 
 class RealImages:
