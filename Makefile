@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: native demo test lint types mutants readme accuracy bench sanitize cuda-check gpu gpu-full test-fast tune clean
+.PHONY: native demo test test-long lint types mutants readme accuracy bench sanitize cuda-check gpu gpu-full test-fast tune clean
 
 # torch first and by its exact version, so that a wheel on disk or a mirror is taken and nothing resolves to another one
 .venv/installed: pyproject.toml constraints.txt
@@ -23,18 +23,22 @@ demo: .venv/native             ## quantize the embedded network to W4A4 without 
 	$(BIN)/dfq quantize --preset W4A4 --recipe default --steps 200 --seed 0 --out runs/demo
 
 # what takes long comes first, so that no process waits for another's last file; amx and cuda share a module that one builds
-SLOW := conformance engine_operators triton cuda native setup engine_exported amx gpu_check processes execution trainer cli onnx \
+SLOW := conformance engine_operators native engine_exported processes execution trainer cli onnx \
   layer_chains layers benchmarks end_to_end quant
 FIRST := $(SLOW:%=tests/test_%.py)
 TESTS := $(FIRST) $(filter-out $(FIRST),$(sort $(wildcard tests/test_*.py)))
 # a thread that spins while it waits would take its core from the other process's tests
-test: .venv/native             ## lint, types, tests
+test: .venv/native             ## lint, types, tests but the long ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy & types=$$!; \
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
-	  --durations=50 $(TESTS); tests=$$?; \
+	  --durations=50 -m 'not long' $(TESTS); tests=$$?; \
 	wait $$types || { echo 'types: failed, see mypy above'; exit 1; }; exit $$tests
+
+test-long: .venv/native        ## the other tests: compilers for every GPU, emulators, a dry GPU check, a source distribution
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+	  --durations=20 -m long tests/test_triton.py $(filter-out tests/test_triton.py,$(TESTS))
 
 FAST := architecture arguments checkpoint dispatch gpu_settings integers losses makefile pool quantizers reference \
   run_folder steps tensor_cores tiles

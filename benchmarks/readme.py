@@ -9,6 +9,7 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,24 +91,75 @@ def students_table(data: dict[str, Any], known: Ages) -> str:
             mine = [row for row in data["rows"] if same(row, item)]
             name = f"{item['student']}, {item['method']} {ages.mark(known, commits_of(mine))}".rstrip()
             lines.append(f"| {name} | {data['recipe']['steps']:,} | {item['seeds']} | {item['mean']:.2f}{spread} |")
-    return "\n".join([*lines, "", rows_sentence(data, data["rows"], known)])
+    main = [row for row in data["rows"] if row["table"] == "main"]
+    return "\n".join([*lines, "", rows_sentence(data, main, known)])
 
 
-def other_table(data: dict[str, Any], table: str, title: str, known: Ages) -> str:
-    """Method, preset, accuracy and distance from the teacher."""
-    rows = [row for row in data["rows"] if row["table"] == table]
-    if table == "ablation":  # what the changes are changes of
-        same = {"method": "DF-QAT-KD default", "preset": "W3A3", "seed": 0}
-        rows = [row for row in data["rows"] if same.items() <= row.items()] + rows
-    lines = [f"| {title} | accuracy % | below teacher |", "| --- | ---: | ---: |"]
-    for row in rows:
-        name = row["method"]
-        if table == "gdfq":
-            ranges = "min/max ranges" if "min/max" in name else "learned ranges"
-            name = f"{row['preset']}, {ranges}, {row['steps'] * data['batch']:,} images"
-        name = f"{name} {ages.mark(known, commits_of([row]))}".rstrip()
-        lines.append(f"| {name} | {row['accuracy']:.2f} | {data['teacher'] - row['accuracy']:.2f} |")
+def compared_table(data: dict[str, Any], known: Ages) -> str:
+    """Float students of fewer steps: what is changed in the recipe, how many generators and students there are."""
+    rows = [row for row in data["rows"] if row["table"] in ("ablation", "generators")]
+    lines = [f"| {rows[0]['students'][0]}, {rows[0]['steps']:,} steps | seeds | accuracy % |", "| --- | ---: | ---: |"]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        name = f"{mine[0]['table']} {method} (1x1 is the recipe)" if mine[0]["table"] == "generators" else method
+        name = f"{name} {ages.mark(known, commits_of(mine))}".rstrip()
+        lines.append(f"| {name} | {len(mine)} | {mean_of(mine)} |")
     return "\n".join([*lines, "", rows_sentence(data, rows, known)])
+
+
+def mean_of(rows: list[dict[str, Any]]) -> str:
+    """Mean accuracy, and its deviation where there are several seeds."""
+    values = [row["accuracy"] for row in rows]
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def gdfq_table(data: dict[str, Any], known: Ages) -> str:
+    """The convention of later work: ranges, images, mean over seeds and its distance from the teacher."""
+    rows = [row for row in data["rows"] if row["table"] == "gdfq"]
+
+    def name(row: dict[str, Any]) -> str:
+        ranges = "min/max ranges" if "min/max" in row["method"] else "learned ranges"
+        return f"{row['preset']}, {ranges}, {row['steps'] * data['batch']:,} images"
+
+    return means_table(data, "convention of later work", grouped(rows, name), known)
+
+
+def ablation_table(data: dict[str, Any], known: Ages) -> str:
+    """What is changed in the default recipe at W3A3; where an adversary could matter, with and without it."""
+
+    def name(row: dict[str, Any]) -> str:
+        if row["table"] == "ablation" or (row["table"] == "main" and row["preset"] == "W3A3"):
+            return str(row["method"])
+        return f"{row['preset']}: {row['method']}"
+
+    def wanted(row: dict[str, Any]) -> bool:
+        default = row["table"] == "main" and row["method"] == "DF-QAT-KD default" and row["preset"] in ("W3A3", "W2A4")
+        minmax = row["table"] == "gdfq" and "min/max" in row["method"] and row["preset"] == "gdfq-W3A3"
+        return default or minmax or row["table"] in ("ablation", "adversary")
+
+    rows = [row for row in data["rows"] if wanted(row)]
+    rows.sort(key=lambda row: (row["preset"] != "W3A3", row["preset"], row["table"] in ("ablation", "adversary")))
+    return means_table(data, "W3A3, one change each", grouped(rows, name), known)
+
+
+def grouped(rows: list[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> dict[str, list[dict[str, Any]]]:
+    """Rows by what they are called, in the order of the first of each."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(name(row), []).append(row)
+    return found
+
+
+def means_table(data: dict[str, Any], title: str, groups: dict[str, list[dict[str, Any]]], known: Ages) -> str:
+    """Mean and deviation over seeds, and the mean's distance from the teacher."""
+    lines = [f"| {title} | seeds | accuracy % | below teacher |", "| --- | ---: | ---: | ---: |"]
+    for name, rows in groups.items():
+        below = data["teacher"] - statistics.mean(row["accuracy"] for row in rows)
+        marked = f"{name} {ages.mark(known, commits_of(rows))}".rstrip()
+        lines.append(f"| {marked} | {len(rows)} | {mean_of(rows)} | {below:.2f} |")
+    every = [row for rows in groups.values() for row in rows]
+    return "\n".join([*lines, "", rows_sentence(data, every, known)])
 
 
 def rows_sentence(data: dict[str, Any], rows: list[dict[str, Any]], known: Ages) -> str:
@@ -241,8 +293,9 @@ def build(text: str, known: dict[str, Ages] | None = None) -> str:
         "onnx": onnx_table(read(ONNX), of["onnx"]),
         "accuracy": main_table(data, of["accuracy"]),
         "students": students_table(read(STUDENTS), of["students"]),
-        "gdfq": other_table(data, "gdfq", "convention of later work", of["accuracy"]),
-        "ablation": other_table(data, "ablation", "W3A3, one change each", of["accuracy"]),
+        "compared": compared_table(read(STUDENTS), of["students"]),
+        "gdfq": gdfq_table(data, of["accuracy"]),
+        "ablation": ablation_table(data, of["accuracy"]),
     }
     for name, block in blocks.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -3,7 +3,8 @@
 It is the maintained product that quantizes without data: images from batch-norm statistics, then post-training
 quantization. `pip install model-compression-toolkit ccexam torchvision`; settings are its own defaults but for pixels:
 its generator knows ImageNet's normalisation only, so images are made in the network's own input space. Its tracer
-refuses ccexam's check of image sizes, so it gets the same layers in a row. `--real`: its images are crops of
+refuses ccexam's check of image sizes, so it gets the same layers in a row, and EfficientNet-Lite0's convolutions that
+pad their own input, so it gets the padding and the convolution apart. `--real`: its images are crops of
 photographs, other places than those that judge; then it is not without data, and has the best images there are.
 
     python examples/against_mct.py [--network NAME] [--images N] [--real] [--photographs FOLDER] [--json FILE]
@@ -27,6 +28,20 @@ from torch.nn import functional as F
 OTHER_PLACES = 1000  # a seed of crops that the judging ones do not have
 BATCH = 128
 PRODUCT = f"model-compression-toolkit {mct.__version__}"
+
+
+def plain(name: str, model: nn.Module) -> nn.Module:
+    """The same function of layers that the product's tracer takes."""
+    if name == "svhn":
+        return nn.Sequential(model.features, nn.Flatten(1), model.classifier)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Conv2d) and hasattr(module, "static_padding"):
+            settings = (module.in_channels, module.out_channels, module.kernel_size, tuple(module.stride))
+            conv = nn.Conv2d(*settings, groups=module.groups, bias=module.bias is not None)
+            conv.load_state_dict(module.state_dict())
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, nn.Sequential(module.static_padding, conv))
+    return model
 
 
 def generated(model: nn.Module, count: int, side: int) -> Tensor:
@@ -72,11 +87,10 @@ def main() -> None:
     if arguments.real and arguments.network != "efficientnet":
         parser.error("--real: must be with --network efficientnet, got svhn")
     model, judged, _, described = NETWORKS[arguments.network](arguments.photographs)
-    if arguments.network == "svhn":
-        model = nn.Sequential(model.features, nn.Flatten(1), model.classifier)
-    model = model.eval()
     with torch.no_grad():
-        wanted = torch.cat([model(part) for part in judged.split(50)])
+        wanted = torch.cat([model.eval()(part) for part in judged.split(50)])
+        model = plain(arguments.network, model).eval()
+        assert torch.allclose(model(judged[:10]), wanted[:10], rtol=1e-3, atol=1e-3), "not the same network"
     began = time.monotonic()
     if arguments.real:
         found = photographs(arguments.photographs)

@@ -88,15 +88,18 @@ def test_the_readme_marks_old_rows_and_only_these(old: bool) -> None:
     commits = readme.measured_commits()
     known = {table: dict.fromkeys(names, STALE if old else FRESH) for table, names in commits.items()}
     blocks = re.findall(r"<!-- \w+ -->\n(.*?)<!-- end -->", readme.build(README, known), re.DOTALL)
-    assert len(blocks) == 10 and all(("†" in block) == old and "‡" not in block for block in blocks)
+    assert len(blocks) == 11 and all(("†" in block) == old and "‡" not in block for block in blocks)
     assert all(re.search(r"commit \w{7}(-dirty)? \(\d{4}-\d\d-\d\d\)", block) for block in blocks)
 
 
 def test_one_old_row_is_marked_alone() -> None:
-    known = {"accuracy": dict.fromkeys(readme.measured_commits()["accuracy"], FRESH) | {"a42acf3": STALE}}
-    built = readme.other_table(readme.read(readme.ACCURACY), "ablation", "x", known["accuracy"])
-    rows = [line for line in built.splitlines() if line.startswith("| ")][1:]
-    assert 0 < sum("†" in line for line in rows) < len(rows)
+    rows = [
+        {"table": "ablation", "method": method, "preset": "W3A3", "accuracy": accuracy, "commit": commit, "date": "then"}
+        for method, accuracy, commit in (("a", 90.0, "now"), ("a", 91.0, "now"), ("b", 80.0, "now"), ("b", 82.0, "old"))
+    ]
+    data = {"rows": rows, "teacher": 92.0, "machine": {"cpu": "cpu", "torch": "2"}}
+    built = readme.ablation_table(data, {"now": FRESH, "old": STALE})
+    assert "| a | 2 | 90.50 ± 0.71 | 1.50 |" in built and "| b † | 2 | 81.00 ± 1.41 | 11.00 |" in built
 
 
 def test_the_age_of_every_measured_commit_was_asked() -> None:

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 INSTRUCTIONS = {"ldtilecfg", "tileloadd", "tdpbusd", "tilestored", "tilerelease"}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not VNNI, reason="AMX shares the packing of VNNI, which this processor does not have")
 @pytest.mark.parametrize(
     "arguments",

@@ -129,6 +129,7 @@ __global__ void right(int* to) { *to = Pair().product(); __syncthreads(); *to +=
     assert "kernels.cu:7 calls int host_only(int), which is no __device__" in lines
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tests", os.environ.get("DFQ_EMULATED_TESTS", "equals_reference").split(","))
 def test_emulated_kernels_pass_the_conformance_suite(emulated: Path, tests: str) -> None:
     command = [sys.executable, "-m", "tests.with_module", str(emulated), "-v", "tests/test_conformance.py",

@@ -172,6 +172,7 @@ def test_where_a_step_cannot_be_captured_the_reason_is_said_once() -> None:
             insisted.step("s", lambda: total.add_(1))
 
 
+@pytest.mark.long
 def test_compiled_networks_train_alike() -> None:
     recipe = replace(LONGER, generators=SMALL_RECIPE.generators[:1], students=1, warm_up=1)
     eager, compiled = task(recipe), task(recipe)

@@ -31,6 +31,7 @@ def numbers(value: Any) -> list[float]:
     )  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.skipif(missing("fake_quant", "native", "cpu") is not None, reason="no native kernels")
 @pytest.mark.skipif(missing("int_conv2d", "triton", "cpu") is not None, reason="Triton is not interpreted")
 def test_the_dry_run_goes_through_every_stage(tmp_path: Path) -> None:

@@ -370,6 +370,7 @@ def test_a_second_derivative_is_refused() -> None:
         grad.sum().backward()
 
 
+@pytest.mark.long
 @native_only
 @pytest.mark.skipif(free_gigabytes() < 18, reason=f"needs 18 GiB of memory, there are {free_gigabytes():.0f}")
 def test_more_than_2_to_the_31_elements() -> None:

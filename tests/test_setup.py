@@ -174,6 +174,7 @@ def test_paths_may_have_spaces_and_dollars(tmp_path: Path) -> None:
     assert len(list(package.glob("_native*.so"))) == 1
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_a_source_distribution_builds_and_its_wheel_runs(tmp_path: Path) -> None:
     """Unoptimised, because nobody waits for its kernels."""

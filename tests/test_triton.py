@@ -37,6 +37,7 @@ def in_fresh_process(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 @triton_only
 def test_every_kernel_compiles_for_every_architecture() -> None:
     rows = [json.loads(line) for line in in_fresh_process("-m", "tests.triton_compile", *ARCHS).splitlines()]
