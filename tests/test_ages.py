@@ -93,10 +93,9 @@ def test_the_readme_marks_old_rows_and_only_these(old: bool) -> None:
 
 
 def test_one_old_row_is_marked_alone() -> None:
-    rows = [
-        {"table": "ablation", "method": method, "preset": "W3A3", "accuracy": accuracy, "commit": commit, "date": "then"}
-        for method, accuracy, commit in (("a", 90.0, "now"), ("a", 91.0, "now"), ("b", 80.0, "now"), ("b", 82.0, "old"))
-    ]
+    shared = {"table": "ablation", "preset": "W3A3", "date": "then"}
+    measured = (("a", 90.0, "now"), ("a", 91.0, "now"), ("b", 80.0, "now"), ("b", 82.0, "old"))
+    rows = [{**shared, "method": method, "accuracy": value, "commit": commit} for method, value, commit in measured]
     data = {"rows": rows, "teacher": 92.0, "machine": {"cpu": "cpu", "torch": "2"}}
     built = readme.ablation_table(data, {"now": FRESH, "old": STALE})
     assert "| a | 2 | 90.50 ± 0.71 | 1.50 |" in built and "| b † | 2 | 81.00 ± 1.41 | 11.00 |" in built
