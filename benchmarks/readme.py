@@ -87,10 +87,9 @@ def students_table(data: dict[str, Any], known: Ages) -> str:
              "| --- | ---: | ---: | ---: |"]  # fmt: skip
     for item in data["summary"]:
         if item["table"] == "main":
-            spread = f" ± {item['deviation']:.2f}" if item["deviation"] is not None else ""
             mine = [row for row in data["rows"] if same(row, item)]
             name = f"{item['student']}, {item['method']} {ages.mark(known, commits_of(mine))}".rstrip()
-            lines.append(f"| {name} | {data['recipe']['steps']:,} | {item['seeds']} | {item['mean']:.2f}{spread} |")
+            lines.append(f"| {name} | {data['recipe']['steps']:,} | {item['seeds']} | {mean_of(mine)} |")
     main = [row for row in data["rows"] if row["table"] == "main"]
     return "\n".join([*lines, "", rows_sentence(data, main, known)])
 
@@ -98,12 +97,16 @@ def students_table(data: dict[str, Any], known: Ages) -> str:
 def compared_table(data: dict[str, Any], known: Ages) -> str:
     """Float students of fewer steps: what is changed in the recipe, how many generators and students there are."""
     rows = [row for row in data["rows"] if row["table"] in ("ablation", "generators")]
+
+    def name(row: dict[str, Any]) -> str:
+        return (
+            f"generators x students {row['method']} (1x1: as it is)" if row["table"] == "generators" else row["method"]
+        )
+
     lines = [f"| {rows[0]['students'][0]}, {rows[0]['steps']:,} steps | seeds | accuracy % |", "| --- | ---: | ---: |"]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        mine = [row for row in rows if row["method"] == method]
-        name = f"{mine[0]['table']} {method} (1x1 is the recipe)" if mine[0]["table"] == "generators" else method
-        name = f"{name} {ages.mark(known, commits_of(mine))}".rstrip()
-        lines.append(f"| {name} | {len(mine)} | {mean_of(mine)} |")
+    for method, mine in grouped(rows, name).items():
+        marked = f"{method} {ages.mark(known, commits_of(mine))}".rstrip()
+        lines.append(f"| {marked} | {len(mine)} | {mean_of(mine)} |")
     return "\n".join([*lines, "", rows_sentence(data, rows, known)])
 
 
@@ -140,7 +143,7 @@ def ablation_table(data: dict[str, Any], known: Ages) -> str:
 
     rows = [row for row in data["rows"] if wanted(row)]
     rows.sort(key=lambda row: (row["preset"] != "W3A3", row["preset"], row["table"] in ("ablation", "adversary")))
-    return means_table(data, "W3A3, one change each", grouped(rows, name), known)
+    return means_table(data, "W3A3 where no bits are named, one change each", grouped(rows, name), known)
 
 
 def grouped(rows: list[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> dict[str, list[dict[str, Any]]]:
